@@ -1,0 +1,345 @@
+"""Stage 2 of Vision-R1: GRPO with the hard formatting result reward, under Progressive Thinking Suppression Training.
+
+  python grpo.py                                              the toy, on the spot (makes what it needs first)
+  torchrun --nproc_per_node 8 grpo.py --recipe vision-r1-7b --model runs/vision-r1-ci --data Vision-R1-rl
+  torchrun --nproc_per_node 2 grpo.py --model DIR --data FILE --stages 64x4x2,128x2x2
+
+Sec. 3.4 of the paper, in the order in which it runs: questions -> rollouts -> rewards -> advantages -> log-probabilities
+of the reference -> the clipped loss with its KL term (Eq. 1) -> a step; the length limit and the group size follow the
+stage list (Eq. 2). A run that was stopped goes on where it stopped.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import model
+import ptst
+import reward
+import run
+from rollout import TorchEngine
+
+
+@dataclass
+class Config:
+    # what to run
+    recipe: str = "toy"
+    out: str = "runs/toy/grpo"
+    model: str = ""  # where RL starts: a Hugging Face folder or hub name (Vision-R1-CI). the toy makes its own
+    data: str = ""  # problems, any format of data.py
+    strict: bool = False  # stop at the first bad record instead of reporting it
+    seed: int = 0
+    # PTST, Eq. 2
+    stages: str = "64x16x60,128x8x40"  # (max_len, group_size, steps), e.g. 4Kx16x100,8Kx8x100
+    questions: int = 16  # questions per step, over all ranks
+    minibatches: int = 1  # optimizer steps per rollout batch; with more than one, pi_old of Eq. 1 is computed first
+    # rollouts
+    temperature: float = 1.0
+    top_p: float = 1.0
+    max_rows: int = 256  # sequences that one rank decodes at a time
+    max_prompt_len: int = 2048  # a longer prompt is reported and left out, never cut
+    system_prompt: str = ""  # the paper: none after the cold start; Zero has one
+    # reward
+    format_weight: float = 0.0  # 0 = HFRRF, all or nothing (Sec. 3.4); 1 = Zero's format + result, weights 1:1
+    # the loss, Eq. 1
+    clip_eps: float = 0.2
+    clip_eps_high: float = 0.0  # 0 = clip_eps; larger = clip-higher
+    kl_coef: float = 1e-2  # beta. 0 = no reference model is loaded
+    std_norm: bool = True  # divide advantages by the group's std; off = Dr. GRPO
+    loss_mean: str = "sequence"  # sequence: mean over tokens, then over samples; token: over all tokens; fixed: / max_len
+    drop_zero_var: bool = False  # leave groups without an advantage out of the means
+    # optimization
+    lr: float = 1e-4
+    warmup_steps: int = 5
+    weight_decay: float = 1e-2
+    max_grad_norm: float = 1.0
+    micro_tokens: int = 16384  # tokens of a packed micro-batch on one rank
+    freeze_vision: bool = False
+    activation_checkpointing: bool = False
+    # the run
+    save_every: int = 20  # steps; the last one is always saved
+    keep: int = 2  # checkpoints
+    resume: bool = True  # --no_resume starts over
+    sample_questions: int = 1  # questions a step whose rollouts go to samples.jsonl
+    wandb: bool = False
+    tensorboard: bool = False
+
+
+SYSTEM_PROMPT = (  # ours, in the manner of R1-Zero's
+    "Answer the user's question about the image. First think it through step by step inside <think> </think>, then give "
+    "the final answer inside <answer> </answer>, that is: <think> reasoning here </think><answer> answer here </answer>."
+)
+QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
+# the paper: eps, beta, stages, no system prompt. EasyR1's defaults, since the paper is silent: lr, batch, temperature, decay, clip
+PAPER = dict(questions=512, minibatches=4, lr=1e-6, warmup_steps=0, max_prompt_len=4096, micro_tokens=20480,
+             activation_checkpointing=True, save_every=5, keep=20, data="Osilly/Vision-R1-rl")  # fmt: skip
+ZERO = PAPER | dict(model=QWEN, system_prompt=SYSTEM_PROMPT, format_weight=1.0)
+TOY = dict(freeze_vision=True)
+
+RECIPES = {
+    "toy": TOY,
+    "toy-long": TOY | dict(stages=[(256, 4, 100)], out="runs/toy/long"),
+    "toy-zero": TOY | dict(stages=[(64, 16, 100)], out="runs/toy/zero", format_weight=1.0, system_prompt="toy"),
+    # App. A
+    "vision-r1-7b": PAPER | dict(model="runs/vision-r1-ci-7b/final", out="runs/vision-r1-7b",
+                                 stages=[(4096, 16, 100), (8192, 8, 100)]),
+    "vision-r1-long": PAPER | dict(model="runs/vision-r1-ci-7b/final", out="runs/vision-r1-long", stages=[(16384, 4, 300)]),
+    "vision-r1-zero": ZERO | dict(out="runs/vision-r1-zero", stages=[(4096, 16, 300)]),
+    "zero-ptst": ZERO | dict(out="runs/zero-ptst", stages=[(4096, 16, 100), (8192, 8, 100)]),
+    "zero-sft-ptst": ZERO | dict(model="runs/zero-sft/final", out="runs/zero-sft-ptst",
+                                 stages=[(4096, 16, 100), (8192, 8, 100)]),
+    # 32B and 72B go on with about 20K more problems in the setting of stage 2
+    "vision-r1-32b": PAPER | dict(model="runs/vision-r1-ci-32b/final", out="runs/vision-r1-32b",
+                                  stages=[(4096, 16, 100), (8192, 8, 200)]),
+    "vision-r1-72b": PAPER | dict(model="runs/vision-r1-ci-72b/final", out="runs/vision-r1-72b",
+                                  stages=[(4096, 16, 100), (8192, 8, 200)]),
+    # the neighbour, arXiv 2503.05132: RL straight on a base model; `data` = your SAT file
+    "r1-zero-base": ZERO | dict(model="Qwen/Qwen2-VL-2B", out="runs/r1-zero-base", data="SAT", stages=[(2048, 8, 300)]),
+}  # fmt: skip
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# the equations
+
+
+def group_advantages(rewards, std_norm=True):
+    """(questions, G) rewards -> advantages of the same shape, A_i = (r_i - mean) / std within each group (Eq. 1).
+
+    the std is the unbiased one (EasyR1's); a group whose rewards are all the same gets zeros.
+    """
+    centred = rewards - rewards.mean(1, keepdim=True)
+    return centred / (rewards.std(1, keepdim=True) + 1e-6) if std_norm else centred
+
+
+def k3(logprobs, ref_logprobs):
+    """pi_ref / pi - log(pi_ref / pi) - 1 per token: unbiased for KL(pi || pi_ref) and never negative (Eq. 1)"""
+    d = ref_logprobs - logprobs
+    return d.exp() - d - 1
+
+
+def policy_loss(logprobs, old_logprobs, ref_logprobs, advantages, weights, config):
+    """Eq. 1 with its sign turned, all inputs (N,): one entry per sampled token -> (loss, clipped share of each token).
+
+    `weights` hold the means of Eq. 1, so that the loss is a plain sum and does not depend on how tokens are batched.
+    """
+    ratio = (logprobs - old_logprobs).exp()
+    high = config.clip_eps_high or config.clip_eps
+    clipped = ratio.clamp(1 - config.clip_eps, 1 + high)
+    objective = torch.minimum(ratio * advantages, clipped * advantages)
+    if ref_logprobs is not None:
+        objective = objective - config.kl_coef * k3(logprobs, ref_logprobs)
+    return -(weights * objective).sum(), (clipped * advantages < ratio * advantages).float()
+
+
+def token_weights(lengths, counted, max_len, loss_mean):
+    """the weight of a token in each sequence: the mean of Eq. 1 over all ranks. lengths, counted: (S,), counted 0 or 1"""
+    total = run.all_sum({"sequences": counted.sum().item(), "tokens": (counted * lengths).sum().item()})
+    sequences, tokens = max(total["sequences"], 1), max(total["tokens"], 1)
+    if loss_mean == "sequence":
+        return counted / (sequences * lengths)
+    return counted / (tokens if loss_mean == "token" else sequences * max_len)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# the run
+
+
+def question_order(n, seed):
+    """question numbers without end: every epoch in an order of its own that follows from the seed"""
+    epoch = 0
+    while True:
+        yield from torch.randperm(n, generator=torch.Generator().manual_seed(seed * 1000 + epoch)).tolist()
+        epoch += 1
+
+
+def make_batches(sequences, budget, processor, device):
+    """[(Prompt, ids)] -> [(indices, Batch)], the same number on every rank: FSDP's collectives must meet"""
+    lengths = [len(p.ids) + len(ids) for p, ids in sequences]
+    least = int(run.all_max(len(data.micro_batches(lengths, budget))))
+    for indices in data.micro_batches(lengths, budget, least):
+        chosen = [sequences[i] for i in indices] or [data.blank(processor)]
+        yield torch.tensor(indices, dtype=torch.long, device=device), data.pack(chosen, device)
+
+
+def main(config):
+    device = run.start_ranks()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if config.recipe.startswith("toy"):
+        import toy
+
+        zero = config.recipe == "toy-zero"
+        run.on_main_first(lambda: [toy.ensure("ci" if not zero else "base") if not config.model else None,
+                                   toy.ensure("rl-problems") if not config.data else None])  # fmt: skip
+        config.model = config.model or toy.ensure("base" if zero else "ci")
+        config.data = config.data or toy.ensure("rl-problems")
+        config.system_prompt = toy.ZERO_PROMPT if config.system_prompt == "toy" else config.system_prompt
+    stages = ptst.parse(config.stages)
+    config.stages = ptst.format_stages(stages)
+    total = ptst.total_steps(stages)
+    say = tqdm.write if rank == 0 else lambda *_: None
+    if config.questions % (world * config.minibatches):
+        raise SystemExit(f"--questions {config.questions} must be a multiple of ranks x minibatches = {world} x {config.minibatches}")
+    if config.loss_mean not in ("sequence", "token", "fixed"):
+        raise SystemExit(f"--loss_mean {config.loss_mean!r}: one of sequence, token, fixed")
+
+    # the questions
+    records, problems = data.read(config.data, strict=config.strict)
+    processor = model.Processor(config.model)
+    records = data.usable(records, processor, config.max_prompt_len, problems, config.system_prompt)
+    if problems:
+        say(problems.summary())
+    if not records:
+        raise SystemExit(f"{config.data}: no usable problem in it")
+
+    # the policy, its frozen start as the reference, and a whole replica to sample from
+    policy, processor = model.load(config.model, device, freeze_vision=config.freeze_vision)
+    reference = None
+    if config.kl_coef:
+        reference = model.shard(model.load(config.model, device, freeze_vision=True)[0].requires_grad_(False).eval())
+    model.shard(policy, config.activation_checkpointing)
+    engine = TorchEngine(model.replica(policy), processor, policy.banned, config.max_rows)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+
+    out = Path(config.out)
+    if not config.resume:
+        run.on_main_first(lambda: run.start_over(out))
+    start, progress = run.load_checkpoint(out, policy, optimizer)
+    log = run.Log(out, config, start, config.wandb, config.tensorboard)
+    say(f"{len(records)} questions, {config.questions} a step; stages {config.stages}; {world} rank(s) on {device.type}; out {out}"
+        + (f"; resumed after step {start}" if start else ""))  # fmt: skip
+    if note := ptst.budget_note(stages):
+        say(note)
+    order = question_order(len(records), config.seed)
+    for _ in range(progress["cursor"] if progress else 0):
+        next(order)
+    bar = None
+
+    for step in range(start, total):  # counted from 0 here, from 1 in the log
+        began = time.perf_counter()
+        stage_number, stage = ptst.stage_at(stages, step)
+        max_len, group_size, _ = stage
+        if rank == 0 and (bar is None or bar.stage != stage_number):
+            done = step - ptst.total_steps(stages[:stage_number])
+            bar = tqdm(total=stage.steps, initial=done, desc=f"stage {stage_number + 1}: {max_len} x {group_size}", leave=False)
+            bar.stage = stage_number
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
+
+        # 1. questions: every rank takes its share
+        numbers = [next(order) for _ in range(config.questions)]
+        mine = range(rank, config.questions, world)
+        prompts = [data.encode(records[numbers[q]], processor, config.system_prompt) for q in mine]
+
+        # 2. rollouts: G answers to each, at most L tokens long (Eq. 2)
+        t_rollout = time.perf_counter()
+        engine.sync(policy)
+        seeds = [(config.seed, step, q) for q in mine]
+        groups = engine.generate(prompts, group_size, max_len, seeds, config.temperature, config.top_p)
+        rollouts = [r for group in groups for r in group]
+        t_rollout = time.perf_counter() - t_rollout
+
+        # 3. rewards: format AND answer (Sec. 3.4)
+        t_reward = time.perf_counter()
+        text = [processor.tokenizer.decode(r.ids[:-1] if r.finish == "stop" else r.ids) for r in rollouts]
+        asked = [p.record for p in prompts for _ in range(group_size)]
+        scores = reward.reward_batch(text, [a.answer for a in asked], [a.choices for a in asked],
+                                     [r.finish == "length" for r in rollouts], config.format_weight)  # fmt: skip
+        rewards = torch.tensor([s.reward for s in scores]).view(-1, group_size)  # (questions of this rank, G)
+        t_reward = time.perf_counter() - t_reward
+
+        # 4. advantages within each group (Eq. 1)
+        advantages = group_advantages(rewards, config.std_norm).flatten().to(device)
+        flat = (rewards == rewards[:, :1]).all(1)
+        counted = ~flat if config.drop_zero_var else torch.ones_like(flat)
+        counted = counted.repeat_interleave(group_size).float()  # (sequences,)
+        lengths = torch.tensor([float(len(r.ids)) for r in rollouts])
+
+        # 5. log-probabilities of the reference, and of pi_old where pi will have moved on before they are used
+        t_logprob = time.perf_counter()
+        parts, part = [], len(mine) // config.minibatches * group_size
+        for first in range(0, len(rollouts), part):
+            span = slice(first, first + part)
+            sequences = [(p, r.ids) for p, r in zip([p for p in prompts for _ in range(group_size)][span], rollouts[span])]
+            weights = token_weights(lengths[span], counted[span], max_len, config.loss_mean).to(device)
+            batches = []
+            for indices, batch in make_batches(sequences, config.micro_tokens, processor, device):
+                with torch.no_grad():
+                    ref = reference(batch, config.temperature)[0] if reference else None
+                    old = policy(batch, config.temperature)[0] if config.minibatches > 1 else None
+                index = (indices + first)[batch.rows]  # (N,) the rollout of each token
+                sampled = torch.tensor([x for i in indices.tolist() for x in rollouts[first + i].logprobs], device=device)
+                batches.append((batch, ref, old, advantages[index], weights[indices][batch.rows], sampled))
+            parts.append(batches)
+        t_logprob = time.perf_counter() - t_logprob
+
+        # 6. update: the clipped loss with the k3 penalty (Eq. 1)
+        t_update = time.perf_counter()
+        sums = dict(tokens=0, entropy=0, kl=0, clip=0, gap=0)
+        gap_max, grad_norm = 0.0, 0.0
+        for number, batches in enumerate(parts):
+            for batch, ref, old, advantage, weight, sampled in batches:
+                logprobs, entropy = policy(batch, config.temperature)
+                now = logprobs.detach()
+                loss, clipped = policy_loss(logprobs, now if old is None else old, ref, advantage, weight, config)
+                (loss * world).backward()  # FSDP takes the mean over ranks; the weights already hold it
+                gap = (now if old is None else old).sub(sampled).abs()  # trainer against rollout
+                sums["tokens"] += len(now)
+                sums["entropy"] += entropy.sum().item()
+                sums["kl"] += k3(now, ref).sum().item() if ref is not None else 0
+                sums["clip"] += clipped.sum().item()
+                sums["gap"] += gap.sum().item()
+                gap_max = max(gap_max, gap.max().item() if len(gap) else 0)
+            grad_norm += model.full(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)).item() / len(parts)
+            optimizer.step()
+            optimizer.zero_grad()
+        t_update = time.perf_counter() - t_update
+
+        # 7. what happened, summed over ranks
+        right = torch.tensor([float(s.correct and s.format_ok) for s in scores])
+        cut = torch.tensor([float(r.finish == "length") for r in rollouts])
+        sums |= dict(
+            n=len(rollouts), reward=rewards.sum().item(), right=right.sum().item(), length=lengths.sum().item(),
+            format=sum(s.format_ok for s in scores), cut=cut.sum().item(), length_right=(lengths * right).sum().item(),
+            flat=flat.sum().item(),
+        )  # fmt: skip
+        s = run.all_sum(sums)
+        n, nan = s["n"], float("nan")
+        t_total = time.perf_counter() - began
+        log.write(dict(
+            step=step + 1, stage=stage_number, max_len=max_len, group_size=group_size, reward=s["reward"] / n,
+            format_rate=s["format"] / n, accuracy=s["right"] / n, len_mean=s["length"] / n,
+            len_correct=s["length_right"] / s["right"] if s["right"] else nan,
+            len_wrong=(s["length"] - s["length_right"]) / (n - s["right"]) if s["right"] < n else nan,
+            truncated=s["cut"] / n, entropy=s["entropy"] / s["tokens"], kl=s["kl"] / s["tokens"],
+            clip_frac=s["clip"] / s["tokens"], grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"], tokens=s["tokens"],
+            zero_var_groups=s["flat"], logprob_gap=s["gap"] / s["tokens"], logprob_gap_max=run.all_max(gap_max),
+            t_rollout=t_rollout, t_reward=t_reward, t_logprob=t_logprob, t_update=t_update, t_total=t_total,
+            mem_peak=run.peak_memory(),
+        ))  # fmt: skip
+        log.write_samples([
+            dict(step=step + 1, id=a.id, problem=a.problem, answer=a.answer, completion=t, reward=x.reward, why=x.why,
+                 advantage=round(v, 4), length=len(r.ids), finish=r.finish)
+            for a, t, x, v, r in list(zip(asked, text, scores, advantages.tolist(), rollouts))[: config.sample_questions * group_size]
+        ])  # fmt: skip
+        say(f"step {step + 1:4d}/{total}  {max_len}x{group_size}  reward {s['reward'] / n:.3f}  acc {s['right'] / n:.3f}  "
+            f"format {s['format'] / n:.2f}  len {s['length'] / n:6.1f}  cut {s['cut'] / n:.2f}  kl {s['kl'] / s['tokens']:.4f}  "
+            f"entropy {s['entropy'] / s['tokens']:.3f}  {t_total:.2f} s")  # fmt: skip
+        if bar:
+            bar.update()
+        if (step + 1) % config.save_every == 0 or step + 1 == total:
+            cursor = (step + 1) * config.questions
+            run.save_checkpoint(out, step + 1, policy, optimizer, dict(stage=stage_number, cursor=cursor), config.keep)
+
+    model.export(policy, processor, out / "final")
+    say(f"{'nothing left to do' if start == total else 'done'}: the model is in {out / 'final'}; curves: python ptst.py plot {out}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(run.parse_config(Config, RECIPES))

@@ -1,0 +1,273 @@
+"""Progressive Thinking Suppression Training, the stage list (paper Sec. 3.4, Eq. 2).
+
+In stage s every answer is cut at L_s tokens and every question is answered G_s times. Training starts short, which
+suppresses overthinking, and is then allowed to think longer; L_s x G_s stays at 64K tokens per question in the paper.
+  stages = [(4096, 16, 100), (8192, 8, 100)]           as grpo.py has it: (max_len, group_size, steps)
+  stages = parse("4Kx16x100,8Kx8x100")                 the same as text, K = 1024 tokens
+  python ptst.py [NAME or STAGES ...] [--questions N]  schedules with their token budgets
+  python ptst.py plot RUN... [--out FILE.png]          length, accuracy and reward over the steps, stages shaded
+"""
+import argparse
+import difflib
+import json
+import math
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+FORM = "expected LENGTHxGROUPxSTEPS such as 4Kx16x100 (K = 1024 tokens), stages separated by commas"
+
+class Stage(NamedTuple):
+    max_len: int     # L_s of Eq. 2: tokens of an answer, at most
+    group_size: int  # G_s: answers per question
+    steps: int       # optimisation steps of the stage
+
+def parse(stages: str | list) -> list[Stage]:
+    """Text "4Kx16x100,8Kx8x100", or a list of tuples or of such parts, -> stages. ValueError names the wrong part."""
+    parts = stages.split(",") if isinstance(stages, str) else list(stages)
+    if not parts or parts == [""]:
+        raise ValueError(f"no stages given; {FORM}")
+    return [_stage(part, f"stage {i}") for i, part in enumerate(parts, 1)]
+
+def _stage(part, where: str) -> Stage:
+    where = f"{where} ({part.strip() if isinstance(part, str) else part!r})"
+    fields = re.split("[xX×*]", re.sub(r"\s", "", part)) if isinstance(part, str) else part
+    if not isinstance(fields, (list, tuple)) or len(fields) != 3:
+        found = "nothing" if fields == [""] else f"{len(fields)} parts" if isinstance(fields, (list, tuple)) else "no tuple"
+        raise ValueError(f"{where}: {found} where max_len, group_size and steps should be; {FORM}")
+    numbers = []
+    for name, field in zip(Stage._fields, fields):
+        if isinstance(field, str) and re.fullmatch(r"-?\d+" + "k?" * (name == "max_len"), field, re.A | re.I):
+            field = int(field.rstrip("kK")) * (1024 if field[-1] in "kK" else 1)
+        least = 2 if name == "group_size" else 1
+        if isinstance(field, bool) or not isinstance(field, int):
+            raise ValueError(f"{where}: {name} is {field!r}, not a whole number; {FORM}")
+        if field < least:
+            why = "; an answer has no advantage in a group of one (Eq. 1)" if field == 1 else ""
+            raise ValueError(f"{where}: {name} is {field}, it must be at least {least}{why}")
+        numbers.append(field)
+    return Stage(*numbers)
+
+def format_stages(stages: list) -> str:
+    """The inverse of parse: "4Kx16x100,8Kx8x100"."""
+    return ",".join(f"{tokens(length)}x{group}x{steps}" for length, group, steps in stages)
+
+def tokens(n: int) -> str:
+    """4096 -> "4K"; what is no multiple of 1024 stays as it is."""
+    return f"{n // 1024}K" if n and n % 1024 == 0 else str(n)
+
+def total_steps(stages: list) -> int:
+    return sum(steps for _, _, steps in stages)
+
+def stage_at(stages: list, step: int) -> tuple[int, Stage]:
+    """(index of the stage, stage) of a step, both counted from 0; ValueError outside the schedule."""
+    end = 0
+    for index, stage in enumerate(stages):
+        end += stage[2]
+        if 0 <= step < end:
+            return index, Stage(*stage)
+    raise ValueError(f"step {step} is not in {format_stages(stages)}: it has the steps 0 to {end - 1}")
+
+def token_budget(stage: tuple) -> int:
+    """Tokens one question may cost in a step of this stage: L_s x G_s."""
+    return stage[0] * stage[1]
+
+def total_tokens(stages: list, questions: int = 1) -> int:
+    """Tokens of a whole run with `questions` per step if every answer reached its limit: the most it can generate."""
+    return sum(steps * questions * length * group for length, group, steps in stages)
+
+def budget_note(stages: list) -> str:
+    """A line for the console where L x G changes between stages, else "". Ablations do that: it is no error."""
+    budgets = [tokens(token_budget(s)) for s in stages]
+    if len(set(budgets)) == 1:
+        return ""
+    return f"note: L x G is not constant: {', '.join(budgets)} tokens per question (Sec. 3.4 keeps it, at 64K)"
+
+# ---- the paper's schedules. 4Kx16 and the like are always the paper's; the origin says whose the steps are.
+
+_PAPER = {
+    "vision-r1":               ("4Kx16x100,8Kx8x100", "Sec. 3.4, App. A; Table 5, last row"),
+    "vision-r1-zero":          ("4Kx16x300", "App. A"),
+    "vision-r1-long":          ("16Kx4x300", "App. A"),
+    "zero-ptst":               ("4Kx16x100,8Kx8x100", "App. A, Table 6: Zero with the stages"),
+    "zero-sft-ptst":           ("4Kx16x100,8Kx8x100", "App. A, Table 6: SFT without chains, then the stages"),
+    "three-stage":             ("4Kx16x100,8Kx8x100,16Kx4x100", "Sec. 3.4: the third stage brought no real gain"),
+    # Table 5 gives lengths and groups but no steps: 100 per stage is ours, after Sec. 3.4
+    "table5-4kx16-4kx16":      ("4Kx16x100,4Kx16x100", "Table 5, row 1; steps ours"),
+    "table5-4kx16-8kx16":      ("4Kx16x100,8Kx16x100", "Table 5, row 2; steps ours"),
+    "table5-4kx16-6kx12-8kx8": ("4Kx16x100,6Kx12x100,8Kx8x100", "Table 5, row 3; steps ours"),
+    "table5-16kx4-16kx4":      ("16Kx4x100,16Kx4x100", "Table 5, row 4 (47.7, as vision-r1-long's 300); steps ours"),
+    "table5-16kx16-16kx16":    ("16Kx16x100,16Kx16x100", "Table 5, row 5; steps ours"),
+}
+SCHEDULES: dict[str, list[Stage]] = {name: parse(text) for name, (text, _) in _PAPER.items()}
+ORIGIN: dict[str, str] = {name: origin for name, (_, origin) in _PAPER.items()}
+
+def schedule(text: str) -> list[Stage]:
+    """A name of SCHEDULES, or stages as parse takes them. ValueError names the nearest schedule."""
+    if text in SCHEDULES:
+        return SCHEDULES[text]
+    if re.match(r"\s*-?\d", text) or not text.strip():
+        return parse(text)
+    near = difflib.get_close_matches(text, SCHEDULES, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ValueError(f"unknown schedule {text!r}: {hint}known are {', '.join(SCHEDULES)}; or stages: {FORM}")
+
+def _big(n: int) -> str:
+    """6710886400 -> "6.71 G", in powers of 1000."""
+    power = next(p for p in (9, 6, 3, 0) if n >= 10 ** p or p == 0)
+    return f"{n / 10 ** power:.3g} {' KMG'[power // 3]}".strip()
+
+def print_table(names: list[str], questions: int):
+    """One line per schedule: stages, steps, tokens per question and step, and of the whole run."""
+    rows = [("schedule", "stages (L x G x steps)", "steps", "tokens/question", "run, 1 question a step", f"{questions} a step", "from")]
+    for name in names:
+        stages = schedule(name)
+        budgets = [tokens(token_budget(s)) for s in stages]
+        rows.append((name if name in SCHEDULES else "(yours)", format_stages(stages), str(total_steps(stages)),
+                     budgets[0] if len(set(budgets)) == 1 else ", ".join(budgets) + " *",
+                     _big(total_tokens(stages)), _big(total_tokens(stages, questions)), ORIGIN.get(name, "")))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for i, cells in enumerate(rows):
+        print("  ".join(c.rjust(w) if k in (2, 4, 5) else c.ljust(w) for k, (c, w) in enumerate(zip(cells, widths))).rstrip())
+        if i == 0:
+            print("  ".join("-" * w for w in widths))
+    print("\nThe most tokens that can be generated: every answer at its limit. K = 1024 in stages, else K, M, G = 10^3, 10^6, 10^9.")
+    if any(row[3].endswith("*") for row in rows):
+        print("* L x G is not constant over the stages (Sec. 3.4 keeps it, at 64K).")
+
+# ---- curves: the miniature of the paper's Fig. 1 (C)-(E)
+
+COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: safe for colour-blind eyes
+GREY = "#555555"
+
+def read_log(run: str) -> list[dict]:
+    """The steps in RUN/log.jsonl in order; of a step logged twice (after a resume) the last. ValueError if there are none."""
+    path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; RUN is the folder that grpo.py wrote with --out, it holds log.jsonl")
+    steps, found = {}, "it is empty; has the first step ended?"
+    for n, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except ValueError:  # the run is writing it just now, or was killed while it did
+            print(f"{path}:{n}: skipped a half-written line", file=sys.stderr)
+            continue
+        if isinstance(row, dict) and {"step", "stage", "max_len", "group_size", "len_mean"} <= row.keys():
+            steps[row["step"]] = row
+        elif row:
+            found = f"no line has step, stage, max_len, group_size, len_mean (line {n}: {str(list(row))[1:-1]}); is it a grpo.py run?"
+    if not steps:
+        raise ValueError(f"{path}: {found}")
+    return [steps[step] for step in sorted(steps)]
+
+def _column(rows: list[dict], key: str, scale: float = 1.0) -> list[float]:
+    """One field over the steps; null (no right answer in a step has no length) becomes a gap."""
+    return [math.nan if row.get(key) is None else row[key] * scale for row in rows]
+
+def _smooth(values: list[float], width: int) -> list[float]:
+    """Centred mean over `width` steps (odd), gaps left out; the ends use what there is."""
+    windows = [[v for v in values[max(0, i - width // 2):i + width // 2 + 1] if v == v] for i in range(len(values))]
+    return [sum(w) / len(w) if w else math.nan for w in windows]
+
+def _spans(rows: list[dict]) -> list[tuple]:
+    """(first step, last step, max_len, group_size) of each stage in the log."""
+    spans = []
+    for row in rows:
+        setting = (row["stage"], row["max_len"], row["group_size"])
+        if spans and spans[-1][0] == setting:
+            spans[-1][2] = row["step"]
+        else:
+            spans.append([setting, row["step"], row["step"]])
+    return [(first, last, length, group) for (_, length, group), first, last in spans]
+
+def plot(runs: list[str], out: str | None = None) -> Path:
+    """Draws RUN/log.jsonl of one or more runs; returns the path of the PNG (RUN/curves.png of the first by default)."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    logs = [read_log(run) for run in runs]
+    names = [Path(run).resolve().parent.name if Path(run).is_file() else Path(run).resolve().name for run in runs]
+    if len(set(names)) < len(names):
+        names = runs
+    spans = [_spans(log) for log in logs]
+    longest = max(spans, key=lambda own: own[-1][1])
+    alike = all(_settings(own) == _settings(longest)[:len(own)] for own in spans)
+    if not alike:
+        names = [f"{name} ({', '.join(f'{tokens(s[2])} × {s[3]}' for s in own)})" for name, own in zip(names, spans)]
+    width = max(map(len, logs)) // 40 * 2 + 1  # a twentieth of the run, odd; runs under 40 steps stay as they are
+    plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
+                         "xtick.color": GREY, "ytick.color": GREY, "axes.titleweight": "bold", "axes.titlelocation": "left"})
+    fig, axes = plt.subplots(1, 3, figsize=(11, 3.5), dpi=160, layout="constrained")
+    panels = [("len_mean", "Mean length (tokens)", 1), ("accuracy", "Accuracy (%)", 100), ("reward", "Reward", 1)]
+    for ax, (key, title, scale) in zip(axes, panels):
+        for i, (log, name) in enumerate(zip(logs, names)):
+            steps, values, style = [row["step"] for row in log], _column(log, key, scale), ["-", "--", ":"][i // len(COLOURS) % 3]
+            colour = COLOURS[i % len(COLOURS)]
+            if width > 1:  # the raw steps, pale, behind their mean
+                ax.plot(steps, values, color=colour, lw=0.8, alpha=0.3)
+            ax.plot(steps, _smooth(values, width), style, color=colour, lw=2.2, label=name if len(runs) > 1 else "all answers",
+                    marker="o" if len(log) < 20 else None, ms=4, zorder=3)
+        if key == "len_mean" and len(runs) == 1:
+            for extra, label, colour in (("len_correct", "right answers", COLOURS[2]), ("len_wrong", "wrong answers", COLOURS[1])):
+                ax.plot(steps, _smooth(_column(log, extra), width), color=colour, lw=1.2, label=label)
+        if key == "len_mean":
+            ax.set_ylim(bottom=0)
+        ax.margins(y=0.12)
+        ax.set_title(title, fontsize=11, pad=22 if alike else 8)
+        ax.set_xlabel("step", color=GREY)
+        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
+        ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:,g}"))
+        ax.grid(axis="y", color="#DDDDDD", lw=0.6)
+        ax.set_axisbelow(True)
+        ax.set_xlim(min(own[0][0] for own in spans) - 0.5, longest[-1][1] + 0.5)
+        if alike:
+            _shade(ax, longest)
+        for i, own in enumerate(spans if not alike else []):  # bands would clash: mark each run's switches instead
+            for first, *_ in own[1:]:
+                ax.axvline(first - 0.5, color=COLOURS[i % len(COLOURS)], lw=1, ls=(0, (2, 3)))
+    handles, labels = axes[0].get_legend_handles_labels()
+    if width > 1:
+        handles.append(plt.Line2D([], [], color=GREY, lw=0.8, alpha=0.5))
+        labels.append(f"single steps (thick: mean of {width})")
+    fig.legend(handles, labels, loc="outside lower center", ncols=2 if len(labels) > 4 else 4, frameon=False)
+    path = Path(out) if out else (Path(runs[0]) if Path(runs[0]).is_dir() else Path(runs[0]).parent) / "curves.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fig.savefig(path)
+    plt.close(fig)
+    return path
+
+def _settings(spans: list[tuple]) -> list[tuple]:
+    """What two runs must share to be shaded alike: where each stage begins, its length limit and group size."""
+    return [(first, length, group) for first, _, length, group in spans]
+
+def _shade(ax, spans: list[tuple]):
+    """One band per stage, labelled L x G above the panel where the band is wide enough."""
+    whole = spans[-1][1] - spans[0][0] + 1
+    for i, (first, last, length, group) in enumerate(spans):
+        ax.axvspan(first - 0.5, last + 0.5, color=["#EFF4F9", "#FBF3E6", "#EEF6F0"][i % 3], lw=0, zorder=0)
+        if last - first + 1 >= whole / 6:
+            ax.annotate(f"{tokens(length)} × {group}", ((first + last) / 2, 1), (0, 4), ("data", "axes fraction"),
+                        textcoords="offset points", ha="center", fontsize=9, color=GREY)
+
+def main(argv: list[str]):
+    parser = argparse.ArgumentParser(prog="ptst.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if argv[:1] == ["plot"]:
+        parser.prog += " plot"
+        parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a grpo.py run, holding log.jsonl")
+        parser.add_argument("--out", metavar="FILE.png", help="default: curves.png in the first RUN")
+        args = parser.parse_args(argv[1:])
+        return print(f"wrote {plot(args.runs, args.out)}")
+    parser.add_argument("schedules", nargs="*", metavar="NAME or STAGES", help="default: all of the paper's")
+    parser.add_argument("--questions", type=int, default=512, metavar="N", help="questions per step (default 512: EasyR1's rollout batch)")
+    args = parser.parse_args(argv)
+    if args.questions < 1:
+        parser.error(f"--questions is {args.questions}, it must be at least 1")
+    print_table(args.schedules or list(SCHEDULES), args.questions)
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:  # ours: written for people, the traceback adds nothing
+        sys.exit(f"ptst.py: {error}")

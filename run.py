@@ -1,0 +1,242 @@
+"""What every stage does around its loop, and nothing of the method: parse the configuration, start the ranks, keep the
+run's folder (config.json, command.txt, log.jsonl), write and read checkpoints.
+
+A stage's configuration is a dataclass; a recipe is a dict of its fields; the command line has the last word.
+"""
+
+import dataclasses
+import difflib
+import json
+import os
+import random
+import shlex
+import shutil
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from transformers import HfArgumentParser
+
+
+def nearest(word, choices):
+    """' (did you mean X?)' or ''"""
+    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def parse_config(config_class, recipes, argv=None):
+    """the command line -> a config: defaults of the dataclass < the recipe < flags. an unknown name ends the program"""
+    argv = sys.argv[1:] if argv is None else argv
+    parser = HfArgumentParser(config_class, description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False)
+    fields = {f.name for f in dataclasses.fields(config_class)}
+    recipe = next((a.split("=", 1)[1] for a in argv if a.startswith("--recipe=")), None)
+    if "--recipe" in argv[:-1]:
+        recipe = argv[argv.index("--recipe") + 1]
+    recipe = recipe or config_class.recipe
+    if recipe not in recipes:
+        parser.error(f"unknown recipe {recipe!r}{nearest(recipe, recipes)}; there are: {', '.join(recipes)}")
+    wrong = set(recipes[recipe]) - fields
+    assert not wrong, f"recipe {recipe} sets fields that do not exist: {wrong}"
+    parser.set_defaults(**recipes[recipe])
+    config, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
+    if rest:
+        flags = [f"--{name}" for name in fields]
+        flag = rest[0].split("=")[0].replace("_", "-") if rest[0].startswith("--") else rest[0]
+        parser.error(f"unknown argument {rest[0]!r}{nearest(flag.replace('-', '_').replace('__', '--', 1), flags)}")
+    return config
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# ranks
+
+
+def start_ranks():
+    """join torchrun's ranks (gloo on the CPU, NCCL on GPUs), or be the only one -> device"""
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    return device
+
+
+def is_main():
+    return dist.get_rank() == 0
+
+
+def on_main_first(act):
+    """rank 0 does it while the others wait; what it raises ends every rank"""
+    failure = [None]
+    if is_main():
+        try:
+            act()
+        except Exception as e:  # handed on below, on every rank: a rank that waits for ever helps nobody
+            failure = [e]
+    dist.broadcast_object_list(failure, src=0)
+    if failure[0] is not None:
+        raise failure[0]
+
+
+def all_sum(values):
+    """a dict of numbers, summed over ranks (float64)"""
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return dict(zip(values, total.tolist()))
+
+
+def all_max(value):
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    total = torch.tensor(float(value), dtype=torch.float64, device=device)
+    dist.all_reduce(total, op=dist.ReduceOp.MAX)
+    return total.item()
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# the folder of a run
+
+
+def command_line():
+    launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "RANK" in os.environ else ["python"]
+    return shlex.join(launcher + [os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
+class Log:
+    """config.json, command.txt and log.jsonl of a run; optional Weights & Biases or TensorBoard. rank 0 writes"""
+
+    def __init__(self, out, config, after_step=0, wandb=False, tensorboard=False):
+        """`after_step` > 0: a resumed run; what an earlier try wrote past that step is cut off"""
+        self.out, self.file, self.sinks = Path(out), None, []
+        if not is_main():
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        with open(self.out / "command.txt", "a") as f:
+            f.write(command_line() + "\n")
+        for name in ("log.jsonl", "samples.jsonl"):
+            cut_after_step(self.out / name, after_step)
+        self.file = open(self.out / "log.jsonl", "a")
+        if wandb:
+            import wandb as wb
+
+            wb.init(project="nano-vision-r1", name=self.out.name, config=dataclasses.asdict(config))
+            self.sinks.append(lambda row: wb.log(row, step=row["step"]))
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            writer = SummaryWriter(str(self.out / "tensorboard"))
+            self.sinks.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if is_number(v)])
+
+    def write(self, row):
+        """one JSON line; floats keep 6 significant digits, a missing value (no wrong answer to measure) is null"""
+        if self.file is None:
+            return
+        row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
+        self.file.write(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n")
+        self.file.flush()
+        for sink in self.sinks:
+            sink(row)
+
+    def write_samples(self, rows):
+        if self.file is not None and rows:
+            with open(self.out / "samples.jsonl", "a") as f:
+                f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+
+
+def is_number(v):
+    return isinstance(v, (int, float)) and v == v
+
+
+def cut_after_step(path, step):
+    """keep the lines of steps 1..step; a half-written last line goes too"""
+    if not path.exists():
+        return
+    kept = []
+    for line in open(path):
+        try:
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (json.JSONDecodeError, KeyError):
+            continue  # the writer was killed in the middle of this line; its step is done again
+    aside = path.with_suffix(".tmp")
+    aside.write_text("".join(kept))
+    aside.replace(path)
+
+
+def peak_memory():
+    """bytes: CUDA's peak since the last call, or the process's peak on the CPU"""
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# checkpoints: sharded weights and optimizer through torch.distributed.checkpoint, one small file per rank beside them
+
+
+def start_over(out):
+    """remove what an earlier run left, and nothing else"""
+    for name in ("checkpoints", "final"):
+        shutil.rmtree(Path(out) / name, ignore_errors=True)
+    for name in ("log.jsonl", "samples.jsonl", "command.txt", "config.json"):
+        (Path(out) / name).unlink(missing_ok=True)
+
+
+def checkpoints(out):
+    """the finished checkpoints of a run, oldest first; unfinished ones have another name"""
+    return sorted((Path(out) / "checkpoints").glob("step-*"))
+
+
+def save_checkpoint(out, step, policy, optimizer, progress, keep):
+    """`progress`: what else the loop must know to go on (a dict). written aside, then renamed: never half there"""
+    folder = Path(out) / "checkpoints"
+    aside, final = folder / f"writing-{step:06d}", folder / f"step-{step:06d}"
+    if is_main():
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+    dist.barrier()
+    weights, moments = get_state_dict(policy, optimizer)
+    dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
+    rng = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state()
+    torch.save({"step": step, "progress": progress, "rng": rng}, aside / f"rank-{dist.get_rank()}.pt")
+    dist.barrier()
+    if is_main():
+        shutil.rmtree(final, ignore_errors=True)
+        aside.rename(final)
+        for old in checkpoints(out)[:-keep]:
+            shutil.rmtree(old)
+    dist.barrier()
+
+
+def load_checkpoint(out, policy, optimizer):
+    """the newest checkpoint of the run, into policy and optimizer -> (step, progress); (0, None) when there is none"""
+    found = checkpoints(out)
+    if not found:
+        return 0, None
+    weights, moments = get_state_dict(policy, optimizer)
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=found[-1])
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    mine = found[-1] / f"rank-{dist.get_rank()}.pt"
+    state = torch.load(mine if mine.exists() else found[-1] / "rank-0.pt", weights_only=False)  # our own file
+    if mine.exists():  # a run resumed on more ranks: the new ones start fresh, every draw that counts is seeded by step
+        torch.set_rng_state(state["rng"]["torch"])
+        np.random.set_state(state["rng"]["numpy"])
+        random.setstate(state["rng"]["python"])
+        if "cuda" in state["rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+    return state["step"], state["progress"]

@@ -1,0 +1,191 @@
+"""Stage 1 of Vision-R1: cold-start initialization. Supervised fine-tuning on chains of thought -> Vision-R1-CI.
+
+  python sft.py                                               the toy (bridges its cold-start data first)
+  torchrun --nproc_per_node 8 sft.py --recipe vision-r1-ci-7b --data Vision-R1-cold
+
+Sequences are packed without padding, the loss counts the response alone, the learning rate falls along a cosine. A run
+that was stopped goes on where it stopped, in the middle of an epoch too.
+"""
+
+import math
+import re
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import data
+import model
+import run
+
+
+@dataclass
+class Config:
+    # what to run
+    recipe: str = "toy"
+    out: str = "runs/toy/sft"
+    model: str = ""  # a Hugging Face folder or hub name; the toy has its own
+    data: str = ""  # records with a response, any format of data.py (Vision-R1-cold as downloaded, cold_start.py's output)
+    strict: bool = False  # stop at the first bad record instead of reporting it
+    seed: int = 0
+    # the task
+    drop_chains: bool = False  # answers without chains, for Zero+SFT+PTST (Table 6)
+    system_prompt: str = ""
+    cutoff: int = 16384  # a longer sequence is reported and left out, never cut (released config: 16,384)
+    # optimization
+    epochs: int = 2  # Sec. 4.1
+    batch_size: int = 32  # sequences per optimizer step, over all ranks (released config: 8 GPUs x 1 x 4 = 32)
+    lr: float = 5e-6  # released config
+    warmup_ratio: float = 0.05  # released config
+    min_lr: float = 0.0  # where the cosine ends
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    micro_tokens: int = 16384  # tokens of a packed micro-batch on one rank
+    freeze_vision: bool = False
+    activation_checkpointing: bool = False
+    # the run
+    save_every: int = 500  # steps; the last one is always saved
+    keep: int = 1  # checkpoints
+    resume: bool = True  # --no_resume starts over
+    wandb: bool = False
+    tensorboard: bool = False
+
+
+PAPER = dict(activation_checkpointing=True, data="Osilly/Vision-R1-cold")
+RECIPES = {
+    "toy": dict(lr=2e-3, epochs=3, min_lr=0.0, freeze_vision=True, cutoff=1024, micro_tokens=4096, save_every=200),
+    # App. A: Vision-R1-CI in its three sizes, and the answers-only start of Zero+SFT+PTST
+    "vision-r1-ci-7b": PAPER | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/vision-r1-ci-7b"),
+    "vision-r1-ci-32b": PAPER | dict(model="Qwen/Qwen2.5-VL-32B-Instruct", out="runs/vision-r1-ci-32b"),
+    "vision-r1-ci-72b": PAPER | dict(model="Qwen/Qwen2.5-VL-72B-Instruct", out="runs/vision-r1-ci-72b"),
+    "zero-sft": PAPER | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/zero-sft", drop_chains=True),
+}
+
+
+def learning_rate(step, total, config):
+    """linear warm-up, then a cosine down to min_lr; a function of the step alone, so that there is no state to save"""
+    warmup = math.ceil(config.warmup_ratio * total)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    turn = (step - warmup) / max(1, total - warmup)
+    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * turn))
+
+
+def response_ids(record, processor, drop_chains):
+    """token ids of the response and the end of turn; without its chain only <answer>...</answer> is left"""
+    text = record.response
+    if drop_chains:
+        text = re.sub(r"<think>.*</think>\s*", "", text, flags=re.S)
+    return processor.tokenizer(text, add_special_tokens=False).input_ids + [processor.tokenizer.eos_token_id]
+
+
+def encode(records, processor, config, problems):
+    """records -> [(Prompt, response ids)]; what cannot be read or does not fit is reported and left out"""
+    sequences = []
+    for record in records:
+        try:
+            prompt = data.encode(record, processor, config.system_prompt)
+            ids = response_ids(record, processor, config.drop_chains)
+            if len(prompt.ids) + len(ids) > config.cutoff:
+                raise data.BadRow("sequence too long", f"{len(prompt.ids) + len(ids)} tokens, --cutoff is {config.cutoff}")
+            sequences.append((prompt, ids))
+        except data.BadRow as bad:
+            problems.add(*bad.args, record.source, None, record.id)
+        except ValueError as error:
+            problems.add("broken image", str(error), record.source, None, record.id)
+    return sequences
+
+
+def main(config):
+    device = run.start_ranks()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    if config.recipe == "toy":
+        import toy
+
+        run.on_main_first(lambda: [toy.ensure("base") if not config.model else None,
+                                   toy.ensure("cold") if not config.data else None])  # fmt: skip
+        config.model, config.data = config.model or toy.ensure("base"), config.data or toy.ensure("cold")
+    say = tqdm.write if rank == 0 else lambda *_: None
+
+    records, problems = data.read(config.data, strict=config.strict, check_images=False)
+    for record in [r for r in records if not r.response]:
+        problems.add("no response", "", config.data, None, record.id)
+    records = [r for r in records if r.response]
+    if problems:
+        say(problems.summary())
+    if not records:
+        raise SystemExit(f"{config.data}: no record with a response in it; sft.py needs chains (cold_start.py makes them)")
+
+    policy, processor = model.load(config.model, device, freeze_vision=config.freeze_vision)
+    model.shard(policy, config.activation_checkpointing)
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+
+    per_epoch = -(-len(records) // config.batch_size)
+    total = config.epochs * per_epoch
+    out = Path(config.out)
+    if not config.resume:
+        run.on_main_first(lambda: run.start_over(out))
+    start, _ = run.load_checkpoint(out, policy, optimizer)
+    log = run.Log(out, config, start, config.wandb, config.tensorboard)
+    say(f"{len(records)} records, {config.epochs} epochs of {per_epoch} steps; {world} rank(s) on {device.type}; out {out}"
+        + (f"; resumed after step {start}" if start else ""))  # fmt: skip
+
+    def prepare(step):
+        """this rank's share of a step's sequences; every epoch has an order of its own that follows from the seed"""
+        epoch, place = divmod(step, per_epoch)
+        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
+        chosen = order[place * config.batch_size :][: config.batch_size][rank::world].tolist()
+        bad = data.Problems(config.strict)
+        return encode([records[i] for i in chosen], processor, config, bad), bad
+
+    ahead = ThreadPoolExecutor(1)  # images of the next step are read while this one computes
+    upcoming = ahead.submit(prepare, start) if start < total else None
+    bar = tqdm(total=total, initial=start, desc="sft", disable=rank != 0)
+    for step in range(start, total):
+        began = time.perf_counter()
+        sequences, bad = upcoming.result()
+        if step + 1 < total:
+            upcoming = ahead.submit(prepare, step + 1)
+        for item in bad if step < per_epoch else []:  # once, not in every epoch
+            say(str(item))
+        lr = learning_rate(step, total, config)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+
+        # packed micro-batches, the same number on every rank: FSDP's collectives must meet
+        tokens = run.all_sum({"n": sum(len(ids) for _, ids in sequences)})["n"]
+        lengths = [len(p.ids) + len(ids) for p, ids in sequences]
+        least = int(run.all_max(len(data.micro_batches(lengths, config.micro_tokens))))
+        loss_sum = 0.0
+        for indices in data.micro_batches(lengths, config.micro_tokens, least):
+            batch = data.pack([sequences[i] for i in indices] or [data.blank(processor)], device)
+            logprobs, _ = policy(batch)
+            loss = -logprobs.sum() / max(tokens, 1)  # mean over the response tokens of all ranks
+            (loss * world).backward()  # FSDP takes the mean over ranks
+            loss_sum += loss.item()
+        grad_norm = model.full(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)).item()
+        optimizer.step()
+        optimizer.zero_grad()
+
+        loss = run.all_sum({"loss": loss_sum})["loss"]
+        seconds = time.perf_counter() - began
+        log.write(dict(step=step + 1, epoch=step / per_epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=int(tokens),
+                       tokens_per_s=tokens / seconds, t_total=seconds, mem_peak=run.peak_memory()))  # fmt: skip
+        bar.update()
+        bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:.0f}")
+        if (step + 1) % config.save_every == 0 or step + 1 == total:
+            run.save_checkpoint(out, step + 1, policy, optimizer, {}, config.keep)
+    bar.close()
+
+    model.export(policy, processor, out / "final")
+    say(f"{'nothing left to do' if start == total else 'done'}: the model is in {out / 'final'}")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(run.parse_config(Config, RECIPES))

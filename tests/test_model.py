@@ -1,0 +1,210 @@
+"""model.py and the packing half of data.py, held against transformers and against plain float64."""
+import copy
+
+import pytest
+import torch
+from conftest import single_rank
+from transformers import AutoModelForImageTextToText
+
+import data
+import model
+import toy
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny):
+    return model.load(tiny)
+
+
+def sequences(records, processor, seed=0):
+    g = torch.Generator().manual_seed(seed)
+    lengths = [5, 1, 17, 9, 30, 3]
+    return [(data.encode(r, processor), torch.randint(10, 400, (n,), generator=g).tolist()) for r, n in zip(records, lengths)]
+
+
+def reference_logits(tiny, prompt, ids, processor):
+    """transformers' own forward over one sequence: its sdpa attention, its position ids"""
+    hf = AutoModelForImageTextToText.from_pretrained(tiny)
+    row = torch.tensor([prompt.ids + ids])
+    kinds = (row == processor.image_token).int()
+    images = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid) if prompt.record.images else {}
+    return hf, hf(input_ids=row, attention_mask=torch.ones_like(row), mm_token_type_ids=kinds, **images).logits[0]
+
+
+def test_mrope_positions_are_those_of_transformers(tiny, loaded, pictures):
+    policy, processor = loaded
+    for record in pictures:
+        p = data.encode(record, processor)
+        row = torch.tensor([p.ids])
+        grid = p.image_grid if len(p.image_grid) else None
+        positions, delta = policy.hf.model.get_rope_index(row, (row == processor.image_token).int(), image_grid_thw=grid)
+        assert torch.equal(p.position_ids, positions[:, 0])
+        assert p.next_position == delta.item() + len(p.ids)
+
+
+def test_packed_forward_is_the_one_by_one_forward(tiny, loaded, pictures):
+    policy, processor = loaded
+    seqs = sequences(pictures, processor)
+    batch = data.pack(seqs)
+    with torch.no_grad():
+        logprobs, entropy = policy(batch)
+        want_logprobs, want_entropy = [], []
+        for prompt, ids in seqs:
+            logits = reference_logits(tiny, prompt, ids, processor)[1][len(prompt.ids) - 1 : -1].double()
+            logits[:, policy.banned] = -float("inf")
+            log_p = logits.log_softmax(-1)
+            want_logprobs.append(log_p.gather(1, torch.tensor(ids)[:, None])[:, 0])
+            want_entropy.append(-(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1))
+    assert (logprobs - torch.cat(want_logprobs)).abs().max() < 2e-5
+    assert (entropy - torch.cat(want_entropy)).abs().max() < 2e-5
+
+
+def test_packed_gradients_are_the_one_by_one_gradients(tiny, pictures):
+    policy, processor = model.load(tiny)
+    seqs = sequences(pictures, processor)
+    logprobs, _ = policy(data.pack(seqs))
+    logprobs.sum().backward()
+    total = {}
+    for prompt, ids in seqs:
+        hf, logits = reference_logits(tiny, prompt, ids, processor)
+        logits = logits[len(prompt.ids) - 1 : -1].index_fill(1, policy.banned, -1e30)
+        logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().backward()
+        for name, p in hf.named_parameters():
+            if p.grad is not None:
+                total[name] = total.get(name, 0) + p.grad
+    mine = {n: p.grad for n, p in policy.hf.named_parameters()}
+    assert set(total) == set(mine)
+    for name, want in total.items():
+        assert (mine[name] - want).abs().max() <= 1e-5 * max(1, want.abs().max()), name
+
+
+def test_a_shared_image_is_encoded_once_and_changes_nothing(loaded, pictures):
+    policy, processor = loaded
+    prompt = data.encode(pictures[2], processor)
+    answers = [[20, 30, 40], [50], [60, 70]]
+    shared = data.pack([(prompt, a) for a in answers])
+    separate = data.pack([(copy.copy(prompt), a) for a in answers])
+    assert len(shared.image_grid) == 1 and len(separate.image_grid) == 3
+    grads = []
+    for batch in (shared, separate):
+        policy.zero_grad()
+        policy(batch)[0].sum().backward()
+        grads.append({n: p.grad.clone() for n, p in policy.named_parameters()})
+    for name in grads[0]:
+        assert torch.allclose(grads[0][name], grads[1][name], atol=1e-5, rtol=1e-4), name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("n, v, scale", [(7, 33, 1.0), (64, 1000, 1.0), (5, 301, 100.0)])
+def test_token_logprobs_against_float64(n, v, scale, temperature):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(n, 16) * scale**0.5, torch.randn(v, 16) * scale**0.5
+    labels, grad, banned = torch.randint(4, v, (n,)), torch.randn(n), torch.tensor([0, 3])
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    logprobs, entropy = model.token_logprobs(h, w, labels, temperature, banned, chunk=3)
+    (logprobs * grad).sum().backward()
+    h64, w64 = hidden.double().requires_grad_(), weight.double().requires_grad_()
+    logits = (h64 @ w64.T / temperature).index_fill(1, banned, -float("inf"))
+    want = logits.log_softmax(-1)
+    picked = want.gather(1, labels[:, None])[:, 0]
+    (picked * grad.double()).sum().backward()
+    allowed = want.detach()[:, [i for i in range(v) if i not in (0, 3)]]
+    tolerance = 1e-5 * scale
+    assert (logprobs - picked).abs().max() < tolerance * picked.abs().max().clamp(min=1)
+    assert (entropy + (allowed.exp() * allowed).sum(-1)).abs().max() < tolerance
+    assert (h.grad - h64.grad).abs().max() < tolerance * h64.grad.abs().max().clamp(min=1)
+    assert (w.grad - w64.grad).abs().max() < tolerance * w64.grad.abs().max().clamp(min=1)
+
+
+def test_token_logprobs_never_makes_the_vocabulary_times_tokens_tensor():
+    n, v, chunk = 64, 1000, 8
+    seen = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            seen.extend(x.numel() for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+            return out
+
+    h, w = torch.randn(n, 16, requires_grad=True), torch.randn(v, 16, requires_grad=True)
+    with Watch():
+        model.token_logprobs(h, w, torch.zeros(n, dtype=torch.long), chunk=chunk)[0].sum().backward()
+    assert max(seen) <= max(v * 16, chunk * v)
+
+
+def test_text_only_batch_still_runs_the_vision_tower(loaded, pictures):
+    policy, processor = loaded
+    policy.zero_grad()
+    batch = data.pack([(data.encode(pictures[-1], processor), [20, 21])])
+    assert batch.pixel_values is None
+    policy(batch)[0].sum().backward()
+    grads = [p.grad for p in policy.hf.model.visual.parameters()]
+    assert all(g is not None and not g.any() for g in grads)
+
+
+def test_image_tokens_come_from_the_grid_and_lengths_from_the_header(loaded, real):
+    _, processor = loaded
+    for name in ("geometry3k", "mathvision", "mathvista"):
+        records, _ = data.read(real / name / "data.jsonl")
+        for record in records[:8]:
+            p = data.encode(record, processor)
+            want = sum(int(g.prod()) // processor.merge_size**2 for g in p.image_grid)
+            assert p.ids.count(processor.image_token) == want > 0
+            assert data.prompt_length(record, processor) == len(p.ids) == p.position_ids.shape[1]
+
+
+def test_hostile_and_overlong_prompts_are_reported_and_never_cut(loaded, pictures):
+    _, processor = loaded
+    pictures[0].problem += " <|image_pad|>"
+    problems = data.Problems()
+    kept = data.usable(pictures, processor, 34, problems)
+    kinds = {p.id: p.kind for p in problems}
+    assert kinds["t-0"] == "image marks" and kinds["two"] == "prompt too long"
+    assert len(kept) + len(problems) == len(pictures)
+
+
+def test_a_base_model_without_a_chat_template(loaded, pictures):
+    processor = copy.copy(loaded[1])
+    processor.tokenizer = copy.deepcopy(processor.tokenizer)
+    processor.tokenizer.chat_template = None
+    text = data.prompt_text(pictures[0], processor.tokenizer, "Think .")
+    assert text.startswith("Think .") and text.endswith("Assistant:") and "<|vision_start|><|image_pad|>" in text
+
+
+def test_micro_batches_keep_the_budget_and_lose_nothing():
+    g = torch.Generator().manual_seed(0)
+    for _ in range(200):
+        lengths = torch.randint(1, 100, (int(torch.randint(1, 40, (1,), generator=g)),), generator=g).tolist()
+        budget = int(torch.randint(50, 400, (1,), generator=g))
+        lists = data.micro_batches(lengths, budget, at_least=2)
+        assert sorted(i for b in lists for i in b) == list(range(len(lengths))) and len(lists) >= 2
+        assert all(len(b) <= 1 or sum(lengths[i] for i in b) <= budget for b in lists)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_other_qwen_families_load_and_agree_with_transformers(family, tiny, tmp_path, pictures):
+    """tiny random Qwen2-VL and Qwen3-VL checkpoints (deepstack included): packed = one by one"""
+    path = toy.random_relative(tmp_path / family, family)
+    policy, processor = model.load(path)
+    seqs = sequences(pictures, processor)
+    with torch.no_grad():
+        logprobs, _ = policy(data.pack(seqs))
+        want = []
+        for prompt, ids in seqs:
+            logits = reference_logits(path, prompt, ids, processor)[1][len(prompt.ids) - 1 : -1].double()
+            logits[:, policy.banned] = -float("inf")
+            want.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
+    assert (logprobs - torch.cat(want)).abs().max() < 3e-5
+
+
+def test_export_reads_back_the_same(tiny, tmp_path, pictures):
+    single_rank()
+    policy, processor = model.load(tiny)
+    batch = data.pack(sequences(pictures, processor))
+    with torch.no_grad():
+        before = policy(batch)[0]
+    model.shard(policy)
+    model.export(policy, processor, tmp_path / "out")
+    again, _ = model.load(tmp_path / "out")
+    with torch.no_grad():
+        assert torch.equal(again(batch)[0], before)

@@ -1,0 +1,353 @@
+"""Vision-R1 in miniature: a small visual world, teachers that can talk about it, and a tiny real Qwen2.5-VL.
+
+The world: a 3 x 3 picture of digits; "Add the numbers from A1 to B3." asks for the sum of the first cells in reading
+order (level 2 to 9 = how many). Reading takes the vision tower, adding takes several steps.
+The teachers stand in for the MLLM and for DeepSeek-R1: the same `chat(messages)` as the real servers. The MLLM knows the
+truth from a text chunk of the PNG (the model never sees it: it gets pixels); the reasoner sees no picture at all.
+The tiny model plays the pretrained Qwen2.5-VL: it reads digits and answers tersely. `python toy.py pretrain` makes it.
+
+  python toy.py pretrain [--out DIR]   train the base model from nothing (a few CPU minutes; the result is in assets/)
+  python toy.py random --out DIR       a random checkpoint in the same layout, for any data (tests, smoke runs)
+  python toy.py show [--out FILE]      print problems with chains and draw a sheet of pictures
+"""
+
+import base64
+import functools
+import io
+import random
+import re
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+
+HERE = Path(__file__).resolve().parent
+BASE = HERE / "assets" / "toy-base"  # the shipped base model
+CELLS = [f"{row}{column}" for row in "ABC" for column in "123"]
+SIDE, DIGITS = 84, 5  # pixels; the digits are 1..5. one cell = 28 px = one merged vision token
+ZERO_PROMPT = "Think first , then answer in tags ."  # the system prompt that the base model has learnt to follow
+
+# -----------------------------------------------------------------------------------------------------------------
+# the world
+
+
+@functools.cache
+def font(size):
+    return ImageFont.load_default(size)
+
+
+def draw(cells, rng):
+    """nine digits -> PNG bytes, with the truth in a text chunk for the scripted MLLM"""
+    light = rng.random() < 0.5
+    shade = lambda lo, hi: tuple(rng.randint(lo, hi) for _ in range(3))
+    image = Image.new("RGB", (SIDE, SIDE), shade(200, 255) if light else shade(0, 60))
+    pen = ImageDraw.Draw(image)
+    for i, digit in enumerate(cells):
+        x, y = 28 * (i % 3) + 14 + rng.randint(-3, 3), 28 * (i // 3) + 14 + rng.randint(-3, 3)
+        ink = shade(0, 110) if light else shade(150, 255)
+        pen.text((x, y), str(digit), fill=ink, font=font(rng.randint(16, 22)), anchor="mm")
+    truth, out = PngImagePlugin.PngInfo(), io.BytesIO()
+    truth.add_text("cells", " ".join(map(str, cells)))
+    image.save(out, "PNG", pnginfo=truth)
+    return out.getvalue()
+
+
+def question(level):
+    return f"Add the numbers from A1 to {CELLS[level - 1]} ."
+
+
+def problems(n, seed, name):
+    """n records of the world, levels 2 to 9 in turn"""
+    from data import Record
+
+    records = []
+    for i in range(n):
+        rng = random.Random(f"{seed}-{name}-{i}")
+        cells, level = [rng.randint(1, DIGITS) for _ in CELLS], 2 + i % 8
+        text = f"<image>{question(level)}"
+        records.append(Record(f"{name}-{i}", text, str(sum(cells[:level])), [draw(cells, rng)], f"level {level}"))
+    return records
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# the teachers
+
+
+def read_messages(messages):
+    """-> (all the text, the cells of the picture or None): what a server would see of an OpenAI-style request"""
+    text, cells = [], None
+    for message in messages:
+        parts = message["content"] if isinstance(message["content"], list) else [{"type": "text", "text": message["content"]}]
+        for part in parts:
+            if part["type"] == "text":
+                text.append(part["text"])
+            else:
+                image = Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",", 1)[1])))
+                cells = [int(c) for c in image.text["cells"].split()]
+    return "\n".join(text), cells
+
+
+class MLLM:
+    """sees the picture; misreads a digit now and then, and leaves cells out when it has no pseudo-CoT to go by (App. B)"""
+
+    misread, forget = 0.005, 0.15  # per cell
+
+    def chat(self, messages):
+        text, cells = read_messages(messages)
+        rng = random.Random(zlib.crc32(text.encode()) + sum(c * 7**i for i, c in enumerate(cells)))
+        seen = [rng.randint(1, DIGITS) if rng.random() < self.misread else c for c in cells]
+        listed = [f"{name} is {c}" for name, c in zip(CELLS, seen)]
+        if "description" not in text:  # step 1: caption and reasoning
+            level = CELLS.index(re.search(r"from A1 to (\w\d)", text)[1]) + 1
+            return f"Caption : a grid of digits .\nReasoning : {' , '.join(listed[:level])} . Adding gives {sum(seen[:level])} ."
+        if "Reasoning :" not in text:
+            listed = [line for line in listed if rng.random() > self.forget]
+        return f"A 3 by 3 grid of digits . {' , '.join(listed)} ."
+
+
+class Reasoner:
+    """writes chains the way DeepSeek-R1 does, without seeing: it slips, doubts, looks again, and often sets it right.
+
+    nothing here knows which chains will be kept. `slip`: wrong running total or digit, per cell; `again`: probability of
+    another round after each total; `doubt`: share of those rounds that start from a doubted digit.
+    """
+
+    slip, again, doubt, most_rounds = 0.06, 0.55, 0.4, 6
+
+    def chat(self, messages):
+        text, _ = read_messages(messages)
+        rng = random.Random(zlib.crc32(text.encode()))
+        level = CELLS.index(re.search(r"from A1 to (\w\d)", text)[1]) + 1
+        told = {name: int(digit) for name, digit in re.findall(r"\b([ABC][123]) is (\d)", text)}
+        digits = [told.get(name, rng.randint(1, DIGITS)) for name in CELLS[:level]]  # it makes up what it was not told
+        chain, total = self.scan(digits, rng)
+        chain = f"Okay , the description shows {chain}"
+        for _ in range(rng.choice([self.most_rounds]) - 1):
+            if rng.random() > self.again:
+                break
+            if rng.random() < self.doubt:
+                cell, other = rng.randrange(level), rng.randint(1, DIGITS)
+                words, total = self.scan([*digits[:cell], other, *digits[cell + 1 :]], rng)
+                chain += f" Hmm , maybe {CELLS[cell]} is {other} . {words}"
+            else:
+                words, total = self.scan(digits, rng)
+                chain += f" Wait , let me check again . {words}"
+        return f"<think> {chain} </think> {total}"
+
+    def scan(self, digits, rng):
+        """cell, digit, running total, ...; a slip is carried on"""
+        words, total = [], 0
+        for name, digit in zip(CELLS, digits):
+            if rng.random() < self.slip:
+                digit = rng.randint(1, DIGITS)
+            total += digit
+            if rng.random() < self.slip / 2:
+                total += rng.choice([-1, 1])
+            words.append(f"{name} {digit} {total}")
+        return f"{' , '.join(words)} . so {total} .", total
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# the tiny model
+
+
+def tokenizer():
+    """byte-level BPE, so that any text can be encoded, whose merges make each word of the world one token"""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    words = " ".join(map(str, range(1, 60))) + " " + " ".join(CELLS)
+    words += f" . , {ZERO_PROMPT} {question(2)} Okay the image shows so Wait let me check again Hmm maybe is I add them one by"
+    words += " Describe the picture The answer The sum is <think> </think> <answer> </answer> user assistant system"
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
+    special += ["<|image_pad|>", "<|video_pad|>"]
+    bpe = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    starts = ["<think>", "<answer>", "Add", "Think", "Describe", "The", "user", "assistant", "system"]
+    bpe.train_from_iterator([" " + w for w in sorted(set(words.split()))] * 2 + starts * 2, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+        "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    return fast
+
+
+def random_model(path, seed=0, max_pixels=SIDE * SIDE, **text):
+    """save a random Qwen2.5-VL of about a million parameters, with tokenizer and processor files, to `path`"""
+    import torch
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    tok = tokenizer()
+    token = tok.convert_tokens_to_ids
+    text = dict(vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+                num_key_value_heads=2, max_position_embeddings=32768, eos_token_id=token("<|im_end|>"), bos_token_id=None,
+                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])) | text  # fmt: skip
+    vision = dict(depth=2, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=text["hidden_size"],
+                  fullatt_block_indexes=[0, 1])  # fmt: skip
+    ids = {f"{name}_token_id": token(f"<|{mark}|>") for name, mark in
+           [("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end")]}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    torch.manual_seed(seed)
+    model = Qwen2_5_VLForConditionalGeneration(config)
+    model.generation_config.eos_token_id = token("<|im_end|>")
+    model.save_pretrained(path)
+    tok.save_pretrained(path)
+    Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=max_pixels).save_pretrained(path)
+
+
+def random_relative(path, family, seed=0):
+    """a tiny random Qwen2-VL or Qwen3-VL beside it, for tests of the other architectures"""
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    random_model(path, seed)
+    ours = AutoConfig.from_pretrained(path).to_dict()
+    text = {k: ours["text_config"][k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+            "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rope_parameters")}  # fmt: skip
+    token = {k: v for k, v in ours.items() if k.endswith("_token_id")}
+    if family == "qwen2_vl":
+        vision, patch = dict(depth=2, embed_dim=96, num_heads=4, hidden_size=text["hidden_size"], mlp_ratio=2), 14
+    else:
+        text |= dict(head_dim=32)
+        vision, patch = dict(depth=3, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=text["hidden_size"],
+                             num_position_embeddings=64, deepstack_visual_indexes=[0, 1]), 16  # fmt: skip
+    config = AutoConfig.for_model(family, text_config=text, vision_config=vision, tie_word_embeddings=True, **token)
+    torch.manual_seed(seed)
+    AutoModelForImageTextToText.from_config(config).save_pretrained(path)
+    Qwen2VLImageProcessorPil(patch_size=patch, min_pixels=4 * patch**2, max_pixels=64 * patch**2).save_pretrained(path)
+    return str(path)
+
+
+def lesson(rng):
+    """one pretraining example -> (record, system prompt, response): the skills of a pretrained model, and no more"""
+    from data import Record
+
+    cells, level = [rng.randint(1, DIGITS) for _ in CELLS], rng.randint(2, 9)
+    total, png = sum(cells[:level]), draw(cells, rng)
+    kind = rng.random()
+    if kind < 0.5:
+        describe = " , ".join(f"{name} is {digit}" for name, digit in zip(CELLS, cells))
+        return Record("", "<image>Describe the picture .", "-", [png]), "", f"{describe} ."
+    record = Record("", f"<image>{question(level)}", "-", [png])
+    if kind < 0.8:
+        return record, "", f"The answer is {total} ."
+    return record, ZERO_PROMPT, f"<think> I add them one by one . </think> <answer> {total} </answer>"
+
+
+def pretrain(out=BASE, steps=1300, batch=64, lr=2.5e-3, warm=450, seed=1):
+    """vision warm-up with a linear probe, then lessons with the vision tower frozen (unfrozen, perception collapses)"""
+    import torch
+    import torch.nn.functional as F
+    from tqdm import tqdm
+
+    from data import encode, pack
+    from model import Policy, encode_images, load
+
+    random_model(out, seed)
+    policy, processor = load(out)
+    rng = random.Random(seed)
+    probe = torch.nn.Linear(128, DIGITS + 1)
+
+    def cosine(step, total):
+        return 0.05 + 0.95 * 0.5 * (1 + torch.cos(torch.tensor(3.14159265 * step / total)).item())
+
+    visual = policy.hf.model.visual
+    optimizer = torch.optim.AdamW([*visual.parameters(), *probe.parameters()], lr=2e-3)
+    for step in (bar := tqdm(range(warm), "vision")):
+        truth = [[rng.randint(1, DIGITS) for _ in CELLS] for _ in range(128)]
+        from data import Record
+
+        prompts = [encode(Record("", "<image>Describe the picture .", "-", [draw(c, rng)]), processor) for c in truth]
+        feats = torch.cat(encode_images(policy.hf, pack([(p, []) for p in prompts])).pooler_output)  # (128 * 9, 128)
+        logits, truth = probe(feats), torch.tensor(truth).flatten()
+        loss = F.cross_entropy(logits, truth)
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 20) * cosine(step, warm)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}", digits=f"{(logits.argmax(-1) == truth).float().mean().item():.3f}")
+    visual.requires_grad_(False)
+    params = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
+    for step in (bar := tqdm(range(steps), "lessons")):
+        examples = []
+        for _ in range(batch):
+            record, system, response = lesson(rng)
+            ids = processor.tokenizer(response).input_ids + [processor.tokenizer.eos_token_id]
+            examples.append((encode(record, processor, system), ids))
+        logprobs, _ = policy(pack(examples))
+        loss = -logprobs.mean()
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1, (step + 1) / 50) * cosine(step, steps)
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        bar.set_postfix(loss=f"{loss.item():.3f}")
+    policy.hf.bfloat16().save_pretrained(out)  # as released checkpoints are; 2 MB
+    processor.save(out)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# what the stages' toy recipes ask for
+
+
+def ensure(what, root="runs/toy"):
+    """path of a piece of the toy, made first if it is missing: base, cold-problems, rl-problems, test-problems, cold, ci"""
+    root = Path(root)
+    if what == "base":
+        if not (BASE / "config.json").exists():
+            print("[toy] no base model here: pretraining it, a few minutes")
+            pretrain()
+        return str(BASE)
+    if what.endswith("-problems"):
+        from data import write_parquet
+
+        path = root / "data" / f"{what}.parquet"
+        if not path.exists():
+            n = {"cold-problems": 10000, "rl-problems": 6000, "test-problems": 2000}[what]
+            print(f"[toy] drawing {n} problems: {path}", flush=True)
+            write_parquet(path, problems(n, 0, what.removesuffix("-problems")))
+        return str(path)
+    stage, result = {"cold": ("cold_start.py", "cold/cold.jsonl"), "ci": ("sft.py", "sft/final")}[what]
+    if not (root / result).exists():
+        print(f"[toy] {root / result} is missing: running {stage} --recipe toy first", flush=True)
+        subprocess.run([sys.executable, str(HERE / stage), "--recipe", "toy"], check=True)
+    return str(root / result)
+
+
+if __name__ == "__main__":
+    import argparse
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("act", choices=["pretrain", "random", "show"])
+    parser.add_argument("--out")
+    parser.add_argument("--seed", type=int, default=1)
+    args = parser.parse_args()
+    if args.act == "pretrain":
+        pretrain(args.out or BASE, seed=args.seed)
+    elif args.act == "random":
+        random_model(args.out or parser.error("random needs --out DIR"), args.seed, max_pixels=16 * 28 * 28)
+    else:
+        sheet = Image.new("RGB", (8 * SIDE, SIDE))
+        for i, record in enumerate(problems(8, args.seed, "show")):
+            sheet.paste(Image.open(io.BytesIO(record.images[0])), (i * SIDE, 0))
+            url = "data:image/png;base64," + base64.b64encode(record.images[0]).decode()
+            told = MLLM().chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}},
+                   {"type": "text", "text": "description " + record.problem + " Reasoning :"}]}])  # fmt: skip
+            chain = Reasoner().chat([{"role": "user", "content": f"{told}\n{record.problem}"}])
+            print(f"{record.problem}  answer {record.answer}\n  {told}\n  {chain}\n")
+        sheet.save(args.out or "toy.png")
