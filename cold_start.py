@@ -10,26 +10,14 @@ pseudo-CoT -> detailed description -> the reasoner's chain -> filters -> word re
 Keys come from the environment: MLLM_API_KEY, REASONER_API_KEY, else OPENAI_API_KEY. Every finished call goes to OUT/journal.jsonl
 at once: kill the run when you like, the same command goes on and ends with the same bytes.
 """
-import asyncio
-import base64
-import errno
-import fcntl
-import hashlib
-import json
-import os
-import random
-import re
-import shutil
-import sys
-import time
-import zlib
+import asyncio, base64, errno, fcntl, hashlib, json, os, random, re, shlex, sys, time, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from urllib.parse import urlsplit
 
 from data import MARK, read
-from reward import is_equiv
+from reward import is_equiv, loose_answer, unwrap
 
 @dataclass
 class Config:
@@ -124,7 +112,7 @@ def as_seen(chain):
         chain = pattern.sub(lambda m: replace(m, new), chain)
     return chain
 
-# ---- filters. each returns the evidence, "" when all is well. the rules are ours: the paper says "by rules"
+# ---- filters. the rules are ours, the paper says only "by rules"; each gives its evidence, something false when all is well
 
 BLIND = re.compile(
     r"(?:can(?:'t|not| not)|unable to|don't|do not|couldn't) (?:actually |directly )?(?:see|view|access|look at) (?:the|any|an|this) (?:\w+ )?" + KIND
@@ -138,123 +126,118 @@ CONCLUSION = re.compile(r"\b(?i:answer|option|choice)\s*(?i:is|=|:|must be|shoul
                         r"(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[A-H])(?![\w\\√π^*+/]|\.\d)")
 CHOICE = re.compile(r"^\s*\(?([A-H])[:.)]\s*(.+?)\s*$", re.M)
 
-def looping(text):
-    """a loop is what compresses far better than prose (2-3x) or tables (5x): 12x, over 2,000 characters anywhere or the whole"""
-    for part in [text] + [text[i:i + 2000] for i in range(0, len(text), 1000) if len(text) > 2000]:
-        if len(part) >= 400 and len(part.encode()) > 12 * len(zlib.compress(part.encode())):
-            return part[-120:]
-    return ""
-
-def blind(text, question):
-    found = BLIND.search(text)
-    return text[max(0, found.start() - 40):found.end() + 40] if found and not BLIND.search(question) else ""
-
-def language_mix(chain, question):
-    """letters of another script in a chain whose question has none (R1 slips into Chinese)"""
-    found = OTHER_SCRIPTS.findall(chain)
-    return "".join(found[:40]) if len(found) > 2 and not OTHER_SCRIPTS.search(question) else ""
-
-def contradiction(chain, record, choices):
-    """the last conclusion near the chain's end, when it is a number or a letter, against the ground truth"""
-    found = CONCLUSION.findall(chain[-600:])
-    if not found or found[-1] in re.findall(r"-?[\d.,/]*\d|\b[A-H]\b", record.answer):
-        return ""
-    comparable = choices or found[-1].isalpha() == (re.fullmatch(r"[A-H]", record.answer) is not None)
-    return f"the chain ends with {found[-1]!r}" if comparable and not is_equiv(found[-1], record.answer, choices) else ""
-
-def choices_of(record):
-    """the options of a multiple-choice problem; Mulberry has them only as lines "A: 12" of the question"""
-    found = CHOICE.findall(record.problem)
-    return record.choices or ([text for _, text in found] if [x for x, _ in found] == list("ABCDEFGH")[:len(found)] and found else None)
-
 class Reject(Exception):
-    """one record is left out: Reject(step, rule, evidence); `again` when a later run should try it once more"""
+    """one record is left out; `again`: through no fault of its own, a later run tries it once more"""
     def __init__(self, step, rule, evidence, again=False):
         self.step, self.rule, self.evidence, self.again = step, rule, evidence, again
 
 class Stop(Exception):
     """the run ends here with this message for a person; the journal keeps what is finished"""
 
+def looping(text):
+    """a loop compresses far better (12x) than prose (2-3x) or tables (5x): over 2,000 characters anywhere, or the whole"""
+    for part in [text] + [text[i:i + 2000] for i in range(0, len(text), 1000) if len(text) > 2000]:
+        if len(part) >= 400 and len(part.encode()) > 12 * len(zlib.compress(part.encode())):
+            return part[-120:]
+
+def blind(text, question):
+    """it says that it sees no image, or that data are missing (unless the question itself speaks so)"""
+    found = BLIND.search(text)
+    return found and not BLIND.search(question) and text[max(0, found.start() - 40):found.end() + 40]
+
+def language_mix(chain, question):
+    """letters of another script in a chain whose question has none (R1 slips into Chinese)"""
+    found = OTHER_SCRIPTS.findall(chain)
+    return len(found) > 2 and not OTHER_SCRIPTS.search(question) and "".join(found[:40])
+
+def choices_of(record):
+    """the options of a multiple-choice problem; Mulberry has them only as lines "A: 12" of the question"""
+    letters, texts = zip(*CHOICE.findall(record.problem)) if CHOICE.search(record.problem) else ((), ())
+    return record.choices or (list(texts) if texts and "".join(letters) == "ABCDEFGH"[:len(letters)] else None)
+
+def contradiction(chain, record, choices):
+    """the last conclusion near the chain's end, when it is a number or a letter, is not the answer"""
+    found = CONCLUSION.findall(chain[-600:])
+    if found and found[-1] not in re.findall(r"-?[\d.,/]*\d|\b[A-H]\b", record.answer):
+        comparable = choices or found[-1].isalpha() == bool(re.fullmatch(r"[A-H]", record.answer))
+        return comparable and not is_equiv(found[-1], record.answer, choices) and f"the chain ends with {found[-1]!r}"
+
 def checked(step, reply, question):
-    """the text of a call if it is usable at all: the rules that hold for all three steps"""
+    """the text of a call, by the rules that hold for all three steps"""
     text = reply["text"].strip()
-    if reply["finish"] == "content_filter":
-        raise Reject(step, "refused", text[:200])
-    for rule, evidence in (("empty", "" if text else "no text"), ("truncated", text[-120:] if reply["finish"] == "length" else ""),
-                           ("looping", looping(text)), ("can't see", blind(text, question))):
+    for rule, evidence in (("refused", reply["finish"] == "content_filter" and (text[:200] or "content filter")), ("empty", not text and "no text"),
+                           ("truncated", reply["finish"] == "length" and text[-120:]), ("looping", looping(text)), ("can't see", blind(text, question))):
         if evidence:
             raise Reject(step, rule, evidence)
     return text
 
+def objections(config, record, chain, answer):
+    """what is wrong with a chain and its answer: (rule, evidence), the weightiest first"""
+    choices = choices_of(record)
+    yield "format", not chain and "no closed <think> part"
+    yield "format", re.search(r"</?(?:think|answer)>", chain) and "a tag within the chain"
+    yield "no answer", not answer and "nothing that reads as a final answer"
+    yield "wrong answer", not is_equiv(answer, record.answer, choices) and f"{answer!r}, the truth is {record.answer!r}"
+    yield "contradiction", contradiction(chain, record, choices)
+    yield "language mix", language_mix(chain, record.problem)
+    yield "too short", len(chain) < config.min_chars and f"{len(chain)} characters"
+    yield "too long", len(chain) > config.max_chars and f"{len(chain)} characters"
+
 def split(text):
-    """an answer of the reasoner -> (chain, what it says afterwards); (None, text) without a closed think part"""
-    chain, end, rest = text.rpartition("</think>")
-    return (chain.replace("<think>", "").strip(), rest.strip()) if end else (None, text)
+    """an answer of the reasoner -> (chain, what it says afterwards); ("", text) without a closed think part"""
+    chain, _, rest = text.rpartition("</think>")
+    return chain.strip().removeprefix("<think>").strip(), rest.strip()
 
 def final_answer(text):
-    """what a text says its answer is, None when it does not say"""
-    for pattern in (r"<answer>(.*?)</answer>", r"final answer\W*?[::]\W*?([^\n]+)", r"(\\boxed\{.*)", r"\banswer(?: is|:)\s*([^\n]+)", r"^([^\n]{1,80})$"):
-        found = re.findall(pattern, text.strip(), re.I | re.S if "<" in pattern else re.I)
-        if found:
-            boxed = re.search(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", found[-1])
-            return re.sub(r"(?i)^final answer\s*:", "", (boxed[1] if boxed else found[-1]).strip(" *$\n")).strip().rstrip(".") or None
-    return None
-
-def filtered(config, record, chain, answer):
-    """the chain and answer of one record through the filters (Sec. 3.3.1) -> the response to train on"""
-    choices, question = choices_of(record), record.problem
-    rules = [("format", "" if chain else "no closed <think> part"),
-             ("no answer", "" if answer else "nothing that reads as a final answer"),
-             ("wrong answer", "" if answer and is_equiv(answer, record.answer, choices) else f"{answer!r}, the truth is {record.answer!r}")]
-    for rule, evidence in rules:
-        if evidence:
-            raise Reject("filter", rule, evidence)
-    for rule, evidence in (("contradiction", contradiction(chain, record, choices)), ("language mix", language_mix(chain, question)),
-                           ("too short", f"{len(chain)} characters" if len(chain) < config.min_chars else ""),
-                           ("too long", f"{len(chain)} characters" if len(chain) > config.max_chars else ""),
-                           ("tags", "a tag within the chain" if re.search(r"</?(?:think|answer)>", chain) else "")):
-        if evidence:
-            raise Reject("filter", rule, evidence)
-    return config.template.format(chain=as_seen(chain), answer=record.answer)  # the truth in the form that the question asks for
+    """what a text says its answer is; None when it does not say"""
+    found = re.findall(r"<answer>(.*?)</answer>", text, re.S) or re.findall(r"(?i)final answer[\s*]*[:：][\s*]*([^\n]+)", text)
+    found = found or [loose_answer(text) or ""]  # \boxed{}
+    if not found[-1]:
+        found = re.findall(r"(?i)answer is[:\s*]*([^\n]+)", text) or re.findall(r"\A[^\n]{1,80}\Z", text.strip()) or [""]
+    return unwrap(found[-1]) or None
 
 # ---- the bridge: what happens to one record
 
-def picture(image):
-    """path or bytes -> (bytes, ending), as they are: nothing is encoded anew"""
-    image = Path(image).read_bytes() if isinstance(image, str) else image
+def ending(image):
+    """the kind of picture that these bytes are"""
     kinds = ((b"\x89PNG", "png"), (b"\xff\xd8", "jpeg"), (b"GIF8", "gif"), (b"RIFF", "webp"), (b"BM", "bmp"))
-    return image, next((kind for magic, kind in kinds if image.startswith(magic)), "png")
+    return next((kind for magic, kind in kinds if image.startswith(magic)), "png")
 
 async def bridge(config, record, mllm, reasoner):
     """one record through the steps of Sec. 3.3.1 -> its response; raises Reject"""
     question = record.problem.replace(MARK, "").strip()
-    images = [picture(i) for i in record.images]
-    digest = [hashlib.sha256(i).hexdigest() for i, _ in images]
-    seen = [{"type": "image_url", "image_url": {"url": f"data:image/{kind};base64,{base64.b64encode(i).decode()}"}} for i, kind in images]
-    pseudo_cot = draft = ""
+    try:
+        images = [Path(i).read_bytes() if isinstance(i, str) else i for i in record.images]
+    except FileNotFoundError as e:
+        raise Reject("input", "missing image", str(e)) from e
+    if not images:
+        raise Reject("input", "no image", "there is nothing to bridge")
+    urls = [f"data:image/{ending(i)};base64,{base64.b64encode(i).decode()}" for i in images]  # as they are, once for both calls
+    seen = [{"type": "image_url", "image_url": {"url": url}} for url in urls], [hashlib.sha256(i).hexdigest() for i in images]
+    pseudo_cot, draft = "", ""
     if not config.skip_pseudo_cot:  # step 1: caption and structured reasoning
         prompt = PSEUDO_COT.format(question=question, answer=record.answer)
-        pseudo_cot = checked("pseudo-CoT", await mllm.ask(record, "pseudo-CoT", prompt, seen, digest), question)
+        pseudo_cot = checked("pseudo-CoT", await mllm.ask(record, "pseudo-CoT", prompt, *seen), question)
         draft = DRAFT.format(pseudo_cot=pseudo_cot)
-    if config.pseudo_cot_only:
-        return filtered(config, record, re.split(r"(?i)\W*final answer\W*:", pseudo_cot)[0], final_answer(pseudo_cot))
-    description = pseudo_cot
-    if not config.skip_description:  # step 2: every detail that the question needs
-        prompt = DESCRIPTION.format(question=question) + draft
-        description = checked("description", await mllm.ask(record, "description", prompt, seen, digest), question)
-    prompt = REASON.format(description=description, question=question)  # step 3: the text-only reasoner
-    text = checked("chain", await reasoner.ask(record, "chain", prompt), question)
-    chain, rest = split(text)
-    return filtered(config, record, chain, final_answer(rest))  # step 4
+    description, chain, rest = pseudo_cot, re.split(r"(?i)\W*final answer\W*:", pseudo_cot)[0], pseudo_cot
+    if not config.pseudo_cot_only:
+        if not config.skip_description:  # step 2: every detail that the question needs
+            prompt = DESCRIPTION.format(question=question) + draft
+            description = checked("description", await mllm.ask(record, "description", prompt, *seen), question)
+        prompt = REASON.format(description=description, question=question)  # step 3: the text-only reasoner
+        chain, rest = split(checked("chain", await reasoner.ask(record, "chain", prompt), question))
+    for rule, evidence in objections(config, record, chain, final_answer(rest)):  # step 4: filter, reword, wrap
+        if evidence:
+            raise Reject("filter", rule, evidence)
+    return config.template.format(chain=as_seen(chain), answer=record.answer)  # the truth, in the form that the question asks for
 
 # ---- teachers: servers over HTTP, or the toy's in this process
 
 class Journal:
-    """every finished call, one line each, written before anything is done with it. key -> place in the file of earlier runs"""
+    """every finished call, one line each, written at once; what earlier runs wrote is found by key, and read when needed"""
 
     def __init__(self, path):
-        self.file, self.places, self.end = open(path, "ab", buffering=0), {}, 0
-        self.reader = open(path, "rb")
+        self.file, self.reader, self.places, self.end = open(path, "ab", buffering=0), open(path, "rb"), {}, 0
         for line in self.reader:
             if not line.endswith(b"}\n"):
                 break  # killed in the middle of this line: the call is made again
@@ -263,17 +246,14 @@ class Journal:
         self.file.truncate(self.end)
 
     def get(self, key):
-        place = self.places.get(key)
-        if place is None:
-            return None
-        self.reader.seek(place)
-        return json.loads(self.reader.readline())
+        if key in self.places:
+            self.reader.seek(self.places[key])
+            return json.loads(self.reader.readline())
 
     def add(self, key, reply):
-        line = json.dumps({"key": key, **reply}, ensure_ascii=False).encode() + b"\n"
+        line = json.dumps({"key": key, **reply}).encode() + b"\n"
         try:
-            written = self.file.write(line)
-            if written != len(line):
+            if self.file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, "no space left on device")
         except OSError:
             self.file.truncate(self.end)  # not half a line
@@ -282,184 +262,157 @@ class Journal:
 
 class InProcess:
     """the toy's scripted teacher behind the interface of Server"""
-    calls, repeated, busy, tokens, trouble = 0, 0, 0, (0, 0), ""
 
-    def __init__(self, teacher):
-        self.teacher = teacher
+    def __init__(self, teacher, tally):
+        self.teacher, self.tally = teacher, tally
 
-    async def ask(self, record, step, prompt, seen=(), digest=()):
-        self.calls += 1
-        content = [*seen, {"type": "text", "text": prompt}]
-        return {"text": self.teacher.chat([{"role": "user", "content": content}]), "finish": "stop"}
+    async def ask(self, record, step, prompt, seen=(), digests=()):
+        self.tally["calls"] += 1
+        return {"text": self.teacher.chat([{"role": "user", "content": [*seen, {"type": "text", "text": prompt}]}]), "finish": "stop"}
 
 class Down(Exception):
     """nobody answers at the server's address: no record's fault"""
 
 class Server:
-    """one OpenAI-compatible chat server: retries, pauses, and tells apart what went wrong"""
+    """an OpenAI-compatible chat server. keep-alive HTTP/1.1 by hand: 0.1 ms of CPU a call, where the openai package takes 2 to
+    4 ms and so holds hundreds of requests in flight down to 250 a second"""
 
-    def __init__(self, name, url, model, max_tokens, config, journal, lean=None):
-        self.name, self.url, self.model, self.journal, self.config = name, url.rstrip("/"), model, journal, config
-        self.settings = {"max_tokens": max_tokens, "temperature": config.temperature, "top_p": config.top_p}
+    def __init__(self, name, config, journal, tally):
+        self.name, self.config, self.journal, self.tally = name, config, journal, tally
+        self.url, self.model = getattr(config, f"{name}_url"), getattr(config, f"{name}_model")
+        self.settings = {"max_tokens": getattr(config, f"{name}_tokens"), "temperature": config.temperature, "top_p": config.top_p}
         self.key = os.environ.get(f"{name.upper()}_API_KEY") or os.environ.get("OPENAI_API_KEY") or "EMPTY"
-        self.calls, self.repeated, self.busy, self.tokens, self.trouble = 0, 0, 0, [0, 0], ""
-        self.pause, self.down_until, self.given_up, self.idle = 0.0, 0.0, 0, []
-        at = urlsplit(self.url)
-        if at.scheme not in ("http", "https") or not at.hostname or at.username or not model:
-            raise Stop(f"--{name}-url {url!r} with --{name}-model {model!r}: a URL like http://host:8000/v1 (without a key in it) and the model's name are needed")
-        self.at, self.send = at, self.send_lean
-        if not (at.scheme == "http" if lean is None else lean):  # hosted: TLS, proxies and all, by the official client
-            import openai
+        self.pause, self.down_until, self.given_up, self.answers, self.idle, self.at = 0.0, 0.0, 0, 0, [], urlsplit(self.url.rstrip("/"))
+        if self.at.scheme not in ("http", "https") or not self.at.hostname or self.at.username or not self.model:
+            raise Stop(f"--{name}-url and --{name}-model are needed: a URL like http://host:8000/v1 (no key in it) and the model's name there")
 
-            self.client, self.send = openai.AsyncOpenAI(base_url=self.url, api_key=self.key, max_retries=0, timeout=config.timeout), self.send_openai
-
-    async def ask(self, record, step, prompt, seen=(), digest=()):
-        """the reply {text, finish, in, out} to one prompt with pictures, from the journal when it has it; raises Reject, Stop"""
-        what = [record.id, step, self.model, self.settings, prompt, digest]
+    async def ask(self, record, step, prompt, seen=(), digests=()):
+        """the reply {text, finish, in, out} to a prompt with pictures, from the journal when it is there; raises Reject, Stop"""
+        what = [record.id, step, self.model, self.settings, prompt, digests]
         key = hashlib.blake2b(json.dumps(what).encode(), digest_size=16).hexdigest()
         reply = self.journal.get(key)
+        self.tally["calls" if reply is None else "from_journal"] += 1
         if reply is None:
             content = [*seen, {"type": "text", "text": prompt}] if seen else prompt
-            self.busy += 1
+            self.tally["in_flight"] += 1
             try:
-                reply = await self.call(step, {"model": self.model, "messages": [{"role": "user", "content": content}], **self.settings})
+                reply = await self.call(step, json.dumps({"model": self.model, "messages": [{"role": "user", "content": content}], **self.settings}).encode())
             finally:
-                self.busy -= 1
+                self.tally["in_flight"] -= 1
             self.journal.add(key, reply)
-            self.calls += 1
-        else:
-            self.repeated += 1
-        self.tokens = [self.tokens[0] + reply["in"], self.tokens[1] + reply["out"]]
-        if "error" in reply:
-            raise Reject(step, reply["error"], reply["text"])
+        self.tally[f"{self.name}_in"] += reply["in"]
+        self.tally[f"{self.name}_out"] += reply["out"]
+        if reply["finish"] == "context overflow":
+            raise Reject(step, "context overflow", reply["text"])
         return reply
 
     async def call(self, step, body):
-        """one answer, however long it takes. busy or down: wait for ever; failed: so many times, then the record is given up"""
+        """one answer, however long it takes. busy or down: wait for ever; failed too often: the record is given up"""
         failures, wait = 0, self.config.backoff
         while True:
             while (rest := self.down_until - time.monotonic()) > 0:
-                await asyncio.sleep(rest + random.random() * self.config.backoff / 10)
+                await asyncio.sleep(rest + random.random() * wait / 10)
+            headers, answers, asked_at = {}, self.answers, time.monotonic()
             try:
-                status, headers, raw = await asyncio.wait_for(self.send(body), self.config.timeout)
+                status, headers, raw = await self.post(body)
                 kind, text = verdict(status, raw)
                 if kind == "ok":
-                    reply, self.pause, self.given_up, self.trouble = parse_reply(raw), 0.0, 0, ""
+                    reply, self.pause, self.given_up, self.tally["trouble"] = parse_reply(raw), 0.0, 0, ""
+                    self.answers += 1
                     return reply
-            except asyncio.TimeoutError:
-                kind, text, headers = "failed", f"no answer within {self.config.timeout:g} s", {}
-            except (OSError, EOFError, ValueError) as e:  # cut connection, malformed answer
-                kind, text, headers = "failed", f"{type(e).__name__}: {e}", {}
             except Down as e:
-                kind, text, headers = "down", str(e), {}
+                kind, text = "down", str(e)
+            except (OSError, EOFError, ValueError, asyncio.LimitOverrunError) as e:  # malformed, cut, or cut by us after the timeout
+                kind, text = "failed", f"{type(e).__name__}: {e} ({time.monotonic() - asked_at:.1f} s after the question)"
             text = text.replace(self.key, "***")[:300]
+            self.tally["trouble"] = f"{self.name} {kind}: {text[:80]}"
             if kind in ("wrong key", "unknown model", "out of quota"):
-                hint = {"wrong key": f"set {self.name.upper()}_API_KEY", "unknown model": f"{self.model!r} at this URL? {text}", "out of quota": text}[kind]
-                raise Stop(f"{self.name} at {self.url}: {kind}: {hint}")
+                hint = f"set {self.name.upper()}_API_KEY" if kind == "wrong key" else text  # servers echo a wrong key
+                raise Stop(f"{self.name} at {self.url}, model {self.model!r}: {kind}: {hint}")
             if kind == "context overflow":
-                return {"error": kind, "text": text, "finish": "error", "in": 0, "out": 0}
-            if kind == "bad request" or kind == "failed" and failures == self.config.retries:
-                self.given_up += 1
-                if self.given_up == 5:
-                    raise Stop(f"{self.name} at {self.url}: gave up on 5 records in a row, the last with: {text}")
-                raise Reject(step, "bad request" if kind == "bad request" else "no answer", text, again=True)
-            if kind == "down" and time.monotonic() >= self.down_until:
-                self.pause = min(2 * self.pause or self.config.backoff, 60)
-                self.down_until = time.monotonic() + self.pause
-            self.trouble = f"{self.name} {kind}: {text[:80]}"
+                return {"text": text, "finish": kind, "in": 0, "out": 0}
             failures += kind == "failed"
-            if kind != "down":
-                asked = headers.get("retry-after", "")
-                await asyncio.sleep(float(asked) if re.fullmatch(r"[\d.]+", asked) else wait * (0.5 + random.random()))
+            if kind == "bad request" or failures > self.config.retries:
+                self.given_up += 1
+                if self.given_up > max(4, self.config.concurrency):
+                    raise Stop(f"{self.name} at {self.url}: {self.given_up} records in a row had to be given up, the last with {kind}: {text}")
+                raise Reject(step, "no answer", f"{kind}: {text}", again=True)
+            asked = headers.get("retry-after", "")
+            asked = float(asked) if re.fullmatch(r"\d+(\.\d+)?", asked) else 0.0
+            if kind == "down" and answers == self.answers:  # and nobody else had an answer meanwhile: the whole run waits
+                if time.monotonic() >= self.down_until:
+                    self.pause = min(2 * self.pause or self.config.backoff, 60)
+                    self.down_until = time.monotonic() + max(asked, self.pause)
+            else:
+                await asyncio.sleep(asked or wait * (0.5 + random.random()))
                 wait = min(2 * wait, 60)
 
-    async def send_openai(self, body):
-        """-> (status, headers, body) through the official client; 2-4 ms of CPU a call"""
-        import openai
-
+    async def post(self, body):
+        """-> (status, headers, body) over a connection that is kept"""
+        reader = writer = None
+        while self.idle and (reader is None or reader.at_eof()):
+            reader, writer = self.idle.pop()
         try:
-            answer = (await self.client.chat.completions.with_raw_response.create(**body)).http_response
-        except openai.APIStatusError as e:
-            answer = e.response
-        except openai.APITimeoutError as e:
-            raise asyncio.TimeoutError from e
-        except openai.APIConnectionError as e:
-            if type(e.__cause__).__name__ == "ConnectError":
-                raise Down(str(e.__cause__)) from e
-            raise ConnectionError(str(e.__cause__ or e)) from e
-        return answer.status_code, answer.headers, answer.content
-
-    async def send_lean(self, body):
-        """the same for http://, in 0.1 ms: keep-alive HTTP/1.1 by hand, so that hundreds of fast answers need no second core"""
-        reader, writer = self.idle.pop() if self.idle else (None, None)
-        if reader is None or reader.at_eof():
-            try:
-                reader, writer = await asyncio.open_connection(self.at.hostname, self.at.port or 80, limit=1 << 20)
-            except OSError as e:
-                raise Down(str(e)) from e
+            if reader is None or reader.at_eof():
+                tls = self.at.scheme == "https"
+                reader, writer = await asyncio.open_connection(self.at.hostname, self.at.port or (443 if tls else 80), ssl=tls or None)
+        except OSError as e:
+            raise Down(str(e)) from e
+        keep, timer = False, asyncio.get_running_loop().call_later(self.config.timeout, writer.transport.abort)
         try:
-            payload = json.dumps(body).encode()
-            writer.write((f"POST {self.at.path}/chat/completions HTTP/1.1\r\nHost: {self.at.netloc}\r\nAuthorization: Bearer {self.key}\r\n"
-                          f"Content-Type: application/json\r\nContent-Length: {len(payload)}\r\n\r\n").encode() + payload)
+            writer.write(f"POST {self.at.path}/chat/completions HTTP/1.1\r\nHost: {self.at.netloc}\r\nAuthorization: Bearer {self.key}\r\n"
+                         f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
             await writer.drain()
             first, *lines = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").rstrip().split("\r\n")
-            headers = {k.strip().lower(): v.strip() for k, _, v in (line.partition(":") for line in lines)}
+            headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
             if headers.get("transfer-encoding", "").lower() == "chunked":
                 raw = b""
                 while size := int((await reader.readuntil(b"\r\n")).split(b";")[0], 16):
                     raw += (await reader.readexactly(size + 2))[:-2]
                 await reader.readuntil(b"\r\n")
-            elif "content-length" in headers:
-                raw = await reader.readexactly(int(headers["content-length"]))
             else:
-                raw, headers["connection"] = await reader.read(), "close"
-            if headers.get("connection", "").lower() != "close":
-                self.idle.append((reader, writer))
-                writer = None
+                raw = await (reader.readexactly(int(headers["content-length"])) if "content-length" in headers else reader.read())
+            keep = headers.get("connection", "").lower() != "close"  # after a timeout or a cut we do not come here
             return int(first.split()[1]), headers, raw
         finally:
-            if writer is not None:
-                writer.close()
+            timer.cancel()
+            self.idle.append((reader, writer)) if keep else writer.close()
 
 def verdict(status, raw):
     """-> (what an HTTP answer means, its text)"""
-    text = raw.decode("utf-8", "replace") if status != 200 else ""
-    if status in (401, 403):
-        return "wrong key", text
-    if status == 404:
-        return "unknown model", text
-    if status == 429:
-        return ("out of quota" if re.search("insufficient_quota|billing", text) else "busy"), text
-    if status in (502, 503, 504):
-        return "down", text
-    if status in (400, 413, 422):
-        return ("context overflow" if status == 413 or re.search(r"context.{0,40}(length|window)|max.{0,20}(length|len\b)|too (long|large)", text, re.I) else "bad request"), text
-    return ("ok" if status == 200 else "failed"), f"status {status} {text}"
+    text = f"status {status} {raw[:500].decode('utf-8', 'replace')}"
+    kind = {200: "ok", 401: "wrong key", 403: "wrong key", 404: "unknown model", 413: "context overflow", 429: "busy", 502: "down", 503: "down", 504: "down"}
+    if status == 429 and re.search("insufficient_quota|billing", text):
+        return "out of quota", text
+    if status in (400, 422):
+        return ("context overflow" if re.search(r"(?i)context.{0,40}(length|window)|max\w*.{0,20}(length|len\b)|too long", text) else "bad request"), text
+    return kind.get(status, "failed"), text
 
 def parse_reply(raw):
-    """a chat completion -> {text, finish, in, out}; reasoning_content comes back as <think> tags. ValueError when malformed"""
+    """a chat completion -> {text, finish, in, out}; reasoning_content becomes <think> tags. ValueError when malformed"""
     try:
         reply = json.loads(raw)
-        choice, usage = reply["choices"][0], reply.get("usage") or {}
-        text = choice["message"].get("content") or ""
-        thought = choice["message"].get("reasoning_content") or choice["message"].get("reasoning")
-        if thought and "</think>" not in text:
-            text = f"<think>{thought}</think>{text}"
-        return {"text": text, "finish": choice.get("finish_reason") or "stop", "in": int(usage.get("prompt_tokens") or 0),
-                "out": int(usage.get("completion_tokens") or 0)}
+        message, usage = reply["choices"][0]["message"], reply.get("usage") or {}
+        text, thought = message.get("content") or "", message.get("reasoning_content") or message.get("reasoning")
+        return {"text": f"<think>{thought}</think>{text}" if thought and "</think>" not in text else text, "finish": reply["choices"][0].get("finish_reason"),
+                "in": int(usage.get("prompt_tokens") or 0), "out": int(usage.get("completion_tokens") or 0)}
     except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
         raise ValueError(f"malformed answer ({e!r}): {raw[:80]!r}") from e
 
 # ---- the files of a run
 
+RELEASED = {  # the layouts of Vision-R1-cold, which LLaMA-Factory reads: LLaVA-CoT's file, and Mulberry's for all other sources
+    "vision_r1_llava_cot_full": ("image", "human", "gpt"), "vision_r1_mulberry_sft_full": ("images", "user", "assistant")}
+
 class Output:
     """kept and rejected records in the order of the input, whatever the order of arrival; the files appear when complete"""
 
-    def __init__(self, out, lists):
-        self.out, self.lists, self.waiting, self.next = out, lists, {}, 0
-        self.names = {"kept": "cold.jsonl", "rejected": "rejected.jsonl", "llava": "vision_r1_llava_cot_full.json", "other": "vision_r1_mulberry_sft_full.json"}
-        self.files = {k: open(out / f"{name}.part", "w", encoding="utf-8") for k, name in self.names.items()}
-        self.count, self.passed, self.lost = Counter(), Counter(), Counter()
+    def __init__(self, out, records):
+        self.out, self.lists, self.waiting, self.next = out, any(len(r.images) > 1 for r in records), {}, 0
+        self.files = {name: open(out / f"{name}.part", "w", encoding="utf-8") for name in
+                      ["cold.jsonl", "rejected.jsonl", *[f"{name}.json" for name in RELEASED]]}
+        self.kept, self.lost, self.again, self.rows = 0, Counter(), 0, Counter()
+        (out / "images").mkdir(exist_ok=True)
 
     def add(self, n, record, result):
         self.waiting[n] = (record, result)
@@ -470,74 +423,81 @@ class Output:
     def write(self, record, result):
         if isinstance(result, Reject):
             self.lost[result.step, result.rule] += 1
-            row = {"id": record.id, "step": result.step, "rule": result.rule, "evidence": result.evidence, "source": record.source, "answer": record.answer}
-            self.files["rejected"].write(json.dumps(row, ensure_ascii=False) + "\n")
+            self.again += result.again
+            row = {"id": record.id, "step": result.step, "rule": result.rule, "evidence": result.evidence, "answer": record.answer, "source": record.source}
+            self.files["rejected.jsonl"].write(json.dumps(row, ensure_ascii=False) + "\n")
             return
-        images = [os.path.relpath(i, self.out) if isinstance(i, str) else self.save(record.id, i) for i in record.images]
-        row = {"id": record.id, "images": images, "problem": record.problem, "answer": record.answer, "choices": record.choices,
-               "source": record.source, "response": result}
-        self.count["kept"] += 1
-        self.files["kept"].write(json.dumps(row, ensure_ascii=False) + "\n")
-        # the released layouts: LLaVA-CoT's as human/gpt with `image`, Mulberry's (and any other) as user/assistant with `images`
-        file, key, role, who, text = ("llava", "image", "from", ("human", "gpt"), "value") if "llava" in record.source.lower() else (
-            "other", "images", "from", ("user", "assistant"), "value")
-        turns = [{role: who[0], text: record.problem}, {role: who[1], text: result}]
-        row = {"id": record.id, key: images if self.lists else images[0], "conversations": turns, "choices": record.choices, "source": record.source}
-        self.files[file].write(("[\n" if not self.count[file] else ",\n") + json.dumps(row, ensure_ascii=False))
-        self.count[file] += 1
+        self.kept += 1
+        images = [os.path.relpath(i, self.out) if isinstance(i, str) else self.save(f"{record.id}-{k}" if k else record.id, i) for k, i in enumerate(record.images)]
+        rest = {"choices": record.choices, "source": record.source}
+        row = {"id": record.id, "images": images, "problem": record.problem, "answer": record.answer, **rest, "response": result}
+        self.files["cold.jsonl"].write(json.dumps(row, ensure_ascii=False) + "\n")
+        name = list(RELEASED)["llava" not in record.source.lower()]
+        key, user, assistant = RELEASED[name]
+        turns = [{"from": user, "value": record.problem}, {"from": assistant, "value": result}]
+        row = {"id": record.id, key: images if self.lists else images[0], "conversations": turns, **rest}
+        self.files[f"{name}.json"].write((",\n" if self.rows[name] else "[\n") + json.dumps(row, ensure_ascii=False))
+        self.rows[name] += 1
 
     def save(self, id, image):
         """encoded bytes as they are -> path relative to the output"""
         safe = re.sub(r"[^A-Za-z0-9_.-]", "_", id)[:80]
-        name = f"images/{safe}{'' if safe == id else '-' + hashlib.sha256(id.encode()).hexdigest()[:8]}.{picture(image)[1]}"
+        name = f"images/{safe if safe == id else safe + '-' + hashlib.sha256(id.encode()).hexdigest()[:8]}.{ending(image)}"
         (self.out / name).write_bytes(image)
         return name
 
-# ---- the run
+    def close(self):
+        for name in self.rows:
+            self.files[f"{name}.json"].write("\n]\n")
+        info = {name: {"file_name": f"{name}.json", "formatting": "sharegpt", "columns": {"messages": "conversations", "images": RELEASED[name][0]},
+                       "tags": {"role_tag": "from", "content_tag": "value", "user_tag": RELEASED[name][1], "assistant_tag": RELEASED[name][2]}} for name in self.rows}
+        (self.out / "dataset_info.json").write_text(json.dumps(info, indent=2) + "\n")
+        for name, file in self.files.items():
+            file.close()
+            os.replace(self.out / f"{name}.part", self.out / name)
+        for name in set(RELEASED) - set(self.rows):
+            (self.out / f"{name}.json").unlink()
 
-def funnel(out, total, output):
-    """how many records are left after each step, and what took the others: a table -> text, a picture -> funnel.png"""
-    left, names, lefts, lines = total, ["records"], [total], [f"{'records':<34}{total:>9,}   100.0 %"]
-    for step in ("pseudo-CoT", "description", "chain", "filter"):
-        lost = {rule: n for (at, rule), n in output.lost.items() if at == step}
-        left -= sum(lost.values())
-        lines += [f"    - {rule:<28}{-n:>9,}" for rule, n in sorted(lost.items(), key=lambda x: -x[1])]
-        lines.append(f"{'after ' + step:<34}{left:>9,}  {100 * left / max(total, 1):>6.1f} %")
-        names, lefts = [*names, step], [*lefts, left]
+    def funnel(self, total):
+        """how many records are left after each step and what took the others -> a table; funnel.png"""
+        left, lines, bars = total, [f"{'records':<36}{total:>9,}  100.0 %"], {"records": total}
+        for step in ("input", "pseudo-CoT", "description", "chain", "filter"):
+            lost = sorted(((n, rule) for (at, rule), n in self.lost.items() if at == step), reverse=True)
+            left -= sum(n for n, _ in lost)
+            bars[step] = left
+            lines += [f"    {rule:<32}{-n:>9,}" for n, rule in lost] + [f"{'left after ' + step:<36}{left:>9,}  {100 * left / max(total, 1):5.1f} %"]
+        plot(self.out / "funnel.png", lambda ax: (ax.barh(list(bars), list(bars.values())), ax.invert_yaxis(), ax.set_title("records left after each step")))
+        return "\n".join(lines)
+
+def plot(path, draw):
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    fig, ax = plt.subplots(figsize=(7, 2.6), layout="constrained")
-    ax.bar_label(ax.barh(names, lefts, color="#4477aa"), [f"{n:,} ({n / max(total, 1):.0%})" for n in lefts], padding=3)
-    ax.set(title="records left after each step", xlim=(0, 1.25 * max(total, 1)))
-    ax.invert_yaxis()
-    fig.savefig(out / "funnel.png", dpi=120, metadata={"Software": None})
+    fig, ax = plt.subplots(figsize=(7, 3), layout="constrained")
+    draw(ax)
+    fig.savefig(path, dpi=120)
     plt.close(fig)
-    return "\n".join(lines)
 
-async def run_all(config, records, teachers, output, log):
+# ---- the run
+
+async def run_all(config, records, mllm, reasoner, tally, output, log):
     """`concurrency` workers; each takes a record through all its steps, so that the steps of different records overlap"""
     from tqdm import tqdm
 
-    numbered, start, last, mllm, reasoner = iter(enumerate(records)), time.monotonic(), [0.0], *teachers
-    bar = tqdm(total=len(records), unit="rec", mininterval=1, desc="bridging")
+    numbered, start = iter(enumerate(records)), time.monotonic()
+    bar, shown = tqdm(total=len(records), unit=" records", mininterval=1, desc="bridging"), start
 
-    def show(force=False):
-        now = time.monotonic() - start
-        if now - last[0] < 2 and not force:
-            return
-        last[0], done = now, bar.n
-        cost = sum(p * t for p, t in zip(config.prices, [*mllm.tokens, *reasoner.tokens])) / 1e6
-        row = {"seconds": round(now, 1), "done": done, "records": len(records), "kept": output.count["kept"], "in_flight": mllm.busy + reasoner.busy,
-               "calls": mllm.calls + reasoner.calls, "from_journal": mllm.repeated + reasoner.repeated, "tokens_in": mllm.tokens[0] + reasoner.tokens[0],
-               "tokens_out": mllm.tokens[1] + reasoner.tokens[1], "cost": round(cost, 4), "trouble": mllm.trouble or reasoner.trouble}
+    def show():
+        cost = sum(p * tally[k] for p, k in zip(config.prices, ("mllm_in", "mllm_out", "reasoner_in", "reasoner_out"))) / 1e6
+        row = {"seconds": round(time.monotonic() - start, 1), "done": bar.n, "records": len(records), "kept": output.kept, "cost": round(cost, 4), **tally}
         log.write(json.dumps(row) + "\n")
         log.flush()
-        bar.set_postfix_str(f"in flight {row['in_flight']}, tokens {row['tokens_in'] + row['tokens_out']:,}, kept {row['kept'] / max(output.next, 1):.0%}, "
-                            f"${cost:.2f} {row['trouble']}")
+        bar.set_postfix_str(f"in flight {tally['in_flight']}, tokens {sum(v for k, v in tally.items() if k.endswith(('_in', '_out'))):,}, "
+                            f"kept {output.kept / max(output.next, 1):.0%}, ${cost:.2f} {tally['trouble']}")
 
     async def worker():
+        nonlocal shown
         for n, record in numbered:
             try:
                 result = await bridge(config, record, mllm, reasoner)
@@ -545,148 +505,125 @@ async def run_all(config, records, teachers, output, log):
                 result = reject
             output.add(n, record, result)
             bar.update()
-            show()
+            if time.monotonic() > shown + 2:  # teachers in this process never let the ticker in
+                shown = time.monotonic()
+                show()
 
     async def ticker():
-        while True:
-            await asyncio.sleep(2)
+        while await asyncio.sleep(10, True):
             show()
 
-    tasks = [asyncio.create_task(worker()) for _ in range(min(config.concurrency, len(records)))]
-    tick = asyncio.create_task(ticker())
+    tasks = [asyncio.create_task(work) for work in [ticker(), *[worker() for _ in range(min(config.concurrency, len(records)))]]]
     try:
-        await asyncio.gather(*tasks)
+        await asyncio.gather(*tasks[1:])
     finally:
-        for task in [*tasks, tick]:
+        for task in tasks:
             task.cancel()
-        show(force=True)
+        show()
         bar.close()
 
 def make(config):
     """the whole run, in the folder config.out"""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    lock = open(out / "lock", "w")
+    lock = open(out / "lock", "w")  # held as long as this process lives
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Stop(f"another cold_start.py is writing to {out}; wait for it or give this one another --out") from None
-    if config.fresh:
-        for path in out.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink() if path.name != "lock" else None
-    # finished before? the same settings, prompts, rules and data
-    what = [{k: v for k, v in asdict(config).items() if k not in HOW_ONLY}, PSEUDO_COT, DESCRIPTION, DRAFT, REASON, [(p.pattern, n) for p, n in REPLACEMENTS]]
-    what += [[os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in config.data.split(",") if os.path.isfile(f)]
-    fingerprint = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-    done = out / "done.json"
-    if done.exists() and json.loads(done.read_text())["fingerprint"] == fingerprint:
+    for name in ("done.json", "journal.jsonl", "log.jsonl", "command.txt") if config.fresh else ():
+        (out / name).unlink(missing_ok=True)
+    # finished before, with the same settings, code and data?
+    same = [{k: v for k, v in asdict(config).items() if k not in HOW_ONLY}, Path(__file__).read_text(),
+            [[os.stat(f).st_size, os.stat(f).st_mtime_ns] for f in config.data.split(",") if os.path.isfile(f)]]
+    same, done = hashlib.sha256(json.dumps(same).encode()).hexdigest(), out / "done.json"
+    if done.exists() and json.loads(done.read_text())["of"] == same:
         print(f"{out / 'cold.jsonl'} is finished; --fresh starts over\n{json.loads(done.read_text())['funnel']}")
         return
     done.unlink(missing_ok=True)
-    from run import command_line
-
     (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     with open(out / "command.txt", "a") as f:
-        f.write(command_line() + "\n")
-    teachers, data, journal = [], config.data, Journal(out / "journal.jsonl")
-    if "toy" in (config.mllm_url, config.reasoner_url) or not data:
+        f.write(shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\n")
+    if "toy" in (config.mllm_url, config.reasoner_url) or not config.data:
         import toy
-    for name in ("mllm", "reasoner"):
-        url, model, tokens = (getattr(config, f"{name}_{x}") for x in ("url", "model", "tokens"))
-        teachers.append(InProcess(toy.MLLM() if name == "mllm" else toy.Reasoner()) if url == "toy" else Server(name, url, model, tokens, config, journal))
-    records, problems = read(data or toy.ensure("cold-problems"), strict=config.strict)
-    print(problems.summary() or f"{len(records):,} records, no problem in the data")
+    journal, tally = Journal(out / "journal.jsonl"), dict(calls=0, from_journal=0, in_flight=0, mllm_in=0, mllm_out=0, reasoner_in=0, reasoner_out=0, trouble="")
+    mllm = InProcess(toy.MLLM(), tally) if config.mllm_url == "toy" else Server("mllm", config, journal, tally)
+    reasoner = InProcess(toy.Reasoner(), tally) if config.reasoner_url == "toy" else Server("reasoner", config, journal, tally)
+    try:
+        records, problems = read(config.data or toy.ensure("cold-problems"), strict=config.strict)
+    except ValueError as e:
+        raise Stop(e) from e
     records = records[:config.limit or None]
-    if any(not r.images for r in records):
-        print(f"{sum(not r.images for r in records)} records have no image and are left out")
-        records = [r for r in records if r.images]
-    (out / "images").mkdir(exist_ok=True)
-    output = Output(out, lists=any(len(r.images) > 1 for r in records))
+    print(f"{len(records):,} records. {problems.summary()}", flush=True)
+    output = Output(out, records)
     with open(out / "log.jsonl", "a") as log:
-        asyncio.run(run_all(config, records, teachers, output, log))
+        asyncio.run(run_all(config, records, mllm, reasoner, tally, output, log))
     output.close()
-    table = funnel(out, len(records), output)
-    print(f"{table}\n{output.count['kept']:,} records in {out / 'cold.jsonl'}")
+    table = output.funnel(len(records))
+    print(f"{table}\n{output.kept:,} records in {out / 'cold.jsonl'}")
     if output.again:
-        print(f"{output.again} records got no answer from a server; the same command tries those again")
+        print(f"{output.again} records had no answer from a server; the same command tries those again")
     else:
-        done.write_text(json.dumps({"fingerprint": fingerprint, "funnel": table}) + "\n")
+        done.write_text(json.dumps({"of": same, "funnel": table}) + "\n")
 
 # ---- stats: Table 4
 
 WORDS = ("Wait", "Hmm", "Mistake", "Alternatively", "Check")
-TABLE_4 = {"LLaVA-CoT 100K": (100_000, 2300, 1, 183, 251, 8332), "Mulberry 260K": (260_000, 1122, 0, 8784, 68, 26421),
-           "Vision-R1-cold 200K": (200_000, 585_719, 75_853, 26_697, 188_187, 100_148)}
+TABLE_4 = {"LLaVA-CoT": (100_000, 2300, 1, 183, 251, 8332), "Mulberry": (260_000, 1122, 0, 8784, 68, 26421),
+           "Vision-R1-cold": (200_000, 585_719, 75_853, 26_697, 188_187, 100_148)}
 
 def responses(path):
-    """the answers in a file as (response or turns of the assistant) texts; no image is looked at, no format is asked for"""
+    """the assistant's side of each row of a JSONL or JSON file; no image is looked at and no format asked for"""
     with open(path, encoding="utf-8") as f:
-        rows = json.load(f) if f.read(1) == "[" and not f.seek(0) else (f.seek(0), map(json.loads, f))[1]
-        for row in rows:
-            turns = row.get("conversations") or row.get("messages")
-            if turns:
-                yield "\n".join(t.get("value", t.get("content")) for t in turns if t.get("from", t.get("role")) in ("gpt", "assistant"))
-            elif row.get("response"):
-                yield row["response"]
+        first = f.read(1)
+        f.seek(0)
+        for row in json.load(f) if first == "[" else map(json.loads, f):
+            turns = row.get("conversations") or row.get("messages") or [{"from": "gpt", "value": row.get("response")}]
+            yield "\n".join(t.get("value", t.get("content")) or "" for t in turns if t.get("from", t.get("role")) in ("gpt", "assistant"))
 
-def stats(files, png):
-    """reflection words, lengths and duplicates of each file, beside the paper's Table 4. counted: whole words, any case"""
+def stats(files):
+    """the words of self-reflection (whole words, any case), lengths and duplicates of each file, beside the paper's Table 4"""
+    heads = ["records", *WORDS, *[f"{w} per record" for w in WORDS], *[f"records with {w}" for w in WORDS],
+             "words: mean", "words: median", "words: 95 %", "duplicates"]
     columns, lengths = {}, {}
     for file in files:
-        count, share, seen, n = Counter(), Counter(), set(), 0
-        words = lengths[file] = []
-        for text in responses(file):
-            found = Counter(w.lower() for w in re.findall(rf"\b(?:{'|'.join(WORDS)})\b", text, re.I))
+        name = file if len(file) < 32 else "..." + file[-29:]
+        count, share, seen, words = Counter(), Counter(), set(), []
+        for text in filter(None, responses(file)):
+            found = Counter(w.capitalize() for w in re.findall(rf"\b(?:{'|'.join(WORDS)})\b", text, re.I))
             count.update(found)
             share.update(found.keys())
             seen.add(hashlib.md5(text.encode()).digest())
             words.append(len(text.split()))
-            n += 1
-        if not n:
+        if not words:
             raise Stop(f"{file}: no responses in it (response, conversations or messages)")
-        middle = sorted(words)
-        columns[file] = [f"{n:,}", *[f"{count[w.lower()]:,} ({share[w.lower()] / n:.0%})" for w in WORDS],
-                         *[f"{count[w.lower()] / n:.3f}" for w in WORDS], f"{sum(words) / n:.0f}", f"{middle[n // 2]}", f"{middle[int(0.95 * n)]}", f"{n - len(seen):,}"]
+        n, lengths[name] = len(words), sorted(words)
+        columns[name] = [f"{n:,}", *[f"{count[w]:,}" for w in WORDS], *[f"{count[w] / n:.3f}" for w in WORDS], *[f"{share[w] / n:.1%}" for w in WORDS],
+                         f"{sum(words) / n:.0f}", f"{lengths[name][n // 2]}", f"{lengths[name][int(0.95 * n)]}", f"{n - len(seen):,}"]
     for name, (n, *counts) in TABLE_4.items():
-        columns[f"paper: {name}"] = [f"{n:,}", *[f"{c:,}" for c in counts], *[f"{c / n:.3f}" for c in counts], "", "", "", ""]
-    heads = ["records", *[f"{w} (share of records)" for w in WORDS], *[f"{w} per record" for w in WORDS], "words: mean", "words: median", "words: 95 %", "duplicates"]
-    width = {name: max(len(name), *map(len, column)) + 2 for name, column in columns.items()}
-    print(" " * 32 + "".join(f"{name:>{width[name]}}" for name in columns))
-    for i, head in enumerate(heads):
-        print(f"{head:<32}" + "".join(f"{column[i]:>{width[name]}}" for name, column in columns.items()))
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+        columns[f"Table 4: {name}"] = [f"{n:,}", *[f"{c:,}" for c in counts], *[f"{c / n:.3f}" for c in counts], *[""] * 9]
+    for head, *cells in zip(["", *heads], *([name, *column] for name, column in columns.items())):
+        print(f"{head:<28}" + "".join(f"{cell:>{len(name) + 2}}" for cell, name in zip(cells, columns)))
+    plot("stats.png", lambda ax: (ax.hist(list(lengths.values()), bins=40, density=True, label=list(lengths)), ax.set_xlabel("words in a response"), ax.legend()))
+    print("lengths: stats.png")
 
-    fig, ax = plt.subplots(figsize=(7, 3.5), layout="constrained")
-    ax.hist(list(lengths.values()), bins=40, label=list(lengths), density=True)
-    ax.set(xlabel="words in a response", ylabel="share", title="lengths")
-    ax.legend()
-    fig.savefig(png, dpi=120)
-    print(f"histogram: {png}")
-
-def main():
+def guarded(act, *args):
+    """what goes wrong in a way that a person can mend ends the program with a sentence"""
     try:
-        if sys.argv[1:2] == ["stats"]:
-            import argparse
-
-            parser = argparse.ArgumentParser(prog="cold_start.py stats", description=stats.__doc__)
-            parser.add_argument("files", nargs="+", metavar="FILE")
-            parser.add_argument("--png", default="stats.png", help="where the histogram of lengths goes")
-            args = parser.parse_args(sys.argv[2:])
-            stats(args.files, args.png)
-        else:
-            from run import parse_config
-
-            make(parse_config(Config, RECIPES))
-    except Stop as stop:
+        act(*args)
+    except (Stop, FileNotFoundError) as stop:
         sys.exit(f"stopped: {stop}")
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        sys.exit(f"stopped: the disk is full ({e}). make room and run the same command: the finished calls are kept")
+        sys.exit(f"stopped: the disk is full ({e}). make room and give the same command: the finished calls are kept")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command goes on from the finished calls")
 
 if __name__ == "__main__":
-    main()
+    if sys.argv[1:2] == ["stats"]:
+        guarded(stats, sys.argv[2:] or sys.exit("usage: cold_start.py stats FILE..."))
+    else:
+        from run import parse_config
+
+        guarded(make, parse_config(Config, RECIPES))

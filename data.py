@@ -408,16 +408,28 @@ def mrope(ids, grid, processor):
 
 
 class Packing:
-    """where the sequences of a packed row lie: lengths [l_0, l_1, ...] that add up to T"""
+    """Where the sequences of a packed row lie: lengths [l_0, l_1, ...] that add up to T.
+
+    `buckets`: for attention that must pad, groups of sequences of similar length, each a (S, L) table of positions in the
+    row (slots past a sequence's end repeat its last token); `order` puts their real outputs, bucket after bucket, back.
+    """
 
     def __init__(self, lengths, device="cpu"):
-        sizes = torch.tensor(lengths, device=device)
-        self.cu_seqlens = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)]).to(torch.int32)  # (S + 1,)
+        sizes = torch.tensor(lengths)
+        ends = sizes.cumsum(0)
+        self.cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32).to(device)  # (S + 1,)
         self.longest = max(lengths)
-        column = torch.arange(self.longest, device=device)
-        # (S, L) -> T: position of each padded slot in the row; the slots past the end point at the last real token
-        self.gather = self.cu_seqlens[:-1, None].long() + torch.minimum(column[None], sizes[:, None] - 1)
-        self.scatter = (column[None] < sizes[:, None]).flatten().nonzero()[:, 0]  # (T,) -> S * L
+        self.buckets, places = [], []
+        waiting = sizes.argsort(stable=True).tolist()
+        while waiting:  # at most half again as long as the shortest of the bucket: little is padded, few calls are made
+            count = sum(lengths[i] <= 1.5 * lengths[waiting[0]] + 8 for i in waiting)
+            rows, waiting = torch.tensor(waiting[:count]), waiting[count:]
+            column = torch.arange(int(sizes[rows].max()))
+            table = (ends - sizes)[rows, None] + torch.minimum(column, sizes[rows, None] - 1)  # (S, L)
+            real = (column < sizes[rows, None]).flatten().nonzero()[:, 0]
+            self.buckets.append((table.to(device), real.to(device)))
+            places.append(table.flatten()[real])
+        self.order = torch.cat(places).argsort().to(device)  # (T,)
 
 
 class Batch(NamedTuple):

@@ -29,7 +29,7 @@ _CHARS = {ord(k): v for k, v in {
     "π": "\\pi ", "√": "\\sqrt ", "∞": "\\infty ", "°": "^\\circ ", "º": "^\\circ ", "˚": "^\\circ ", "℃": "^\\circ C", "℉": "^\\circ F",
     "≤": "\\le ", "≦": "\\le ", "⩽": "\\le ", "≥": "\\ge ", "≧": "\\ge ", "⩾": "\\ge ", "≠": "\\ne ", "≈": "\\approx ", "≃": "\\approx ",
     "±": "\\pm ", "∓": "\\mp ", "∪": "\\cup ", "∩": "\\cap ", "∈": "\\in ", "∅": "\\emptyset ", "ℝ": "\\R ", "θ": "\\theta ",
-    "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "φ": "\\phi ", "ω": "\\omega ", "μ": "\\mu ", "∠": "", "△": "",
+    "α": "\\alpha ", "β": "\\beta ", "γ": "\\gamma ", "λ": "\\lambda ", "φ": "\\phi ", "ω": "\\omega ", "μ": "\\mu ", "∠": "\\angle ", "△": "", "ℤ": "\\Z ",
     "。": ".", "、": ",", "《": "", "》": "", "“": '"', "”": '"', "‘": "'", "’": "'", "′": "'", "″": '"', "【": "(", "】": ")",
     "⟨": "\\langle ", "⟩": "\\rangle ", "\u200b": "", "\u200c": "", "\u200d": "", "\ufeff": "", "\u2061": "", "\u2062": "", "\u2063": ",",
     "€": "\\eur ", "£": "\\gbp ", "¥": "\\cny ", "￥": "\\cny ", "⌊": "\\lfloor ", "⌋": "\\rfloor ", "⌈": "\\lceil ", "⌉": "\\rceil ",
@@ -41,15 +41,18 @@ _CJK = {"平方": " square ", "立方": " cubic ", "厘米": " cm ", "毫米": "
         "秒": " seconds ", "天": " days ", "度": "^\\circ ", "元": " yuan ", "和": " and ", "或": " or ", "且": " and "}
 _CJK_RE = re.compile("|".join(_CJK))
 _CJK_COUNT = re.compile(r"(?<=[\d}])\s*[个個人只件次岁条名种棵本张位块辆支组](?=\s*$)")
-_WRAP = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox|operatorname|boldsymbol|bm|pmb"
-                   r"|overline|overrightarrow|vec|hat|underline|widehat|mathop)\*?\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\[,;: >]|\\q?quad(?![A-Za-z])|~|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|nolimits|rm|bf|it"
+_ARG = r"\*?\s*\{([^{}]*)\}"
+TEXT = re.compile(r"\\(?:text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox|operatorname|boldsymbol|bm|pmb)" + _ARG)
+_WRAP = re.compile(TEXT.pattern.replace("|pmb)", "|pmb|overline|overrightarrow|vec|hat|underline|widehat|mathop)"))
+_SPACING = re.compile(r"\\[,;: >()\[\]]|\\q?quad(?![A-Za-z])|~|\\(?:left|right|[bB]igg?[lr]?|displaystyle|textstyle|limits|nolimits|rm|bf|it"
                       r"|textdegree(?=\s*\\circ))(?![A-Za-z])")
 _ENV = re.compile(r"\\begin\{[a-zA-Z]*matrix\}|\\begin\{array\}")
-_SPELLINGS = [(re.compile(p), r) for p, r in (
-    (r"\\!", ""), (r"\{,\}", ","), (r"\\(?:boxed|fbox)(?![A-Za-z])", ""), (r"\\mathbb\s*\{?\s*([A-Z])\s*\}?", r"\\\1 "),
-    (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"), (r"\^\s*\{\s*\\(?:circ|degree|textdegree)\s*\}|\^\s*\\(?:circ|degree)|\\(?:degree|textdegree)(?![A-Za-z])", r"\\deg "),
-    (r"\\(?:lt|gt)(?![A-Za-z])", lambda m: "<" if "l" in m[0] else ">"), (r"\\%", "%"), (r"\\#", "#"), (r"\\_", "_"), (r"\\&", "and"))]
+_SPELLINGS = [(h, re.compile(p), r) for h, p, r in (
+    ("\\!", r"\\!", ""), ("box", r"\\(?:boxed|fbox)(?![A-Za-z])", ""), ("\\mathbb", r"\\mathbb\s*\{?\s*([A-Z])\s*\}?", r"\\\1 "), ("frac", r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
+    ("circ", r"\^\s*\{+\s*\\circ\s*\}+|\^?\s*\\circ", r"\\deg "), ("degree", r"\^\s*\{+\s*\\(?:text)?degree\s*\}+|\^?\s*\\(?:text)?degree", r"\\deg "),
+    ("\\lt", r"\\lt(?![A-Za-z])", "<"), ("\\gt", r"\\gt(?![A-Za-z])", ">"), ("\\%", r"\\%", "%"), ("\\_", r"\\_", "_"), ("\\&", r"\\&", " and "),
+    ("angle", r"\\angle\s*(?=\d)", "a_"), ("angle", r"m?\\(?:angle|measuredangle|triangle)(?![A-Za-z])", " "))]
+_UNIT_FRAC = re.compile(r"(?<=[\d }])\\frac\s*\{\s*(km|cm|mm|m|mi|miles|ft|kg|g)\s*\}\s*\{\s*(h|hr|hour|s|sec|min|L|m|cm)\s*((?:\^\s*\{?[23]\}?\s*)?)\}")
 _REPEAT = re.compile(r"(\d*)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
 
 
@@ -77,21 +80,27 @@ def unicode_plain(s):
 def clean(s):
     """One spelling for what LaTeX and Unicode can write in many ways. Still text; linear in its length."""
     s = unicode_plain(s.replace("\x00", " "))
+    if "{," in s:
+        s = re.sub(r"\{,\s*\}", ",", s)
+    s = re.sub(r"(?<=[a-z])\.(?=\s|$)", " ", s.replace("~", " ").replace("per cent", "percent"))  # sq. ft.
+    if "square" in s or "cubic" in s:
+        s = re.sub(r"\{?\b(square|cubic)\s*([a-z]{2,})\}?", r" \1 \2 ", s)
     if "\\" in s:
         s = s.replace("\\\\", "\\newline ") if _ENV.search(s) else re.sub(r"\\\\(?=[a-zA-Z])", r"\\", s).replace("\\\\", " ")
         if "$" in s:
             s = s.replace("\\$", "\\usd ")
         if "\\overline" in s:
             s = _REPEAT.sub(_repeating, s)
-        s = _SPACING.sub(" ", re.sub(r"\\[()\[\]]", " ", s))
-        for pattern, repl in _SPELLINGS:
-            s = pattern.sub(repl, s)
-        for _ in range(3):  # \text{a \textbf{b}} nests a little
-            if (t := _WRAP.sub(r" \1 ", s)) == s:
-                break
+        s = _SPACING.sub(" ", s)
+        for hint, pattern, repl in _SPELLINGS:
+            if hint in s:
+                s = pattern.sub(repl, s)
+        while (t := _WRAP.sub(r" \1 ", s)) != s and s.count("{") < 200:  # \text{a \textbf{b}}
             s = t
+        if "frac" in s:
+            s = _UNIT_FRAC.sub(r" \1/\2\3", s)  # \frac{\text{km}}{\text{h}}
     if "$" in s:  # one dollar sign before a number is money, the others delimit mathematics
-        s = re.sub(r"\$\s*(?=[\d.])", r"\\usd ", s) if s.count("$") == 1 else s.replace("$", " ")
+        s = re.sub(r"\$(?=\s*[\d.])|(?<=\d)\s*\$$", r"\\usd ", s) if s.count("$") == 1 else s.replace("$", " ")
     return s.replace("**", "^").strip() if re.search(r"\w\s*\*\*\s*[\w({-]", s) else s.replace("**", "").strip()
 
 
@@ -102,7 +111,7 @@ yard .9144 m yards yd yds|mile 1609.344 m miles mi|g 1 g gram grams|kg 1000 g ki
 lb 453.59237 g lbs|oz 28.349523125 g ounce ounces|s 1 s sec secs second seconds|min 60 s mins minute minutes|h 3600 s hr hrs hour hours|day 86400 s days
 week 604800 s weeks|month 1 month months|year 1 year years yr yrs|ms .001 s millisecond milliseconds|deg 1 deg degree degrees|rad 1 rad radian radians
 usd 1 usd dollar dollars bucks|cent .01 usd cents|eur 1 eur euro euros|gbp 1 gbp|cny 1 cny yuan rmb|pound 1 pound pounds|rupee 1 rupee rupees|N 1 N newton newtons|J 1 J joule joules|W 1 W watt watts
-V 1 V volt volts|Hz 1 Hz hertz|Pa 1 Pa pascal pascals|kPa 1000 Pa|kJ 1000 J|kW 1000 W|mol 1 mol mole moles|acre 1 acre acres|percent 1 % percentage|unit 1 unit units"""
+V 1 V volt volts|Hz 1 Hz hertz|Pa 1 Pa pascal pascals|kPa 1000 Pa|kJ 1000 J|kW 1000 W|mol 1 mol mole moles|acre 1 acre acres|percent 1 % percentage pct|unit 1 unit units"""
 UNITS = {name: (Fraction(f), ((base, 1),)) for row in re.split(r"[|\n]", _UNIT_TABLE)
          for first, f, base, *more in [row.split()] for name in (first, *more)}
 UNITS |= {"L": (Fraction(1, 1000), (("m", 3),)), "ml": (Fraction(1, 10**6), (("m", 3),)), "mph": (Fraction("0.44704"), (("m", 1), ("s", -1))),
@@ -110,9 +119,11 @@ UNITS |= {"L": (Fraction(1, 1000), (("m", 3),)), "ml": (Fraction(1, 10**6), (("m
 UNITS |= {k: UNITS["L"] for k in ("liter", "liters", "litre", "litres")} | {k: UNITS["ml"] for k in ("mL", "milliliter", "milliliters", "millilitres", "cc")}
 UNITS |= {"ha": UNITS["hectare"], "hectares": UNITS["hectare"], "sq": None, "square": None, "cubic": None, "cu": None}
 _POWER_WORDS = {"sq": 2, "square": 2, "squared": 2, "cu": 3, "cubic": 3, "cubed": 3}
-_NO_NOUN = set("is are was not or and but to than of for with from least most more less about maybe if then at by up down wrong correct minus plus times".split())
+_NO_NOUN = set("is are was not or and but to than of for with from least most more less about maybe if then at by up down wrong correct minus plus times over divided choose squared cubed factorial negative infinity half yes no true false january february march april may june july august "
+               "september october november december zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety".split())
+_CURRENCY = {"\\usd", "\\eur", "\\gbp", "\\cny"}
 DEGREE, PERCENT = UNITS["deg"], UNITS["percent"]
-SCALES = {"hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
 
 # ---- 3. tokens -------------------------------------------------------------------------------------------------------
 _TOKEN = re.compile(r"(?P<num>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d{1,3}(?: \d{3})+(?![\d/])(?:\.\d+)?|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?![\w.]))?)"
@@ -124,7 +135,7 @@ GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta k
             "Gamma Delta Theta Lambda Sigma Phi Psi Omega".split())
 RELATIONS = {"=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "/=": "!=", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=",
              "\\ge": ">=", "\\geq": ">=", "\\geqslant": ">=", "\\ne": "!=", "\\neq": "!=", "\\approx": "~", "\\in": "in", "\\equiv": "=",
-             "\\simeq": "~", "\\doteq": "~", "~": "~", "\\sim": "~", "\\cong": "~"}
+             "\\simeq": "~", "\\doteq": "~", "\\sim": "~", "\\cong": "~"}
 _CLOSERS = {")", "]", "}", "\\}", "\\rangle", ">"}
 _ENDS = {",", ";", "and", "or", "\\text"} | _CLOSERS | set(RELATIONS)
 
@@ -169,12 +180,13 @@ class Parser:
         self.toks, self.i, self.depth, self.bars = toks + [("end", "")] * 3, 0, 0, 0
 
     def at(self, *texts):
-        return self.toks[self.i][1] in texts and self.toks[self.i][0] != "end"
+        return self.toks[self.i][1] in texts
 
     def take(self, *texts):
-        if self.at(*texts):
+        text = self.toks[self.i][1]
+        if text in texts:  # the end is "", which nobody asks for
             self.i += 1
-            return self.toks[self.i - 1][1]
+            return text
         return None
 
     def need(self, *texts):
@@ -225,8 +237,9 @@ class Parser:
         return ("rel", tuple(nodes), tuple(ops)) if ops else nodes[0]
 
     def union(self):
-        node = self.ratio()
-        while op := self.take("\\cup", "\\cap", "\\setminus", "\\backslash", "U"):
+        node, n = self.ratio(), 0
+        while n < MAX_DEPTH and (op := self.take("\\cup", "\\cap", "\\setminus", "\\backslash", "U")):
+            n += 1
             node = ("set", "\\setminus" if op == "\\backslash" else "\\cup" if op == "U" else op, node, self.ratio())
         return node
 
@@ -262,11 +275,12 @@ class Parser:
         return terms[0] if len(terms) == 1 else ("+", tuple(terms))
 
     def term(self):
-        node = self.power()
+        node, n = self.power(), 0
         while True:
             if self.take("*", "\\cdot", "\\times", "\\ast"):
                 node = times(node, self.signed())
-            elif self.take("/", "\\div"):
+            elif n < MAX_DEPTH and self.take("/", "\\div"):
+                n += 1
                 node = ("/", node, self.signed())
             elif unit := self.unit(node):
                 node = ("q", node, unit)
@@ -291,7 +305,7 @@ class Parser:
         if kind == "cmd":
             return text in _ATOM_COMMANDS or text[1:] in FUNCTIONS or text[1:] in GREEK
         if kind == "num":  # (2)3 and \sqrt{2} 3, but neither 5 6 nor x 2
-            return self.toks[self.i - 1][1] in (")", "}", "]")
+            return self.toks[self.i - 1][1] in (")", "}", "]", "!")
         return text in ("(", "[", "{")
 
     def power(self, mixed=True):
@@ -307,7 +321,9 @@ class Parser:
         return node
 
     def postfix(self, node):
-        while op := self.take("!", "%", "\\deg", "'"):
+        n = 0
+        while n < 4 and (op := self.take("!", "%", "\\deg", "'")):
+            n += 1
             if op == "!":
                 node = ("f", "factorial", (node,))
             elif op == "%":
@@ -327,6 +343,8 @@ class Parser:
         kind, text = self.toks[self.i]
         self.i += 1
         if kind == "num":
+            if self.at("_"):  # 1101_2, in another base: a name
+                return ("v", text + self.subscript())
             return self.mixed(number(text)) if mixed else number(text)
         if kind == "word":
             return self.word(text)
@@ -385,7 +403,13 @@ class Parser:
             return ("v", w + self.subscript())
         if w.isupper() and len(w) <= 4:  # a segment, an angle: AB, ABC
             return ("v", w)
-        if len(w) <= 3 and w.islower():
+        nxt = self.toks[self.i][1]
+        if len(w) <= 3 and w.islower() and nxt in ("^", "_", "'", "!"):  # xy^2 is x times y^2
+            self.i -= 1
+            self.toks[self.i] = ("word", w[-1])
+            w = w[:-1]
+            return ("*", tuple(("c", c) if c in "ei" else ("v", c) for c in w)) if len(w) > 1 else ("c" if w in "ei" else "v", w)
+        if len(w) <= 3 and w.islower() and not (len(nxt) > 1 and nxt.isalpha() and nxt not in FUNCTIONS and nxt not in _ENDS):  # two words are prose
             return ("*", tuple(("c", c) if c in "ei" else ("v", c) for c in w[:-1]) + ((("c", w[-1]) if w[-1] in "ei" else ("v", w[-1] + self.subscript())),))
         return self.fail(f"unknown word {w!r}")
 
@@ -452,8 +476,8 @@ class Parser:
             return ("v", name + self.subscript())
         if name in ("usd", "eur", "gbp", "cny"):
             return ("q", self.postfix(self.atom()), UNITS[name])
-        if name == "R":
-            return ("w", "reals")
+        if name in ("R", "Z", "N", "Q"):
+            return ("w", {"R": "reals", "Z": "integers", "N": "naturals", "Q": "rationals"}[name])
         if name in ("emptyset", "varnothing"):
             return ("seq", "{", "}", (), "")
         if name in ("lfloor", "lceil"):
@@ -486,7 +510,10 @@ class Parser:
     def unit(self, left, peek=False):
         """A unit that ends the item: cm, m^2, km/h, square metres, "apples". None if there is none."""
         kind, text = self.toks[self.i]
-        if kind != "word" or (text not in UNITS and len(text) < 3) or text in SCALES or text in ("and",) or text.lower() in FUNCTIONS:
+        if text in _CURRENCY and self.toks[self.i + 1][1] in ("", ".", ","):  # 1,000.99$
+            self.i += not peek
+            return UNITS[text[1:]]
+        if kind != "word" or (text not in UNITS and len(text) < 3) or text in SCALES or text == "and" or (text.lower() in FUNCTIONS and text != "min"):
             return None
         j, factor, dims, power, sign = self.i, Fraction(1), {}, 1, 1
         numeric = not variables(left)
@@ -526,7 +553,7 @@ class Parser:
         return (factor, tuple(sorted(dims.items())))
 
 
-_ATOM_COMMANDS = set("\\frac \\sqrt \\binom \\dbinom \\pi \\infty \\R \\lfloor \\lceil \\lvert \\begin \\{ \\emptyset \\usd \\eur \\gbp \\cny".split())
+_ATOM_COMMANDS = set("\\Z \\N \\Q \\frac \\sqrt \\binom \\dbinom \\pi \\infty \\R \\lfloor \\lceil \\lvert \\begin \\{ \\emptyset \\usd \\eur \\gbp \\cny".split())
 
 
 def negate(a):
@@ -659,7 +686,7 @@ def value(node, env=None, trig=False):
     if tag == "+":
         out = 0
         for k in node[1]:
-            out = out + value(k, env, trig)
+            out = small(out + value(k, env, trig))
     elif tag == "*":
         out = 1
         for k in node[1]:
@@ -687,20 +714,421 @@ _POINTS = [0.3719, 0.8243, 1.2957, 2.6181, 4.7731, 0.5417, 1.8713, 3.3391, 0.117
 
 
 def probes(names):
-    """Assignments of numbers to names, deterministic. Yields (env, all_positive)."""
-    for k in range(8):
-        yield {n: _POINTS[(3 * j + k) % 10] * (1 + 0.0137 * j + 0.0021 * k) for j, n in enumerate(sorted(names))}, True
-    for k in range(4):
-        yield {n: _POINTS[(3 * j + k + 1) % 10] * (-1 if (j + k) % 2 == 0 or k == 3 else 1) * (1 + 0.0171 * j) for j, n in enumerate(sorted(names))}, False
+    """Assignments of numbers to names, deterministic: five of positive numbers, then four of mixed signs."""
+    for k in range(9):
+        yield {n: _POINTS[(3 * j + k) % 10] * (1 + 0.0137 * j) * (-1 if k > 4 and (j + k) % 3 else 1) for j, n in enumerate(sorted(names))}
 
 
 def samples(nodes, names):
     """Values of all nodes at the points where all are defined; complex points only if a node speaks of i."""
     use_complex = any(contains(n, "c", "i") for n in nodes)
-    for env, _ in probes(names):
+    for env in probes(names):
         try:
             vals = [value(n, env) for n in nodes]
         except (ArithmeticError, ValueError, TypeError):
             continue
         if use_complex or not any(isinstance(v, complex) for v in vals):
             yield vals
+
+
+# ---- 6. comparing trees ----------------------------------------------------------------------------------------------
+def close(x, y):
+    return abs(x - y) <= 1e-9 * max(abs(x), abs(y), 1e-3)
+
+
+def resolution(node):
+    """Unit of the last written decimal place of a decimal (5.40, 1.5*10^3, 2.5 million), else None."""
+    if node[0] == "n":
+        return node[2]
+    if node[0] == "*":
+        ulps = [resolution(k) for k in node[1]]
+        if sum(u is not None for u in ulps) == 1 and not variables(node):
+            rest = [value(k) for k, u in zip(node[1], ulps) if u is None]
+            if all(isinstance(r, (int, Fraction)) for r in rest):
+                out = next(u for u in ulps if u is not None)
+                for r in rest:
+                    out *= abs(r)
+                return out
+    return None
+
+
+def same_number(a, b):
+    """Equal exactly (1e-9 for irrational numbers), or one is a decimal of at least 4 significant digits to which the
+    other, more exact one rounds: 166.67 for 166.6667, 0.3333 for 1/3, but 0.33 is no third and 3.14 is not pi."""
+    x, y = value(a), value(b)
+    if isinstance(x, (int, Fraction)) and isinstance(y, (int, Fraction)):
+        if x == y:
+            return True
+    elif close(x, y):
+        return True
+    if isinstance(x, complex) or isinstance(y, complex):
+        return False
+    u, v = resolution(a), resolution(b)
+    if u is None and v is None or u == v:
+        return False
+    if abs(x - y) <= 1e-12 * abs(x):  # 0.30000000000000004
+        return True
+    if u is None or (v is not None and v > u):
+        x, y, u, v = y, x, v, u  # x is the coarser decimal, u its last place
+    return abs(x) >= 1000 * u and abs(x - y) <= u / 2 * (1 + Fraction(1, 10**9) if isinstance(y, (int, Fraction)) else 1.000001)
+
+
+def same_expr(a, b):
+    """Numbers by same_number; expressions with variables by their values at points (mathparse.samples)."""
+    if (inf := [n for n in (a, b) if contains(n, "c", "inf")]):
+        return len(inf) == 2 and infinite(a) == infinite(b) != 0
+    names = variables(a) | variables(b)
+    if not names:
+        return same_number(a, b)
+    if len(names) > 12:
+        return False
+    seen = 0
+    for x, y in samples((a, b), names):
+        if not close(x, y):
+            return False
+        seen += 1
+    return seen >= 3
+
+
+def infinite(node):
+    """1 or -1 for plus or minus infinity written as such, else 0."""
+    if node[0] == "*" and len(node[1]) == 2 and node[1][0] == ("n", -1, None):
+        return -infinite(node[1][1])
+    return int(node == ("c", "inf"))
+
+
+def split_unit(node):
+    """(number, unit or None); generic `units` say nothing."""
+    if node[0] != "q":
+        return node, None
+    dims = tuple(d for d in node[2][1] if d[0] != "unit")
+    return node[1], (node[2] if dims else None)
+
+
+def same_quantity(a, b):
+    """A unit in one of the two is no reason for wrong, a different unit is; 100 cm = 1 m, 50% = 0.5 = 50, 90 deg = pi/2."""
+    (x, ua), (y, ub) = split_unit(a), split_unit(b)
+    if ua == ub:
+        return same_expr(x, y)
+    if ua and ub:
+        return ua[1] == ub[1] and same_expr(scaled(x, ua[0]), scaled(y, ub[0]))
+    if ub:
+        x, y, ua, ub = y, x, ub, ua
+    if ua == PERCENT:
+        return same_expr(x, y) or same_expr(scaled(x, Fraction(1, 100)), y)
+    if ua == DEGREE and contains(y, "c", "pi"):
+        return same_expr(("/", times(x, ("c", "pi")), ("n", 180, None)), y)
+    return same_expr(x, y)
+
+
+def scaled(node, factor):
+    return node if factor == 1 else ("*", (("n", small(factor), None), node))
+
+
+def unname(node):
+    """`x = 5` -> ("x", 5), `f(x) = x+1` -> ("f", x+1), `x in S` -> ("x", S), others -> ("", node). In a chain of equal
+    numbers any stands for all; 6 = 5 is no number, 10/3 ~ 3.33 is one if it rounds so."""
+    if node[0] != "rel" or not set(node[2]) <= {"=", "~", "in"}:
+        return "", node
+    parts, ops, name = list(node[1]), list(node[2]), ""
+    for end in (0, -1):
+        rest = parts[1:] if end == 0 else parts[:-1]
+        head = heading(parts[end])
+        if head and (end == 0 or len(parts) == 2) and head not in set().union(*map(variables, rest)):
+            name, parts, ops = head, rest, ops[1:] if end == 0 else ops[:-1]
+            break
+    if "in" in ops or (not name and len(parts) == len(node[1]) and any(variables(p) for p in parts)):
+        return "", node
+    for p, q, op in zip(parts, parts[1:], ops):
+        if not (same_quantity(p, q) or (op == "~" and rounds_to(p, q))):
+            return "", node
+    return name, parts[0]
+
+
+def heading(p):
+    """The name that a left side gives to the right: x, f(x), f^{-1}(x), (x, y), |AB|, sin A; else None."""
+    if p[0] == "v":
+        return p[1]
+    if p[0] == "seq" and p[1] == "(" and all(k[0] == "v" for k in p[3]):
+        return ",".join(k[1] for k in p[3])
+    if p[0] == "f" and p[2][0][0] == "v" and p[1] in ("abs", "sin", "cos", "tan", "cot"):
+        return f"{p[1]}({p[2][0][1]})"
+    if p[0] == "*" and len(p[1]) == 2 and p[1][1][0] in "vn":
+        f = p[1][0][1] if p[1][0][0] == "^" else p[1][0]
+        return f[1] if f[0] == "v" and f[1][:1] in "fghpqyPFGHRSVAT" else None
+    return None
+
+
+def rounds_to(p, q):
+    """Is q a decimal that p rounds to?"""
+    p, q = split_unit(p)[0], split_unit(q)[0]
+    u = resolution(q)
+    return u is not None and abs(value(p) - value(q)) <= u / 2 * 1.000001
+
+
+def several(node):
+    """The members of a list, a set or a plus-minus, else None."""
+    if node[0] == "seq" and node[1] in ("", "{"):
+        out = [m for k in node[3] for m in (several(k) if contains(k, "pm") else None) or [k]]
+        return out
+    if contains(node, "pm") and node[0] in "+*/^fpmrelq":
+        if node[0] == "rel":
+            name, inner = (node[1][0], node[1][-1]) if node[2] == ("=",) else (None, None)
+            return [("rel", (name, m), ("=",)) for m in several(inner) or []] if name else None
+        if node[0] == "q":
+            return [("q", m, node[2]) for m in several(node[1])]
+        return [choose_sign(node, 1), choose_sign(node, -1)]
+    return None
+
+
+def matched(xs, ys):
+    """The same members in any order."""
+    ys = list(ys)
+    for x in xs:
+        k = next((k for k, y in enumerate(ys) if same(x, y)), None)
+        if k is None:
+            return False
+        ys.pop(k)
+    return not ys
+
+
+def unique(xs):
+    out = []
+    for x in xs:
+        if not any(same(x, y) for y in out):
+            out.append(x)
+    return out
+
+
+_FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+
+
+def intervals(node):
+    """A set of reals as a list of (low, closed, high, closed) sorted by low, else None."""
+    inf, minus = ("c", "inf"), ("*", (("n", -1, None), ("c", "inf")))
+    if node == ("w", "reals"):
+        return [(minus, False, inf, False)]
+    if node[0] == "seq" and node[1] and node[1] != "{" and len(node[3]) == 2:
+        return [(node[3][0], node[1] == "[", node[3][1], node[2] == "]")]
+    if node[0] == "seq" and node[1] == "" and len(node[3]) == 2 and node[4] == "and":  # x > 1 and x < 3
+        parts = [intervals(k) for k in node[3] if k[0] == "rel"]
+        if len(parts) == 2 and all(p and len(p) == 1 for p in parts):
+            (a,), (b,) = parts
+            if infinite(a[0]) and infinite(b[2]):
+                a, b = b, a
+            return [a[:2] + b[2:]] if infinite(a[2]) and infinite(b[0]) else None
+        return None
+    if node[0] == "seq" and node[1] == "" and node[4] == "or" or node[:2] == ("set", "\\cup"):
+        parts = [intervals(k) for k in kids(node)]
+        return None if None in parts else sorted(sum(parts, []), key=lambda p: float("-inf") if infinite(p[0]) else value(p[0]))
+    if node[0] == "rel" and node[2] == ("in",):
+        return intervals(node[1][1])
+    if node[:2] == ("set", "\\setminus") and node[2] == ("w", "reals") and node[3][0] == "seq" and len(node[3][3]) == 1:
+        return [(minus, False, node[3][3][0], False), (node[3][3][0], False, inf, False)]
+    if node[0] != "rel":
+        return None
+    if node[1][0][:2] == ("f", "abs") and node[1][0][2][0][0] == "v" and len(node[2]) == 1 and node[2][0] in _FLIP:  # |x| < 3
+        c, shut = node[1][1], len(node[2][0]) == 2
+        return [(negate(c), shut, c, shut)] if node[2][0][0] == "<" else [(minus, False, negate(c), shut), (c, shut, inf, False)]
+    at = [k for k, p in enumerate(node[1]) if p[0] == "v"]
+    if len(at) != 1 or any(variables(p) for k, p in enumerate(node[1]) if k != at[0]):
+        return None
+    if node[2] == ("!=",):
+        return [(minus, False, node[1][1 - at[0]], False), (node[1][1 - at[0]], False, inf, False)]
+    if not set(node[2]) <= set(_FLIP) or len(node[2]) > 2 or (len(node[2]) == 2 and (at[0] != 1 or node[2][0][0] != node[2][1][0])):
+        return None
+    low, lc, high, hc = minus, False, inf, False
+    for k, op in enumerate(node[2]):  # each operator bounds the variable from one side
+        other = node[1][k] if at[0] == k + 1 else node[1][k + 1]
+        op = _FLIP[op] if at[0] == k + 1 else op
+        if op[0] == "<":
+            high, hc = other, op == "<="
+        else:
+            low, lc = other, op == ">="
+    return [(low, lc, high, hc)]
+
+
+def same_relation(a, b):
+    """Two equations or inequalities: left minus right agree up to a factor (a positive one for inequalities)."""
+    if len(a[1]) != 2 or len(b[1]) != 2:
+        return len(a[1]) == len(b[1]) and a[2] == b[2] and all(same(x, y) for x, y in zip(a[1], b[1]))
+    (p, q), (r, s), opa, opb = a[1], b[1], a[2][0], b[2][0]
+    if opa[0] == ">":
+        p, q, opa = q, p, _FLIP[opa]
+    if opb[0] == ">":
+        r, s, opb = s, r, _FLIP[opb]
+    if opa != opb or opa == "in":
+        return False
+    ratios = []
+    for x, y in samples((("+", (p, negate(q))), ("+", (r, negate(s)))), variables(a) | variables(b)):
+        if (abs(x) < 1e-9) != (abs(y) < 1e-9):
+            return False
+        if abs(y) >= 1e-9:
+            ratios.append(x / y)
+    return len(ratios) >= 3 and all(close(r, ratios[0]) for r in ratios) and (opa in ("=", "~", "!=") or ratios[0] > 0)
+
+
+def rows(node):
+    """A matrix, or nested brackets, as a list of rows."""
+    if node[0] == "mat":
+        return [list(r) for r in node[1]]
+    if node[0] == "seq" and node[1] in ("(", "[") and all(k[0] == "seq" and k[1] in ("(", "[") for k in node[3]) and node[3]:
+        return [list(k[3]) for k in node[3]]
+    return None
+
+
+def without_integer_note(node):
+    """x = pi/4 + k pi, k in Z -> x = pi/4 + k pi"""
+    if node[0] == "seq" and not node[1]:
+        left = [k for k in node[3] if not (k[0] == "rel" and k[2] == ("in",) and k[1][1][0] == "w" and k[1][1][1] != "reals")]
+        return left[0] if len(left) == 1 < len(node[3]) else node
+    return node
+
+
+def same(a, b):
+    """Do two trees mean the same answer?"""
+    if a == b:
+        return True
+    a, b = without_integer_note(a), without_integer_note(b)
+    (na, x), (nb, y) = unname(a), unname(b)
+    if (na or nb) and not (x[0] == "rel" or y[0] == "rel"):
+        if na and nb and na != nb and len(na) < 4 and len(nb) < 4:
+            return a[0] == b[0] == "rel" and same_relation(a, b)
+        return same(x, y) or (a[0] == b[0] == "rel" and same_relation(a, b))
+    if a[0] == b[0] == "rel" and "rel" in (x[0], y[0]) and not (intervals(a) and intervals(b)):
+        return same_relation(a, b)
+    a, b = x, y
+    if a[0] == b[0] == "ratio":
+        return len(a[1]) == len(b[1]) and all(same_expr(times(p, b[1][0]), times(q, a[1][0])) for p, q in zip(a[1], b[1]))
+    if "ratio" in (a[0], b[0]):
+        r, o = (a, b) if a[0] == "ratio" else (b, a)
+        return len(r[1]) == 2 and o[0] not in ("seq", "rel", "set", "mat") and same_quantity(("/", *r[1]), o)
+    if rows(a) and rows(b) and (a[0] == "mat" or b[0] == "mat"):
+        ra, rb = rows(a), rows(b)
+        return len(ra) == len(rb) and all(len(p) == len(q) and all(map(same, p, q)) for p, q in zip(ra, rb))
+    if "mat" in (a[0], b[0]):
+        m, o = (a, b) if a[0] == "mat" else (b, a)
+        flat = [k for r in m[1] for k in r]
+        return o[0] == "seq" and o[1] == "(" and (len(m[1]) == 1 or all(len(r) == 1 for r in m[1])) and len(flat) == len(o[3]) and all(map(same, flat, o[3]))
+    if {a[0], b[0]} & {"rel", "set", "w"} or (a[0] == b[0] == "seq" and a[1] and b[1] and len(a[3]) == 2 and a[1] + a[2] != b[1] + b[2]) or \
+            (a[0] == b[0] == "seq" and "or" in (a[4], b[4])) or "and" in (a[4:] + b[4:]):
+        ia, ib = intervals(a), intervals(b)
+        if ia and ib:
+            return len(ia) == len(ib) and all(p[1] == q[1] and p[3] == q[3] and same(p[0], q[0]) and same(p[2], q[2]) for p, q in zip(ia, ib))
+        if {a[0], b[0]} & {"set", "w"}:
+            return a[:2] == b[:2] and a[0] == "set" and same(a[2], b[2]) and same(a[3], b[3])
+        if "rel" in (a[0], b[0]) and not (several(a) and several(b)):
+            return False
+    if a[0] == b[0] == "seq" and ("(" in (a[1], b[1]) or a[1] == b[1] == "["):
+        if len(a[3]) != len(b[3]) or "{" in (a[1], b[1]) or (a[1] + a[2] in ("(]", "[)")) != (b[1] + b[2] in ("(]", "[)")) or "or" in (a[4], b[4]) or (a[1] and b[1] and len(a[3]) == 2 and a[1] + a[2] != b[1] + b[2]):
+            return False
+        members = []
+        for s in (a, b):  # points keep their order; x = 1, y = 2 is the point (1, 2), x = 1, x = 2 is none
+            names = [unname(k)[0] for k in s[3]]
+            if all(names) and len(set(names)) < len(names):
+                return False
+            members.append([k for _, k in sorted(zip(names, s[3]), key=lambda p: p[0])] if all(names) else s[3])
+        return all(map(same, *members))
+    ma, mb = several(a), several(b)
+    if a[0] == "seq" and a[1] + a[2] == "[]" and b[0] == "seq" and not b[1] and b[4] != "or":  # [2003, 2004] as a list
+        ma = list(a[3])
+    if b[0] == "seq" and b[1] + b[2] == "[]" and a[0] == "seq" and not a[1] and a[4] != "or":
+        mb = list(b[3])
+    if ma is not None or mb is not None:
+        ma, mb = [a] if ma is None else ma, [b] if mb is None else mb
+        if max(len(ma), len(mb)) > 60:
+            return False
+        if (a[0] == "seq" and (a[1] == "{" or a[4] == "or")) or (b[0] == "seq" and (b[1] == "{" or b[4] == "or")) or "seq" not in (a[0], b[0]):
+            ma, mb = unique(ma), unique(mb)
+        if len(ma) != len(mb) or (len(ma) == 1 and (ma[0] is a and mb[0] is b)):
+            return False
+        return matched(ma, mb)
+    if "seq" in (a[0], b[0]):
+        return False
+    return same_quantity(a, b)
+
+
+# ---- 7. words, numbers in words, times, dates ------------------------------------------------------------------------
+_TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::\d\d)?\s*(?:([ap])\.?\s?m\.?|(o'?clock))?$", re.I)
+_MONTHS = "january february march april may june july august september october november december".split()
+_DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+_ABBREV = {d[:3]: d for d in _DAYS + _MONTHS} | {"tues": "tuesday", "thur": "thursday", "thurs": "thursday", "sept": "september", "&": "and"}
+_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
+_NUMBER = {w: i for i, w in enumerate(_ONES)} | {w: 10 * i for i, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
+_ORDINAL = {"half": 2, "halves": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fourth": 4, "fourths": 4, "fifth": 5, "fifths": 5, "sixth": 6, "sixths": 6,
+            "eighth": 8, "eighths": 8, "tenth": 10, "tenths": 10}
+_SYNONYM = {w: v for v, ws in {"does not exist": "dne|undefined|not exist|doesnt exist", "no solution": "no solutions|no real solution|no real solutions|there is no solution|empty set|none",
+                                "all real numbers": "all reals|all real|real numbers|reals|set of all real numbers|every real number"}.items() for w in ws.split("|")}
+PHRASE = {"all real numbers": "\\R", "no solution": "\\emptyset"}
+_RANK = {w: f"{i}{'st nd rd'.split()[i - 1] if i < 4 else 'th'}" for i, w in enumerate("first second third fourth fifth sixth seventh eighth ninth tenth".split(), 1)}
+_HAN = dict(zip("零一二三四五六七八九十两", [*range(11), 2]))
+
+
+def number_words(t):
+    """`twenty-one` -> 21, `three quarters` -> 3/4, `five apples` -> 5 apples; other texts unchanged."""
+    if t in _HAN:
+        return str(_HAN[t])
+    t = t.strip()
+    if m := re.match(r"(?:negative|minus)\s+(?=[a-z])", t, re.I):
+        return "-" + number_words(t[m.end():])
+    words = re.split(r"[\s-]+", t.lower())
+    if not words or len(words) > 12 or (words[0] not in _NUMBER and words[0] not in ("a", "an", "half", "dozen")):
+        return t
+    total, part, k, seen = 0, 0, 0, False
+    while k < len(words):
+        w = words[k]
+        if w in _NUMBER:
+            part, seen = part + _NUMBER[w], True
+        elif w in ("a", "an") and words[k + 1:k + 2] and words[k + 1] in {**_ORDINAL, **SCALES, "dozen": 12}:
+            part, seen = 1, True
+        elif w == "hundred" and seen:
+            part *= 100
+        elif w == "dozen":
+            part, seen = max(part, 1) * 12, True
+        elif w in SCALES and seen:
+            total, part = total + part * SCALES[w], 0
+        elif not (w == "and" and seen and words[k + 1:k + 2] and words[k + 1] in _NUMBER):
+            break
+        k += 1
+    if k < len(words) and words[k] in _ORDINAL and (seen or words[k] == "half"):
+        return f"{total + part or 1}/{_ORDINAL[words[k]]} {' '.join(words[k + 1:])}".strip()
+    return f"{total + part} {' '.join(words[k:])}".strip() if seen else t
+
+
+def words(t):
+    """Words without case, articles, punctuation: what names and phrases are compared by."""
+    t = re.sub(r"(?<=\S) A(?![a-z])", " \u00c0", re.sub(r"\\[a-zA-Z]+|[{}$*_\"]", " ", t)).lower()  # Class A: no article
+    t = t.replace("&", " and ")
+    t = re.sub(r"(?<=\w)'s\b|'", "", re.sub(r"(?<=[a-z]{2})-(?=[a-z]{2})", " ", t))
+    t = re.sub(r"(?<=[a-z])\.(?=[a-z]\b)", "", t)  # p.m. -> pm.
+    out = [w.strip(".,;:!?()[]") for w in t.split()]
+    out = [_ABBREV.get(w, _RANK.get(w, str(_NUMBER.get(w, w)))) for w in out if w]
+    out = " ".join([w for w in out if w not in ("a", "an", "the")] or out)
+    return _SYNONYM.get(out, out)
+
+
+def clock(t):
+    """(minutes since midnight or noon, 0 am / 1 pm / None) of a time of day, else None."""
+    m = _TIME.match(t.strip())
+    if not m or not (m[2] or m[3] or m[4]) or int(m[1]) > 24 or int(m[2] or 0) > 59:
+        return None
+    half = None if not m[3] else int(m[3].lower() == "p")
+    hour = int(m[1])
+    if hour > 12 or (half is not None and hour <= 12):  # 14:10, 2:10 pm: 24-hour reading
+        return (hour if hour > 12 else hour % 12 + 12 * half) * 60 + int(m[2] or 0), True
+    return hour * 60 + int(m[2] or 0), False
+
+
+def date(t):
+    """(year, month, day) of a written date, missing parts 0; None if it is no date with a day and a month."""
+    if m := re.fullmatch(r"(\d{4})[-/年.](\d{1,2})[-/月.](\d{1,2})日?", t):
+        return int(m[1]), int(m[2]), int(m[3])
+    if m := re.fullmatch(r"(\d{1,2})/(\d{1,2})/(\d{4})", t):
+        return int(m[3]), int(m[1]), int(m[2])
+    parts = re.findall(r"[a-z]+|\d+", re.sub(r"(?<=\d)(st|nd|rd|th)\b|\bof\b|\bthe\b", "", t.lower()))
+    months = [_MONTHS.index(_ABBREV.get(p, p)) + 1 for p in parts if _ABBREV.get(p, p) in _MONTHS]
+    nums = [int(p) for p in parts if p.isdigit() and len(p) <= 4]
+    if len(months) != 1 or len(parts) != 1 + len(nums) or not 1 <= len(nums) <= 2:
+        return None
+    day, year = ([n for n in nums if n <= 31] + [0])[0], ([n for n in nums if n > 31] + [0])[0]
+    return (year, months[0], day) if day and len(nums) == (1 if not year else 2) else None

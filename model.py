@@ -46,10 +46,12 @@ def packed_attention(module, q, k, v, attention_mask, scaling=None, packing=None
     # elsewhere: pad inside the attention only. right padding under a causal mask needs no mask of its own, since the
     # padded keys come after every real query and the padded queries are thrown away
     k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
-    padded = [x[0][:, packing.gather].transpose(0, 1) for x in (q, k, v)]  # (S, h, L, d)
-    out = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scaling)
-    out = out.transpose(1, 2).flatten(0, 1)[packing.scatter]  # (T, h, d)
-    return out[None], None
+    outs = []
+    for table, real in packing.buckets:
+        padded = [x[0][:, table].transpose(0, 1) for x in (q, k, v)]  # (S, h, L, d)
+        out = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scaling)
+        outs.append(out.transpose(1, 2).flatten(0, 1)[real])
+    return torch.cat(outs)[packing.order][None], None  # (1, T, h, d)
 
 
 # registered without a mask function, so that transformers builds no (T, T) mask

@@ -8,11 +8,10 @@ Nothing a model wrote is evaluated as code: mathparse.py reads it with its own b
 """
 import atexit, json, os, re, select, subprocess, sys, threading, time
 from collections import Counter, OrderedDict
-from fractions import Fraction
 from typing import NamedTuple
 
 import mathparse as mp
-from mathparse import DEGREE, PERCENT, Unparsable, clean, contains, parse, value, variables
+from mathparse import PHRASE, Unparsable, clean, clock, date, number_words, parse, same, words
 
 TIME_LIMIT, MEMORY_LIMIT, SLOW_CHARS = 5.0, 512 * 2**20, 400  # seconds and bytes per worker; longer answers go to a worker
 _counts, _lock = Counter(), threading.Lock()
@@ -77,32 +76,34 @@ def loose_answer(completion):
     return (inner[0].strip() or None) if inner else None
 
 
-# ---- 2. text: letters, words, times, dates -----------------------------------------------------------------------------
+# ---- 2. text: what surrounds an answer, choice letters ----------------------------------------------------------------
 _PREFIX = re.compile(r"(?:(?:so|thus|hence|therefore|\\therefore)\b[,:]?\s*)?(?:(?:the\s+)?(?:final\s+|correct\s+|best\s+)?(?:answer|result|solution)\s*(?:is|:|=|are)\s*:?\s*"
                      r"|(?:正确)?(?:答案|结果)(?:是|为|:)*\s*|故?应?选择?(?:项)?:?\s*(?=\(?[A-J])|(?:approximately|approx\.?|about|around|roughly|约|大约)\s*(?=[\d\\$.-])|≈\s*|\\approx\s*)", re.I)
 _LETTER = re.compile(r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|选项)\s*(?:is|:)?\s*)?[\[({]?\s*([A-Ja-j])\s*[\])}]?\s*[.:,]?$", re.I)
 _LETTER_TEXT = re.compile(r"(?:(?:option|choice)\s*)?(?:[\[(]([A-J])[\])]\s*[:.]?|([A-J])\s*[).:、]\s+|([A-J])\s*[).:、](?=\S)|([A-J])\s+(?=\())\s*(.+)$", re.S)
-_LETTERS = re.compile(r"\(?[A-J]\)?(?:\s*(?:,|;|and|&|\n|\s)?\s*\(?[A-J]\)?)+$")
-_TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::\d\d)?\s*(?:([ap])\.?\s?m\.?|(o'?clock))?$", re.I)
-_MONTHS = "january february march april may june july august september october november december".split()
-_DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
-_ABBREV = {d[:3]: d for d in _DAYS + _MONTHS} | {"tues": "tuesday", "thur": "thursday", "thurs": "thursday", "sept": "september", "&": "and"}
-_ONES = "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen".split()
-_NUMBER = {w: i for i, w in enumerate(_ONES)} | {w: 10 * i for i, w in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
-_ORDINAL = {"half": 2, "halves": 2, "third": 3, "thirds": 3, "quarter": 4, "quarters": 4, "fourth": 4, "fourths": 4, "fifth": 5, "fifths": 5, "sixth": 6, "sixths": 6,
-            "eighth": 8, "eighths": 8, "tenth": 10, "tenths": 10}
-_HAN = dict(zip("零一二三四五六七八九十两", [*range(11), 2]))
+_LETTERS = re.compile(r"(?:\([A-J]\)|[A-J])(?:\s*(?:,|;|and|&)?\s*(?:\([A-J]\)|[A-J]))+$")
+_NUMERAL, _WORDY = re.compile(r"-?\d{1,300}(?:\.\d{1,99})?"), re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}|[^\x00-\x7f]")
 
 
 def core_text(s):
     """An answer without what surrounds it: `The answer is`, stars, dollars' outer boxes, a full stop."""
-    s = unwrap(s)
+    s = mp.unicode_plain(unwrap(bare(s)))
     for _ in range(3):
         m = _PREFIX.match(s[:200])
         if not m or not m[0]:
             break
-        s = unwrap(s[m.end():])
-    return s[:-1].rstrip() if s[-1:] in (".", "。") and len(s) > 1 else s
+        s = unwrap(bare(s[m.end():]))
+    if s.count("\\boxed{") == 1 and not re.search(r"\b(?:or|not)\b", s) and (inner := braced(s, s.find("\\boxed{") + 6)):
+        s = inner[0].strip()  # a sentence with one box in it
+    return bare(s[:-1].rstrip() if s[-1:] == "." and len(s) > 1 else s)
+
+
+def bare(s):
+    """Without one pair of $...$, \\(...\\) or \\[...\\] around the whole."""
+    s = s.strip()
+    if s[:1] == "$" == s[-1:] and s.strip("$").count("$") == 0:
+        return s.strip("$").strip()
+    return s[2:-2].strip() if s[:2] + s[-2:] in ("\\(\\)", "\\[\\]") and s.count(s[:2]) == 1 else s
 
 
 def letters(t):
@@ -112,357 +113,16 @@ def letters(t):
     return set(re.findall("[A-J]", t)) if len(t) < 60 and _LETTERS.match(t) and not t.isalpha() or (1 < len(t) < 5 and re.fullmatch("[A-E]+", t) and list(t) == sorted(set(t))) else None
 
 
-def letter_text(t):
+def letter_text(t, strict=True):
     """("B", "54") for `B: 54`, `(B) 54`, `B. 54`, `B (54)`; None for other texts and for lists of options."""
     m = _LETTER_TEXT.match(t)
-    if not m or re.search(r"(?:^|\s)\(?[A-J](?:[).:]|$)", m[5]) or re.search(r"\bor\b|\bnot\b", m[5]):
+    if not m or strict and re.search(r"(?:^|\s)\(?[A-J](?:[).:]|$)|\b(?:or|not)\b", m[5]):
         return None
     text = m[5].strip()
     return (m[1] or m[2] or m[3] or m[4]), (text[1:-1] if m[4] and text.endswith(")") else text)
 
 
-def number_words(t):
-    """`twenty-one` -> 21, `three quarters` -> 3/4, `five apples` -> 5 apples; other texts unchanged."""
-    if t in _HAN:
-        return str(_HAN[t])
-    words = re.split(r"[\s-]+", t.lower().strip())
-    if not words or len(words) > 12 or (words[0] not in _NUMBER and words[0] not in ("a", "an", "half", "dozen")):
-        return t
-    total, part, k, seen = 0, 0, 0, False
-    while k < len(words):
-        w = words[k]
-        if w in _NUMBER:
-            part, seen = part + _NUMBER[w], True
-        elif w in ("a", "an") and words[k + 1:k + 2] and words[k + 1] in {**_ORDINAL, **mp.SCALES, "dozen": 12}:
-            part, seen = 1, True
-        elif w == "hundred" and seen:
-            part *= 100
-        elif w == "dozen":
-            part, seen = max(part, 1) * 12, True
-        elif w in mp.SCALES and seen:
-            total, part = total + part * mp.SCALES[w], 0
-        elif not (w == "and" and seen and words[k + 1:k + 2] and words[k + 1] in _NUMBER):
-            break
-        k += 1
-    if k < len(words) and words[k] in _ORDINAL and (seen or words[k] == "half"):
-        return f"{total + part or 1}/{_ORDINAL[words[k]]} {' '.join(words[k + 1:])}".strip()
-    return f"{total + part} {' '.join(words[k:])}".strip() if seen else t
-
-
-def words(t):
-    """Words without case, articles, punctuation: what names and phrases are compared by."""
-    t = re.sub(r"\\[a-zA-Z]+|[{}$*_\"]", " ", t).lower().replace("&", " and ")
-    t = re.sub(r"(?<=\w)'s\b|'", "", re.sub(r"(?<=[a-z])-(?=[a-z])", " ", t))
-    t = re.sub(r"(?<=[a-z])\.(?=[a-z]\b)", "", t)  # p.m. -> pm.
-    out = [w.strip(".,;:!?()[]") for w in t.split()]
-    return " ".join(_ABBREV.get(w, str(_NUMBER.get(w, w))) for w in out if w and w not in ("a", "an", "the"))
-
-
-def clock(t):
-    """(minutes since midnight or noon, 0 am / 1 pm / None) of a time of day, else None."""
-    m = _TIME.match(t.strip())
-    if not m or not (m[2] or m[3] or m[4]) or int(m[1]) > 24 or int(m[2] or 0) > 59:
-        return None
-    half = None if not m[3] else int(m[3].lower() == "p")
-    hour = int(m[1])
-    if hour > 12 or (half is not None and hour <= 12):  # 14:10, 2:10 pm: 24-hour reading
-        return (hour if hour > 12 else hour % 12 + 12 * half) * 60 + int(m[2] or 0), True
-    return hour * 60 + int(m[2] or 0), False
-
-
-def date(t):
-    """(year, month, day) of a written date, missing parts 0; None if it is no date with a day and a month."""
-    if m := re.fullmatch(r"(\d{4})[-/年.](\d{1,2})[-/月.](\d{1,2})日?", t):
-        return int(m[1]), int(m[2]), int(m[3])
-    if m := re.fullmatch(r"(\d{1,2})/(\d{1,2})/(\d{4})", t):
-        return int(m[3]), int(m[1]), int(m[2])
-    parts = re.findall(r"[a-z]+|\d+", re.sub(r"(?<=\d)(st|nd|rd|th)\b|\bof\b|\bthe\b", "", t.lower()))
-    months = [_MONTHS.index(_ABBREV.get(p, p)) + 1 for p in parts if _ABBREV.get(p, p) in _MONTHS]
-    nums = [int(p) for p in parts if p.isdigit() and len(p) <= 4]
-    if len(months) != 1 or len(parts) != 1 + len(nums) or not 1 <= len(nums) <= 2:
-        return None
-    day, year = ([n for n in nums if n <= 31] + [0])[0], ([n for n in nums if n > 31] + [0])[0]
-    return (year, months[0], day) if day and len(nums) == (1 if not year else 2) else None
-
-
-# ---- 3. comparing trees ----------------------------------------------------------------------------------------------
-def close(x, y):
-    return abs(x - y) <= 1e-9 * max(abs(x), abs(y), 1e-3)
-
-
-def resolution(node):
-    """Unit of the last written decimal place of a decimal (5.40, 1.5*10^3, 2.5 million), else None."""
-    if node[0] == "n":
-        return node[2]
-    if node[0] == "*":
-        ulps = [resolution(k) for k in node[1]]
-        if sum(u is not None for u in ulps) == 1 and not variables(node):
-            rest = [value(k) for k, u in zip(node[1], ulps) if u is None]
-            if all(isinstance(r, (int, Fraction)) for r in rest):
-                out = next(u for u in ulps if u is not None)
-                for r in rest:
-                    out *= abs(r)
-                return out
-    return None
-
-
-def same_number(a, b):
-    """Equal exactly (1e-9 for irrational numbers), or one is a decimal of at least 4 significant digits to which the
-    other, more exact one rounds: 166.67 for 166.6667, 0.3333 for 1/3, but 0.33 is no third and 3.14 is not pi."""
-    x, y = value(a), value(b)
-    if isinstance(x, (int, Fraction)) and isinstance(y, (int, Fraction)):
-        if x == y:
-            return True
-    elif close(x, y):
-        return True
-    if isinstance(x, complex) or isinstance(y, complex):
-        return False
-    u, v = resolution(a), resolution(b)
-    if u is None and v is None or u == v:
-        return False
-    if u is None or (v is not None and v > u):
-        x, y, u, v = y, x, v, u  # x is the coarser decimal, u its last place
-    return abs(x) >= 1000 * u and abs(x - y) <= u / 2 * (1 + Fraction(1, 10**9) if isinstance(y, (int, Fraction)) else 1.000001)
-
-
-def same_expr(a, b):
-    """Numbers by same_number; expressions with variables by their values at points (mathparse.samples)."""
-    if (inf := [n for n in (a, b) if contains(n, "c", "inf")]):
-        return len(inf) == 2 and infinite(a) == infinite(b) != 0
-    names = variables(a) | variables(b)
-    if not names:
-        return same_number(a, b)
-    if len(names) > 12:
-        return False
-    seen = 0
-    for x, y in mp.samples((a, b), names):
-        if not close(x, y):
-            return False
-        seen += 1
-    return seen >= 3
-
-
-def infinite(node):
-    """1 or -1 for plus or minus infinity written as such, else 0."""
-    if node[0] == "*" and len(node[1]) == 2 and node[1][0] == ("n", -1, None):
-        return -infinite(node[1][1])
-    return int(node == ("c", "inf"))
-
-
-def split_unit(node):
-    """(number, unit or None); generic `units` say nothing."""
-    if node[0] != "q":
-        return node, None
-    dims = tuple(d for d in node[2][1] if d[0] != "unit")
-    return node[1], (node[2] if dims else None)
-
-
-def same_quantity(a, b):
-    """A unit in one of the two is no reason for wrong, a different unit is; 100 cm = 1 m, 50% = 0.5 = 50, 90 deg = pi/2."""
-    (x, ua), (y, ub) = split_unit(a), split_unit(b)
-    if ua == ub:
-        return same_expr(x, y)
-    if ua and ub:
-        return ua[1] == ub[1] and same_expr(scaled(x, ua[0]), scaled(y, ub[0]))
-    if ub:
-        x, y, ua, ub = y, x, ub, ua
-    if ua == PERCENT:
-        return same_expr(x, y) or same_expr(scaled(x, Fraction(1, 100)), y)
-    if ua == DEGREE and contains(y, "c", "pi"):
-        return same_expr(("/", mp.times(x, ("c", "pi")), ("n", 180, None)), y)
-    return same_expr(x, y)
-
-
-def scaled(node, factor):
-    return node if factor == 1 else ("*", (("n", mp.small(factor), None), node))
-
-
-def unname(node):
-    """`x = 5` -> ("x", 5), `f(x) = x+1` -> ("f", x+1), `x in S` -> ("x", S), others -> ("", node). In a chain of equal
-    numbers any stands for all; 6 = 5 is no number, 10/3 ~ 3.33 is one if it rounds so."""
-    if node[0] != "rel" or not set(node[2]) <= {"=", "~", "in"}:
-        return "", node
-    parts, ops, name = list(node[1]), list(node[2]), ""
-    for end in (0, -1):
-        p, rest = parts[end], parts[1:] if end == 0 else parts[:-1]
-        head = p if p[0] == "v" else p[1][0] if p[0] == "*" and len(p[1]) == 2 and p[1][1][0] == "v" and p[1][0][0] == "v" and p[1][0][1][:1] in "fghpqyPFGRSVAC" else None
-        if head and len(parts) > 1 and all(head[1] not in variables(r) for r in rest) and (end == 0 or len(parts) == 2) and (p[0] == "v" or p[1][1][1] in set().union(*map(variables, rest))):
-            name = head[1]
-            parts, ops = rest, ops[1:] if end == 0 else ops[:-1]
-            break
-    if "in" in ops or (not name and len(parts) == len(node[1]) and any(variables(p) for p in parts)):
-        return "", node
-    for p, q, op in zip(parts, parts[1:], ops):
-        if not (same_quantity(p, q) or (op == "~" and rounds_to(p, q))):
-            return "", node
-    return name, parts[0]
-
-
-def rounds_to(p, q):
-    """Is q a decimal that p rounds to?"""
-    p, q = split_unit(p)[0], split_unit(q)[0]
-    u = resolution(q)
-    return u is not None and abs(value(p) - value(q)) <= u / 2 * 1.000001
-
-
-def several(node):
-    """The members of a list, a set or a plus-minus, else None."""
-    if node[0] == "seq" and node[1] in ("", "{"):
-        out = [m for k in node[3] for m in (several(k) if contains(k, "pm") else None) or [k]]
-        return out
-    if contains(node, "pm") and node[0] in "+*/^fpmrelq":
-        if node[0] == "rel":
-            name, inner = (node[1][0], node[1][-1]) if node[2] == ("=",) else (None, None)
-            return [("rel", (name, m), ("=",)) for m in several(inner) or []] if name else None
-        if node[0] == "q":
-            return [("q", m, node[2]) for m in several(node[1])]
-        return [mp.choose_sign(node, 1), mp.choose_sign(node, -1)]
-    return None
-
-
-def matched(xs, ys):
-    """The same members in any order."""
-    ys = list(ys)
-    for x in xs:
-        k = next((k for k, y in enumerate(ys) if same(x, y)), None)
-        if k is None:
-            return False
-        ys.pop(k)
-    return not ys
-
-
-def unique(xs):
-    out = []
-    for x in xs:
-        if not any(same(x, y) for y in out):
-            out.append(x)
-    return out
-
-
-_FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
-
-
-def intervals(node):
-    """A set of reals as a list of (low, closed, high, closed) sorted by low, else None."""
-    inf, minus = ("c", "inf"), ("*", (("n", -1, None), ("c", "inf")))
-    if node == ("w", "reals"):
-        return [(minus, False, inf, False)]
-    if node[0] == "seq" and node[1] and node[1] != "{" and len(node[3]) == 2:
-        return [(node[3][0], node[1] == "[", node[3][1], node[2] == "]")]
-    if node[0] == "seq" and node[1] == "" and node[4] == "or" or node[:2] == ("set", "\\cup"):
-        parts = [intervals(k) for k in mp.kids(node)]
-        return None if None in parts else sorted(sum(parts, []), key=lambda p: float("-inf") if infinite(p[0]) else value(p[0]))
-    if node[0] == "rel" and node[2] == ("in",):
-        return intervals(node[1][1])
-    if node[:2] == ("set", "\\setminus") and node[2] == ("w", "reals") and node[3][0] == "seq" and len(node[3][3]) == 1:
-        return [(minus, False, node[3][3][0], False), (node[3][3][0], False, inf, False)]
-    if node[0] != "rel":
-        return None
-    at = [k for k, p in enumerate(node[1]) if p[0] == "v"]
-    if len(at) != 1 or any(variables(p) for k, p in enumerate(node[1]) if k != at[0]):
-        return None
-    if node[2] == ("!=",):
-        return [(minus, False, node[1][1 - at[0]], False), (node[1][1 - at[0]], False, inf, False)]
-    if not set(node[2]) <= set(_FLIP) or len(node[2]) > 2 or (len(node[2]) == 2 and (at[0] != 1 or node[2][0][0] != node[2][1][0])):
-        return None
-    low, lc, high, hc = minus, False, inf, False
-    for k, op in enumerate(node[2]):  # each operator bounds the variable from one side
-        other = node[1][k] if at[0] == k + 1 else node[1][k + 1]
-        op = _FLIP[op] if at[0] == k + 1 else op
-        if op[0] == "<":
-            high, hc = other, op == "<="
-        else:
-            low, lc = other, op == ">="
-    return [(low, lc, high, hc)]
-
-
-def same_relation(a, b):
-    """Two equations or inequalities: left minus right agree up to a factor (a positive one for inequalities)."""
-    if len(a[1]) != 2 or len(b[1]) != 2:
-        return len(a[1]) == len(b[1]) and a[2] == b[2] and all(same(x, y) for x, y in zip(a[1], b[1]))
-    (p, q), (r, s), opa, opb = a[1], b[1], a[2][0], b[2][0]
-    if opa[0] == ">":
-        p, q, opa = q, p, _FLIP[opa]
-    if opb[0] == ">":
-        r, s, opb = s, r, _FLIP[opb]
-    if opa != opb or opa == "in":
-        return False
-    ratios = []
-    for x, y in mp.samples((("+", (p, mp.negate(q))), ("+", (r, mp.negate(s)))), variables(a) | variables(b)):
-        if (abs(x) < 1e-9) != (abs(y) < 1e-9):
-            return False
-        if abs(y) >= 1e-9:
-            ratios.append(x / y)
-    return len(ratios) >= 3 and all(close(r, ratios[0]) for r in ratios) and (opa in ("=", "~", "!=") or ratios[0] > 0)
-
-
-def rows(node):
-    """A matrix, or nested brackets, as a list of rows."""
-    if node[0] == "mat":
-        return [list(r) for r in node[1]]
-    if node[0] == "seq" and node[1] in ("(", "[") and all(k[0] == "seq" and k[1] in ("(", "[") for k in node[3]) and node[3]:
-        return [list(k[3]) for k in node[3]]
-    return None
-
-
-def same(a, b):
-    """Do two trees mean the same answer?"""
-    if a == b:
-        return True
-    (na, x), (nb, y) = unname(a), unname(b)
-    if (na or nb) and not (x[0] == "rel" or y[0] == "rel"):
-        if na and nb and na != nb and len(na) < 4 and len(nb) < 4:
-            return a[0] == b[0] == "rel" and same_relation(a, b)
-        return same(x, y) or (a[0] == b[0] == "rel" and same_relation(a, b))
-    a, b = x, y
-    if a[0] == b[0] == "ratio":
-        return len(a[1]) == len(b[1]) and all(same_expr(mp.times(p, b[1][0]), mp.times(q, a[1][0])) for p, q in zip(a[1], b[1]))
-    if "ratio" in (a[0], b[0]):
-        r, o = (a, b) if a[0] == "ratio" else (b, a)
-        return len(r[1]) == 2 and o[0] not in ("seq", "rel", "set", "mat") and same_quantity(("/", *r[1]), o)
-    if a[0] == b[0] == "rel":
-        (ia, ib) = intervals(a), intervals(b)
-        if not (ia and ib):
-            return same_relation(a, b)
-    if rows(a) and rows(b) and (a[0] == "mat" or b[0] == "mat"):
-        ra, rb = rows(a), rows(b)
-        return len(ra) == len(rb) and all(len(p) == len(q) and all(map(same, p, q)) for p, q in zip(ra, rb))
-    if "mat" in (a[0], b[0]):
-        m, o = (a, b) if a[0] == "mat" else (b, a)
-        flat = [k for r in m[1] for k in r]
-        return o[0] == "seq" and o[1] == "(" and (len(m[1]) == 1 or all(len(r) == 1 for r in m[1])) and len(flat) == len(o[3]) and all(map(same, flat, o[3]))
-    if {a[0], b[0]} & {"rel", "set", "w"} or (a[0] == b[0] == "seq" and a[1] and b[1] and len(a[3]) == 2 and a[1] + a[2] != b[1] + b[2]) or \
-            (a[0] == b[0] == "seq" and "or" in (a[4], b[4])):
-        ia, ib = intervals(a), intervals(b)
-        if ia and ib:
-            return len(ia) == len(ib) and all(p[1] == q[1] and p[3] == q[3] and same(p[0], q[0]) and same(p[2], q[2]) for p, q in zip(ia, ib))
-        if {a[0], b[0]} & {"set", "w"}:
-            return a[:2] == b[:2] and a[0] == "set" and same(a[2], b[2]) and same(a[3], b[3])
-        if "rel" in (a[0], b[0]) and not (several(a) and several(b)):
-            return False
-    if a[0] == b[0] == "seq" and ("(" in (a[1], b[1]) or a[1] == b[1] == "["):
-        if len(a[3]) != len(b[3]) or "{" in (a[1], b[1]) or (a[1] and b[1] and len(a[3]) == 2 and a[1] + a[2] != b[1] + b[2]):
-            return False
-        named = [sorted(s[3], key=lambda k: str(unname(k)[0])) if all(unname(k)[0] for k in s[3]) else s[3] for s in (a, b)]
-        return all(map(same, *named))  # points keep their order; x = 1, y = 2 is the point (1, 2)
-    ma, mb = several(a), several(b)
-    if a[0] == "seq" and a[1] == "[":
-        ma = list(a[3])
-    if b[0] == "seq" and b[1] == "[":
-        mb = list(b[3])
-    if ma is not None or mb is not None:
-        ma, mb = [a] if ma is None else ma, [b] if mb is None else mb
-        if (a[0] == "seq" and (a[1] == "{" or a[4] == "or")) or (b[0] == "seq" and (b[1] == "{" or b[4] == "or")) or "seq" not in (a[0], b[0]):
-            ma, mb = unique(ma), unique(mb)
-        if len(ma) > 60 or len(ma) != len(mb) or (len(ma) == 1 and (ma[0] is a and mb[0] is b)):
-            return False
-        return matched(ma, mb)
-    if "seq" in (a[0], b[0]):
-        return False
-    return same_quantity(a, b)
-
-
-# ---- 4. the verdict --------------------------------------------------------------------------------------------------
+# ---- 3. the verdict --------------------------------------------------------------------------------------------------
 def judge(pred, gold, choices=None, log=None):
     """(right?, why) for two answers. The function to edit for another notion of "right". log collects steps in words."""
     say = log.append if log is not None else lambda text: None
@@ -475,63 +135,74 @@ def judge(pred, gold, choices=None, log=None):
     if p == g:
         say("the same text")
         return True, "ok"
-    if choices and not all(len(c.strip()) == 1 and c.strip().isalpha() for c in choices):
-        return judge_choice(p, g, [core_text(str(c)) for c in choices], say)
+    options = [core_text(str(c)) for c in choices or []]
+    if options and not all(letters(c) == {chr(65 + k)} for k, c in enumerate(options)):
+        return judge_choice(p, g, options, say)
     return judge_text(p, g, say)
+
+
+def said(ok):
+    return bool(ok), "ok" if ok else "wrong"
 
 
 def judge_choice(p, g, choices, say):
     """With options at hand: letter against letter, text against the letter's text."""
     def index(t):
-        if (ls := letters(t)) and len(ls) == 1 and t not in choices:
+        if t in choices:
+            return choices.index(t), ""
+        if (ls := letters(t)) and len(ls) == 1:
             return (k, "") if (k := ord(min(ls)) - 65) < len(choices) else None
-        if (lt := letter_text(t)) and ord(lt[0]) - 65 < len(choices):
-            return ord(lt[0]) - 65, lt[1]
-        return None
+        lt = letter_text(t, strict=False)
+        return (ord(lt[0]) - 65, lt[1]) if lt and ord(lt[0]) - 65 < len(choices) else None
     ip, ig = index(p), index(g)
     say(f"options: {choices}; the two name {ip} and {ig}")
     if ip and ip[1] and not judge_text(ip[1], choices[ip[0]], say)[0]:
         return False, "wrong"  # "B: 54" where B is 45
     if ip and ig:
-        return (True, "ok") if ip[0] == ig[0] or choices[ip[0]] == choices[ig[0]] else (False, "wrong")
+        return said(ip[0] == ig[0] or choices[ip[0]] == choices[ig[0]])
     if ip:
         return judge_text(choices[ip[0]], g, say)
     return judge_text(p, choices[ig[0]] if ig else g, say)
 
 
 def judge_text(p, g, say):
-    p, g = (mp.unicode_plain(t) if not t.isascii() else t for t in (p, g))
+    p, g = (mp.TEXT.sub(r" \1 ", t).replace("~", " ").strip() if "\\" in t else t for t in (p, g))
+    if _NUMERAL.fullmatch(p) and _NUMERAL.fullmatch(g):  # most answers
+        return said(mp.same_number(mp.number(p), mp.number(g)))
     lp, lg = letters(p), letters(g)
     if lp and lg and (lp == lg or len(lp | lg) > 0 and (p + g).isupper()):
         say(f"choice letters {lp} and {lg}")
-        return (lp == lg, "ok" if lp == lg else "wrong")
+        return (said(lp == lg))
     tp, tg = letter_text(p), letter_text(g)
     if tp and (tg or lg) and not (tp and tg and tp[0] != tg[0]):
         if lg or judge_text(tp[1], tg[1], say)[0]:
-            ok = {tp[0]} == (lg or {tg[0]})
-            return ok, "ok" if ok else "wrong"
+            return said({tp[0]} == (lg or {tg[0]}))
     if tg and lp:
-        return lp == {tg[0]}, "ok" if lp == {tg[0]} else "wrong"
+        return said(lp == {tg[0]})
     if tp and not tg and len(tp[0]) == 1 and (tp[0] + "." in p[:3] or p[0] in "([" or ":" in p[:3]):
         p = tp[1]  # "B. 54" against "54"
     elif tg and not tp and (g[0] in "([" or g[1:2] in ".:"):
         g = tg[1]
-    wp, wg = words(p), words(g)
-    if wp and wp == wg and re.search("[a-z]{2}|[^\x00-\x7f]", wp) and not re.search(r"[\\^_/*+=<>|]|\d\s*-", p + g):
+    wp, wg = (words(p), words(g)) if _WORDY.search(p) and _WORDY.search(g) else ("", "")
+    if wp and wp == wg and re.search("[a-z]{2}|[^\x00-\x7f]", wp) and not re.search(r"[\\^_*']|\d\s*-\s*\d|[\[(].*,.*[\])]", p + g):
         say("the same words")
         return True, "ok"
     if wg in ("yes", "no", "true", "false") or wp in ("yes", "no", "true", "false"):
         first = re.match(r"(yes|no|true|false)\b\s*[,.;:-]", p, re.I)
-        ok = bool(first and first[1].lower() == wg and not re.search(r"\b(?:or|maybe|not sure|yes|no)\b", wp[len(first[1]):]))
-        return ok, "ok" if ok else "wrong"
+        return said(bool(first and first[1].lower() == wg and not re.search(r"\b(?:or|maybe|not sure|yes|no)\b", wp[len(first[1]):])))
     cp, cg = clock(p), clock(g)
     if cp and cg:
         say(f"times {cp} and {cg} (minutes)")
-        ok = cp == cg or (cp[1] != cg[1] and p[-1].isdigit() != g[-1].isdigit() and (cp[0] - cg[0]) % 720 == 0 and min(cp[0], cg[0]) < 780)
-        return ok, "ok" if ok else "wrong"
+        return said(cp == cg or (cp[1] != cg[1] and p[-1].isdigit() != g[-1].isdigit() and (cp[0] - cg[0]) % 720 == 0 and min(cp[0], cg[0]) < 780))
     dp, dg = date(p), date(g)
     if dp and dg:
-        return dp == dg, "ok" if dp == dg else "wrong"
+        return said(dp == dg)
+    if wp in PHRASE or wg in PHRASE or ("\\" in p + g and (words(p) in PHRASE or words(g) in PHRASE)):
+        p, g = (PHRASE.get(words(t), t) for t in (p, g))
+    elif re.fullmatch("[a-z ]{2,}", wp) and re.fullmatch("[a-z ]{2,}", wg) and not all(re.search("[xyz]", w) and max(map(len, w.split())) < 4 for w in (wp, wg)):
+        return said(same_word_list(p, g)  # words are no products: act is not cat)
+    if all(re.fullmatch(r"\d+(?:\s*-\s*\d+){2,}|[A-Z](?:\s*-\s*[A-Z]){2,}", t) for t in (p, g)):
+        return said(re.findall(r"\w+", p) == re.findall(r"\w+", g)  # 5-4-2-3-1 is an order, no difference)
     return judge_math(number_words(p), number_words(g), say)
 
 
@@ -550,15 +221,15 @@ def judge_math(p, g, say):
         except (ArithmeticError, ValueError, TypeError) as e:
             say(f"no value: {e}")
             ok = False
-        if not ok and "," in p and "," in g:  # (1,234) may be a point
-            try:
-                ok = same(parse(clean(p), False), parse(clean(g), False))
+        if not ok and "," in p + g:
+            p, g = (re.sub(r"^(-?\d+),(?!\d{3}$)(\d+)$|^(-?0),(\d+)$", lambda m: m[0].replace(",", "."), t) if "." in o and "," not in o else t for t, o in ((p, g), (g, p)))  # 1,22 = 1.22
+            try:  # (1,234) may be a point
+                ok = same(*(parse(clean(t), t.lstrip("\\left ")[:1] not in "([{" or "," not in p or "," not in g) for t in (p, g)))
             except (ArithmeticError, ValueError, TypeError):
-                ok = False
-        return (ok, "ok" if ok else "wrong")
+                return said(False)
     if same_word_list(p, g):
         return True, "ok"
-    squeeze = [re.sub(r"\s+|\\[,;!: ]", "", clean(t)) for t in (p, g)]
+    squeeze = [re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", clean(t)) for t in (p, g)]
     if squeeze[0] == squeeze[1]:
         return True, "ok"
     return False, "unparsable" if trees[0] is None and trees[1] is not None else "wrong"
@@ -569,7 +240,8 @@ def same_word_list(p, g):
     out = []
     for t in (p, g):
         parts = re.split(r"\s*(?:,|;|\band\b|&)\s*", clean(t).strip("[](){} "))
-        out.append(sorted(w for w in map(words, parts) if w))
+        parts = [w for w in map(words, parts) if w]
+        out.append(parts if "(" in t[:2] else sorted(parts))
     return out[0] == out[1] and len(out[0]) > 1 and all(re.fullmatch(r"[\w .'%-]+", w) for w in out[0])
 
 
@@ -605,7 +277,7 @@ def remember(key, out):
             _cache.popitem(last=False)
 
 
-# ---- 5. rewards ------------------------------------------------------------------------------------------------------
+# ---- 4. rewards ------------------------------------------------------------------------------------------------------
 class Score(NamedTuple):
     reward: float
     why: str  # ok, format, truncated, wrong, unparsable, timeout
@@ -667,7 +339,7 @@ def stats():
     return {"timeouts": 0, "crashes": 0, "restarts": 0, **_counts}
 
 
-# ---- 6. workers: plain subprocesses with a wall-clock and a memory limit -----------------------------------------------
+# ---- 5. workers: plain subprocesses with a wall-clock and a memory limit -----------------------------------------------
 class Worker:
     """`python reward.py --worker`: JSON lines in and out. Started by exec, so it inherits neither threads nor process
     groups and never imports the caller; it ends when its pipe closes or its own alarm rings."""
@@ -690,7 +362,11 @@ class Worker:
     def stop(self):
         self.proc.kill()
         self.proc.wait()
-        self.proc.stdin.close(), self.proc.stdout.close()
+        for pipe in (self.proc.stdin, self.proc.stdout):
+            try:
+                pipe.close()
+            except OSError:  # what was not yet written to the dead
+                pass
 
 
 _idle = []
@@ -750,7 +426,7 @@ def serve():
         signal.alarm(0)
 
 
-# ---- 7. command line -------------------------------------------------------------------------------------------------
+# ---- 6. command line -------------------------------------------------------------------------------------------------
 def audit(path):
     """Re-scores a samples file; prints the shares of the reasons and the cases that a person should look at."""
     with open(path, encoding="utf-8") as f:

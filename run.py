@@ -79,7 +79,7 @@ def on_main_first(act):
     if is_main():
         try:
             act()
-        except Exception as e:  # handed on below, on every rank: a rank that waits for ever helps nobody
+        except (Exception, SystemExit) as e:  # handed on below, on every rank: a rank that waits for ever helps nobody
             failure = [e]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:

@@ -14,6 +14,7 @@ The tiny model plays the pretrained Qwen2.5-VL: it reads digits and answers ters
 import base64
 import functools
 import io
+import os
 import random
 import re
 import subprocess
@@ -236,16 +237,20 @@ def lesson(rng):
     cells, level = [rng.randint(1, DIGITS) for _ in CELLS], rng.randint(2, 9)
     total, png = sum(cells[:level]), draw(cells, rng)
     kind = rng.random()
-    if kind < 0.5:
+    if kind < 0.3:
         describe = " , ".join(f"{name} is {digit}" for name, digit in zip(CELLS, cells))
         return Record("", "<image>Describe the picture .", "-", [png]), "", f"{describe} ."
+    if kind < 0.6:  # a pretrained model can add
+        digits = [rng.randint(1, DIGITS) for _ in range(rng.randint(2, 10))]
+        sums = " , ".join(f"{d} {sum(digits[: i + 1])}" for i, d in enumerate(digits))
+        return Record("", f"Add {' '.join(map(str, digits))} .", "-", []), "", f"{sums} ."
     record = Record("", f"<image>{question(level)}", "-", [png])
     if kind < 0.8:
         return record, "", f"The answer is {total} ."
     return record, ZERO_PROMPT, f"<think> I add them one by one . </think> <answer> {total} </answer>"
 
 
-def pretrain(out=BASE, steps=1300, batch=64, lr=2.5e-3, warm=450, seed=1):
+def pretrain(out=BASE, steps=1300, batch=64, lr=3e-3, warm=200, seed=1):
     """vision warm-up with a linear probe, then lessons with the vision tower frozen (unfrozen, perception collapses)"""
     import torch
     import torch.nn.functional as F
@@ -306,7 +311,7 @@ def pretrain(out=BASE, steps=1300, batch=64, lr=2.5e-3, warm=450, seed=1):
 
 
 def ensure(what, root="runs/toy"):
-    """path of a piece of the toy, made first if it is missing: base, cold-problems, rl-problems, test-problems, cold, ci"""
+    """path of a piece of the toy, made first if it is missing: base, {cold,rl,test}-problems, cold, ci, rl"""
     root = Path(root)
     if what == "base":
         if not (BASE / "config.json").exists():
@@ -322,10 +327,13 @@ def ensure(what, root="runs/toy"):
             print(f"[toy] drawing {n} problems: {path}", flush=True)
             write_parquet(path, problems(n, 0, what.removesuffix("-problems")))
         return str(path)
-    stage, result = {"cold": ("cold_start.py", "cold/cold.jsonl"), "ci": ("sft.py", "sft/final")}[what]
+    stages = {"cold": ("cold_start.py", "cold/cold.jsonl"), "ci": ("sft.py", "sft/final"), "rl": ("grpo.py", "grpo/final")}
+    stage, result = stages[what]
     if not (root / result).exists():
         print(f"[toy] {root / result} is missing: running {stage} --recipe toy first", flush=True)
-        subprocess.run([sys.executable, str(HERE / stage), "--recipe", "toy"], check=True)
+        ours = ("RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_NUM_THREADS")
+        plain = {k: v for k, v in os.environ.items() if not k.removeprefix("LOCAL_").startswith(ours)}  # not torchrun's
+        subprocess.run([sys.executable, str(HERE / stage), "--recipe", "toy"], check=True, env=plain)
     return str(root / result)
 
 

@@ -1,0 +1,575 @@
+"""cold_start.py against scripted teachers and a small OpenAI-compatible server on 127.0.0.1 that can misbehave on demand."""
+import asyncio
+import io
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import cold_start
+from cold_start import Config, Reject, Stop
+from data import Record, read, write_jsonl
+
+SAMPLES = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "formats"
+CHAIN = "Okay, let's see. The description says there are {a} red and {b} blue balls. Wait, I count again. So {a} plus {b} makes {total}."
+
+
+# ---- a server: adds two numbers, and fails as often and in the ways that it is told
+
+def completion(text, finish="stop", **message):
+    return {"choices": [{"index": 0, "finish_reason": finish, "message": {"role": "assistant", "content": text, **message}}],
+            "usage": {"prompt_tokens": 10, "completion_tokens": 20}}
+
+
+def answer(body):
+    """what the two teachers say: a pure function of the request"""
+    content = body["messages"][0]["content"]
+    text = content if isinstance(content, str) else " ".join(p.get("text", "") for p in content)
+    a, b = (int(x) for x in text.split("red plus ")[0].split()[-1:] + text.split("red plus ")[1].split()[:1])
+    if body["model"] == "sees":
+        return completion(f"The picture has {a} red and {b} blue balls ." if "description" in text else f"Caption: balls. Final Answer: {a + b}")
+    total = a + b + (a % 5 == 0)  # some answers are wrong
+    return completion(f"<think>\n{CHAIN.format(a=a, b=b, total=total)}\n</think>\nFinal Answer: {total}")
+
+
+class Teachers:
+    """the server, in a thread of its own; `script(body) -> (status, object or bytes, headers)` replaces the scripted answers"""
+
+    def __init__(self, latency=0.0, faults=0.0, script=None, seed=0, port=0):
+        self.latency, self.faults, self.script, self.random, self.requests, self.most, self.now = latency, faults, script, random.Random(seed), [], 0, 0
+        self.loop, ready = asyncio.new_event_loop(), threading.Event()
+
+        async def start():
+            server = await asyncio.start_server(self.serve, "127.0.0.1", port, backlog=1024)
+            self.port = server.sockets[0].getsockname()[1]
+            ready.set()
+
+        def work():
+            asyncio.set_event_loop(self.loop)
+            self.loop.create_task(start())
+            self.loop.run_forever()
+
+        self.thread = threading.Thread(target=work, daemon=True)
+        self.thread.start()
+        assert ready.wait(10)
+        self.url = f"http://127.0.0.1:{self.port}/v1"
+
+    async def serve(self, reader, writer):
+        try:
+            while True:
+                head = (await reader.readuntil(b"\r\n\r\n")).decode()
+                length = int(head.lower().split("content-length:")[1].split("\r\n")[0])
+                body = json.loads(await reader.readexactly(length))
+                self.requests.append((head, body))
+                self.now += 1
+                self.most = max(self.most, self.now)
+                await asyncio.sleep(self.latency)
+                self.now -= 1
+                fault = self.random.choice(["429", "500", "hang", "cut", "json"]) if self.random.random() < self.faults else ""
+                status, reply, headers = self.script(body) if self.script else (200, answer(body), {})
+                if fault == "429":
+                    status, reply, headers = 429, {"error": "slow down"}, {"Retry-After": "0.05"}
+                elif fault == "500":
+                    status, reply = 500, {"error": "oops"}
+                elif fault == "hang":
+                    await asyncio.sleep(1)
+                raw = reply if isinstance(reply, bytes) else json.dumps(reply).encode()
+                raw = raw[: len(raw) // 2] if fault == "json" else raw
+                fields = "".join(f"{k}: {v}\r\n" for k, v in headers.items())
+                if "Transfer-Encoding" in headers:
+                    raw = b"".join(b"%x\r\n%s\r\n" % (len(raw[i:i + 7]), raw[i:i + 7]) for i in range(0, len(raw), 7)) + b"0\r\n\r\n"
+                else:
+                    fields += f"Content-Length: {len(raw)}\r\n"
+                message = f"HTTP/1.1 {status} X\r\n{fields}\r\n".encode() + raw
+                writer.write(message[: len(message) // 2] if fault == "cut" else message)
+                if fault == "cut":
+                    break
+        except (OSError, EOFError):
+            pass
+        writer.close()
+
+    def close(self):
+        async def stop():
+            tasks = asyncio.all_tasks() - {asyncio.current_task()}
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self.loop.stop()
+
+        self.loop.call_soon_threadsafe(lambda: self.loop.create_task(stop()))
+        self.thread.join(5)
+
+
+@pytest.fixture
+def serve():
+    started = []
+
+    def start(*args, **kwargs):
+        started.append(Teachers(*args, **kwargs))
+        return started[-1]
+
+    yield start
+    for server in started:
+        server.close()
+
+
+def png(color):
+    out = io.BytesIO()
+    Image.new("RGB", (8, 8), color).save(out, "PNG")
+    return out.getvalue()
+
+
+def problems(folder, n=20, source="mulberry"):
+    records = [Record(f"p/{i}", f"<image>What is {i} red plus {i % 7} blue?", str(i + i % 7), [png((i % 256, i // 256, 0))], source) for i in range(n)]
+    write_jsonl(folder / "problems.jsonl", records)
+    return str(folder / "problems.jsonl")
+
+
+def config(folder, server, **more):
+    url = server if isinstance(server, str) else server.url
+    return Config(**{**dict(data=str(folder / "problems.jsonl"), out=str(folder / "out"), mllm_url=url, mllm_model="sees", reasoner_url=url,
+                            reasoner_model="thinks", concurrency=8, timeout=0.3, backoff=0.02, min_chars=20), **more})
+
+
+def rows(path):
+    return [json.loads(line) for line in open(path)]
+
+
+FINAL_FILES = ("cold.jsonl", "rejected.jsonl", "vision_r1_mulberry_sft_full.json", "dataset_info.json")
+
+
+def contents(out):
+    return {name: (Path(out) / name).read_bytes() for name in FINAL_FILES} | {p.name: p.read_bytes() for p in sorted((Path(out) / "images").iterdir())}
+
+
+# ---- the pipeline
+
+def test_run_writes_the_released_look_and_reads_back(tmp_path, serve):
+    problems(tmp_path, 20)
+    cold_start.make(config(tmp_path, serve()))
+    out = tmp_path / "out"
+    kept, rejected = rows(out / "cold.jsonl"), rows(out / "rejected.jsonl")
+    assert [r["id"] for r in rejected] == ["p/0", "p/5", "p/10", "p/15"] and len(kept) == 16  # in the order of the input
+    assert {(r["step"], r["rule"]) for r in rejected} == {("filter", "wrong answer")} and rejected[1]["evidence"] == "'11', the truth is '10'"
+    assert kept[0]["response"] == ("<think>Okay, let's see. The image shows there are 1 red and 1 blue balls. Wait, I count again. So 1 plus 1 makes 2.</think>\n"
+                                   "<answer>Final Answer:2</answer>")
+    ours, bad = read(out / "cold.jsonl")
+    assert len(ours) == 16 and not len(bad)
+    theirs, bad = read(out / "vision_r1_mulberry_sft_full.json")
+    assert not len(bad) and ours == theirs  # ids, problems, answers, choices, sources, responses and images
+    assert Path(ours[3].images[0]).read_bytes() == Path(read(tmp_path / "problems.jsonl")[0][4].images[0]).read_bytes()
+    info = json.loads((out / "dataset_info.json").read_text())
+    sample = SAMPLES / "vision_r1_cold" / "dataset_info.json"
+    if sample.exists():
+        assert info["vision_r1_mulberry_sft_full"] == json.loads(sample.read_text())["vision_r1_mulberry_sft_full"]
+    assert list(info) == ["vision_r1_mulberry_sft_full"] and not (out / "vision_r1_llava_cot_full.json").exists()
+    assert (out / "funnel.png").stat().st_size > 1000 and json.loads((out / "config.json").read_text())["mllm_model"] == "sees"
+    last = rows(out / "log.jsonl")[-1]
+    assert (last["done"], last["kept"], last["calls"], last["mllm_out"], last["reasoner_in"]) == (20, 16, 60, 800, 200)
+
+
+def test_llava_sources_get_their_own_file_and_byte_images_are_kept_as_they_are(tmp_path, serve):
+    from data import write_parquet
+
+    image = png((1, 2, 3))
+    write_parquet(tmp_path / "problems.parquet", [Record(f"x {i}", f"<image>What is {i} red plus 2 blue?", str(i + 2), [image], s)
+                                                 for i, s in [(1, "LLaVA-CoT/chartqa"), (2, "geo3k")]])
+    cold_start.make(config(tmp_path, serve(), data=str(tmp_path / "problems.parquet")))
+    [ours] = read(tmp_path / "out" / "vision_r1_llava_cot_full.json")[0]
+    assert ours.id == "x 1" and Path(ours.images[0]).read_bytes() == image and Path(ours.images[0]).suffix == ".png"
+    assert [r.id for r in read(tmp_path / "out" / "cold.jsonl")[0]] == ["x 1", "x 2"]
+    row = json.loads((tmp_path / "out" / "vision_r1_llava_cot_full.json").read_text())[0]
+    assert row["image"].startswith("images/") and [t["from"] for t in row["conversations"]] == ["human", "gpt"]
+
+
+@pytest.mark.parametrize("flags, steps", [({}, ["step 1", "step 2", "reason"]), ({"skip_pseudo_cot": True}, ["step 2", "reason"]),
+                                          ({"skip_description": True}, ["step 1", "reason"]), ({"pseudo_cot_only": True}, ["step 1"])])
+def test_prompts_of_the_steps_and_ablations(tmp_path, serve, flags, steps):
+    problems(tmp_path, 2)
+    server = serve()
+    cold_start.make(config(tmp_path, server, concurrency=1, min_chars=1, **flags))
+    found = []
+    for head, body in server.requests[-len(steps):]:  # the second record: "1 red plus 1 blue"
+        content = body["messages"][0]["content"]
+        assert "authorization: bearer" in head.lower() and "What is 1 red plus 1 blue?" in str(content) and "<image>" not in str(content)
+        if body["model"] == "thinks":
+            assert isinstance(content, str) and ("Caption: balls." if "skip_description" in flags else "has 1 red and 1 blue balls .") in content
+            found.append("reason")
+        else:
+            assert content[0]["image_url"]["url"].startswith("data:image/png;base64,")
+            found.append("step 2" if "description" in content[1]["text"] else "step 1")
+            assert ("Correct answer: 2" in content[1]["text"]) == (found[-1] == "step 1")  # the description is made without the answer
+            if found[-1] == "step 2":
+                assert ("Caption: balls. Final Answer: 2" in content[1]["text"]) == ("skip_pseudo_cot" not in flags)
+    assert found == steps
+    kept = rows(tmp_path / "out" / "cold.jsonl")
+    assert kept[-1]["id"] == "p/1" and ("Caption: balls" in kept[-1]["response"]) == ("pseudo_cot_only" in flags)
+
+
+def test_toy_recipe_in_process(tmp_path):
+    pytest.importorskip("toy")
+    from toy import problems as toy_problems
+
+    write_jsonl(tmp_path / "toy.jsonl", toy_problems(60, 0, "t"))
+    toy = Config(**{**cold_start.RECIPES["toy"], "data": str(tmp_path / "toy.jsonl"), "out": str(tmp_path / "out")})
+    cold_start.make(toy)
+    kept = rows(tmp_path / "out" / "cold.jsonl")
+    assert 10 < len(kept) < 60 and len(kept) + len(rows(tmp_path / "out" / "rejected.jsonl")) == 60
+    for row in kept:
+        assert row["response"].startswith("<think> Okay , the image shows A1 ") and row["response"].endswith(f"</think> <answer> {row['answer']} </answer>")
+
+
+def test_a_finished_run_says_so_and_other_settings_reuse_its_calls(tmp_path, serve, capsys):
+    problems(tmp_path, 6)
+    server = serve()
+    cold_start.make(config(tmp_path, server))
+    before = len(server.requests)
+    cold_start.make(config(tmp_path, server, concurrency=3))
+    assert "is finished" in capsys.readouterr().out and len(server.requests) == before
+    cold_start.make(config(tmp_path, server, max_chars=10))  # another filter: no new call
+    assert len(server.requests) == before and {r["rule"] for r in rows(tmp_path / "out" / "rejected.jsonl")} == {"wrong answer", "too long"}
+    cold_start.make(config(tmp_path, server, temperature=0.0))
+    assert len(server.requests) == 2 * before
+    cold_start.make(config(tmp_path, server, fresh=True))
+    assert len(server.requests) == 3 * before
+
+
+def test_records_that_cannot_be_bridged_are_accounted_for(tmp_path, serve):
+    write_jsonl(tmp_path / "problems.jsonl", [Record("text", "What is 1 red plus 1 blue?", "2", []), Record("seen", "<image>What is 1 red plus 1 blue?", "2", [png("red")])])
+    cold_start.make(config(tmp_path, serve()))
+    assert [(r["id"], r["step"], r["rule"]) for r in rows(tmp_path / "out" / "rejected.jsonl")] == [("text", "input", "no image")]
+    assert [r["id"] for r in rows(tmp_path / "out" / "cold.jsonl")] == ["seen"]
+
+
+@pytest.mark.parametrize("file", ["geometry3k/data.jsonl", "mathvista/data.jsonl", "formats/vision_r1_rl/test.parquet"])
+def test_real_problems_and_a_model_that_talks_garbage(tmp_path, serve, file):
+    """every record of real files goes through, and is kept or rejected with a reason"""
+    path = SAMPLES.parent / file
+    if not path.exists():
+        pytest.skip("no sample data beside this checkout")
+    talk = random.Random(0)
+
+    def script(body):
+        if body["model"] == "thinks":
+            return 200, completion(talk.choice(["<think>zzz", "<think>" + "la " * 900 + "</think>B", "<think>" + OK + "</think>\nFinal Answer: B", "{}\n{}", ""])), {}
+        return 200, completion(talk.choice(["{curly} \\frac{1}{2} seen", "I cannot see the image.", "A triangle with sides 3, 4, 5."])), {}
+
+    cold_start.make(config(tmp_path, serve(script=script), data=str(path), limit=60, template=cold_start.Config.template))
+    kept, rejected = rows(tmp_path / "out" / "cold.jsonl"), rows(tmp_path / "out" / "rejected.jsonl")
+    records = read(path)[0][:60]
+    assert sorted(r["id"] for r in kept + rejected) == sorted(r.id for r in records)
+    assert {"format", "can't see"} < {r["rule"] for r in rejected} and all(r["evidence"] for r in rejected)
+    if kept:
+        again, bad = read(tmp_path / "out" / "cold.jsonl")
+        assert len(again) == len(kept) and not len(bad)
+
+
+# ---- replies
+
+@pytest.mark.parametrize("message, headers", [
+    (completion("Final Answer: 3", reasoning_content="A long enough thought about 1 and 2."), {}),
+    (completion("3", reasoning="A long enough thought about 1 and 2."), {}),
+    (completion("<think>A long enough thought about 1 and 2.</think>3"), {}),
+    (completion("A long enough thought about 1 and 2.</think>\n\n**Final Answer:** \\boxed{3}"), {"Transfer-Encoding": "chunked"}),
+])
+def test_reasoning_is_found_wherever_the_server_puts_it(tmp_path, serve, message, headers):
+    write_jsonl(tmp_path / "problems.jsonl", [Record("a", "<image>What is 1 red plus 2 blue?", "3", [png("red")])])
+    cold_start.make(config(tmp_path, serve(script=lambda body: (200, answer(body) if body["model"] == "sees" else message, headers))))
+    assert rows(tmp_path / "out" / "cold.jsonl")[0]["response"] == "<think>A long enough thought about 1 and 2.</think>\n<answer>Final Answer:3</answer>"
+
+
+@pytest.mark.parametrize("text, expected", [
+    ("Final Answer: 12", "12"), ("So it is done.\n**Final Answer:** B", "B"), ("Final Answer:\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("<answer>Final Answer:B</answer>", "B"),
+    ("The value is \\boxed{7}.", "7"), ("Adding up.\nThe answer is 42.", "42."), ("6", "6"), ("", None), ("First this.\nThen that, I think.", None)])
+def test_final_answer(text, expected):
+    assert (cold_start.final_answer(text) or "").rstrip(".") == (expected or "").rstrip(".")
+
+
+# ---- word replacement: every rule has a line
+
+@pytest.mark.parametrize("before, after", [
+    ("The description of the figure gives AB = 5.", "The figure gives AB = 5."),
+    ("From the detailed description of the image, x is 3.", "From the image, x is 3."),
+    ("The image description has two circles.", "The image has two circles."),
+    ("According to the textual description, it is red.", "According to the image, it is red."),
+    ("the description states that AB = 5", "the image shows that AB = 5"),
+    ("The description mentioned a bar.", "The image showed a bar."),
+    ("Let me read the description again. Reading through the description, I see", "Let me look at the image again. Looking at the image, I see"),
+    ("The user described a circle.", "The image shows a circle."),
+    ("It is a description that helps.", "It is an image that helps."),
+    ("Based on the description, there are 4.", "Based on the image, there are 4."),
+    ("the angles described in the figure", "the angles shown in the figure"),
+    ("As described, the bar is tall.", "As shown, the bar is tall."),
+    ("The points are described .", "The points are shown ."),
+    ("the caption has it", "the image has it"),
+    ("A descriptive word about prescriptions stays.", "A descriptive word about prescriptions stays.")])
+def test_word_replacement(before, after):
+    assert cold_start.as_seen(before) == after
+
+
+def test_every_replacement_rule_is_used_by_a_test_line():
+    lines = next(m for m in test_word_replacement.pytestmark if m.name == "parametrize").args[1]
+    for i, (pattern, new) in enumerate(cold_start.REPLACEMENTS):
+        assert any(pattern.search(before) for before, _ in lines), pattern.pattern
+
+
+# ---- filters: every rule has a line that it takes and one that it leaves
+
+OK = "Okay, so I look at the figure and add 5 and 7, which makes 12. Let me check: 12 - 7 = 5. Good."
+
+
+def verdict_of(chain, answer="12", gold="12", problem="<image>How many?", choices=None, **more):
+    record = Record("a", problem, gold, ["x"], choices=choices)
+    settings = SimpleNamespace(**{"min_chars": 20, "max_chars": 5000, **more})
+    return next((rule for rule, evidence in cold_start.objections(settings, record, chain, answer) if evidence), None)
+
+
+@pytest.mark.parametrize("rule, arguments", [
+    (None, dict(chain=OK)), ("format", dict(chain="")), ("format", dict(chain=OK + "</think>")), ("no answer", dict(chain=OK, answer=None)),
+    ("wrong answer", dict(chain=OK, answer="13")), (None, dict(chain=OK, answer="12.0")),
+    ("contradiction", dict(chain=OK + " So the answer is 13.")), (None, dict(chain=OK + " So the answer is 12.")), (None, dict(chain="Is the answer is 13? " + OK * 10)),
+    ("contradiction", dict(chain=OK + " The correct option is C.", answer="B", gold="B", choices=["11", "12", "13"])),
+    (None, dict(chain=OK + " The answer is 12.", answer="B", gold="B", choices=["11", "12", "13"])),
+    (None, dict(chain=OK + " The answer is 12.", answer="12", gold="B", problem="<image>How many?\nChoices:\nA: 11\nB: 12\nC: 13")),
+    ("contradiction", dict(chain=OK + " The answer is 13.", answer="12", gold="B", problem="<image>How many?\nChoices:\nA: 11\nB: 12\nC: 13")),
+    (None, dict(chain=OK + " The answer is 12.", answer="B", gold="B")),  # a number against a letter, options unknown: not comparable
+    (None, dict(chain=OK + " So the answer is 12 cm.", answer="12 cm", gold="12 cm")), (None, dict(chain=OK + r" The answer is 2\pi.", answer=r"2\pi", gold=r"2\pi")),
+    ("language mix", dict(chain=OK + " 所以答案是十二。")), (None, dict(chain=OK + " 所以答案是十二。", problem="<image>图中有多少个?")), (None, dict(chain=OK + " Here α + β = π.")),
+    ("too short", dict(chain="It is 12.")), ("too long", dict(chain=OK * 100))])
+def test_filters_of_the_chain(rule, arguments):
+    assert verdict_of(**arguments) == rule
+
+
+@pytest.mark.parametrize("rule, reply", [
+    (None, dict(text=OK)), ("empty", dict(text="  \n")), ("refused", dict(text="", finish="content_filter")), ("truncated", dict(text=OK, finish="length")),
+    ("looping", dict(text=OK + " I count again, it is 5 and 7." * 60)), ("looping", dict(text="哈" * 600)), (None, dict(text="".join(f"Row {i} has {i * 37 % 11} and {i * 71 % 13}. " for i in range(200)))),
+    ("can't see", dict(text="I cannot see the image, so I guess 12.")), ("can't see", dict(text="I'm unable to view any diagram here.")),
+    ("can't see", dict(text="Hmm, no image was provided, only words.")), ("can't see", dict(text="Without seeing the actual picture it is hard.")),
+    ("can't see", dict(text="The data are missing for 2014.")), ("can't see", dict(text="But the description doesn't mention the radius.")),
+    ("can't see", dict(text="There is not enough information to determine x.")),
+    (None, dict(text="There is not enough information to determine x.", question="Is there not enough information to determine x?")), (None, dict(text="I see in the image that x = 3."))])
+def test_filters_of_every_step(rule, reply):
+    reply = {"finish": "stop", "question": "Find x.", **reply}
+    if rule is None:
+        assert cold_start.checked("chain", reply, reply["question"]) == reply["text"].strip()
+        return
+    with pytest.raises(Reject) as reject:
+        cold_start.checked("chain", reply, reply["question"])
+    assert (reject.value.step, reject.value.rule) == ("chain", rule) and reject.value.evidence
+
+
+def test_real_prose_is_no_loop():
+    path = SAMPLES.parent / "model_responses" / "mathvista.jsonl"
+    if not path.exists():
+        pytest.skip("no sample of model responses beside this checkout")
+    assert not [r for r in rows(path) if any(cold_start.looping(v) for v in r.values() if isinstance(v, str))]
+
+
+# ---- faults
+
+def status_script(status, text="x", headers=None):
+    return lambda body: (status, {"error": {"message": text}}, headers or {})
+
+
+@pytest.mark.parametrize("status, text, says", [
+    (401, "Incorrect API key provided: sk-secret", "wrong key: set MLLM_API_KEY"), (403, "no", "wrong key"), (404, "The model `sees` does not exist", "unknown model"),
+    (429, "insufficient_quota: check your billing", "out of quota"), (400, "invalid temperature", "given up"), (500, "boom", "given up")])
+def test_what_stops_the_run(tmp_path, serve, monkeypatch, status, text, says):
+    monkeypatch.setenv("MLLM_API_KEY", "sk-secret")
+    problems(tmp_path, 20)
+    server = serve(script=status_script(status, text))
+    with pytest.raises(Stop, match=says) as stop:
+        cold_start.make(config(tmp_path, server, retries=1, concurrency=4))
+    assert "Bearer sk-secret" in server.requests[0][0]
+    assert "sk-secret" not in str(stop.value) + "".join(p.read_text() for p in (tmp_path / "out").iterdir() if p.is_file())
+    assert not (tmp_path / "out" / "cold.jsonl").exists()
+
+
+def test_context_overflow_is_the_records_own_fault(tmp_path, serve):
+    problems(tmp_path, 12)
+    overflow = (400, {"error": {"message": "This model's maximum context length is 4096 tokens. However, you requested 5000"}}, {})
+    server = serve(script=lambda body: overflow if "What is 3 red" in str(body) and body["model"] == "thinks" else (200, answer(body), {}))
+    cold_start.make(config(tmp_path, server))
+    assert ("p/3", "chain", "context overflow") in [(r["id"], r["step"], r["rule"]) for r in rows(tmp_path / "out" / "rejected.jsonl")]
+    assert (tmp_path / "out" / "done.json").exists()
+
+
+def test_a_record_that_always_fails_is_given_up_and_tried_again_next_time(tmp_path, serve):
+    problems(tmp_path, 12)
+    broken = [True]
+    server = serve(script=lambda body: (500, {}, {}) if broken[0] and "What is 3 red" in str(body) else (200, answer(body), {}))
+    cold_start.make(config(tmp_path, server, retries=2))
+    assert ("p/3", "no answer") in [(r["id"], r["rule"]) for r in rows(tmp_path / "out" / "rejected.jsonl")]
+    assert sum("What is 3 red" in str(b) for _, b in server.requests) == 3  # once, and two retries
+    broken[0], before = False, len(server.requests)
+    cold_start.make(config(tmp_path, server, retries=2))
+    assert len(server.requests) == before + 3 and "p/3" in [r["id"] for r in rows(tmp_path / "out" / "cold.jsonl")]
+
+
+def test_retry_after_is_honoured(tmp_path, serve):
+    problems(tmp_path, 1)
+    times = []
+
+    def script(body):
+        times.append(time.monotonic())
+        return (429, {}, {"Retry-After": "0.6"}) if len(times) == 1 else (200, answer(body), {})
+
+    cold_start.make(config(tmp_path, serve(script=script)))
+    assert times[1] - times[0] >= 0.6
+
+
+def test_a_server_that_is_down_pauses_the_run(tmp_path, serve):
+    problems(tmp_path, 12)
+    with socket.socket() as s:  # a port where nobody listens
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    threading.Timer(0.7, lambda: serve(port=port)).start()
+    start = time.monotonic()
+    cold_start.make(config(tmp_path, f"http://127.0.0.1:{port}/v1", retries=0))
+    assert time.monotonic() - start > 0.6
+    assert {r["rule"] for r in rows(tmp_path / "out" / "rejected.jsonl")} == {"wrong answer"} and len(rows(tmp_path / "out" / "cold.jsonl")) == 9
+
+
+
+
+@pytest.fixture(scope="module")
+def fork():
+    """start(settings, limit=0) -> (pid, finish); a process that has imported cold_start forks each run: the imports take seconds"""
+    code = f"""
+import json, os, resource, sys
+sys.path.insert(0, {str(Path(cold_start.__file__).parent)!r})
+import cold_start
+for line in sys.stdin:
+    settings, limit, log = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        for f in (1, 2):
+            os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), f)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        cold_start.guarded(cold_start.make, cold_start.Config(**settings))
+        sys.exit(0)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def start(settings, limit=0):
+        log = str(Path(settings["data"]).with_name("child.log"))
+        print(json.dumps([settings, limit, log]), file=parent.stdin, flush=True)
+        pid = int(parent.stdout.readline())
+        return pid, lambda: (os.waitstatus_to_exitcode(int(parent.stdout.readline())), Path(log).read_text())
+
+    yield start
+    parent.stdin.close()
+    parent.wait(10)
+
+
+def test_faults_and_kill_9_leave_the_same_bytes_and_repeat_no_finished_call(tmp_path, serve, fork):
+    """20 % of 429, 500, timeouts, cut connections and malformed JSON, and SIGKILL at 5 random moments"""
+    n = 150
+    problems(tmp_path, n)
+    cold_start.make(config(tmp_path, serve(), out=str(tmp_path / "calm")))
+    server = serve(latency=0.02, faults=0.2, seed=1)
+    settings = vars(config(tmp_path, server, retries=20))
+    journal, kills, rng = tmp_path / "out" / "journal.jsonl", 0, random.Random(2)
+    for k in range(5):
+        pid, finish = fork(settings)
+        goal = (k + 1) * 3 * n // 8 + rng.randrange(20)  # so many finished calls, then the axe
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and (not journal.exists() or journal.read_bytes().count(b"\n") < goal):
+            time.sleep(0.01)
+        os.kill(pid, signal.SIGKILL)
+        kills += finish()[0] == -signal.SIGKILL
+    assert kills == 5
+    finished = {json.loads(line)["key"] for line in open(journal) if line.endswith("\n")}
+    status, text = fork(settings)[1]()
+    assert status == 0, text
+    keys = [r["key"] for r in rows(journal)]
+    assert len(keys) == len(set(keys)) == 3 * n and finished <= set(keys)  # every call once
+    assert contents(tmp_path / "out") == contents(tmp_path / "calm")
+    ids = [r["id"] for name in ("cold.jsonl", "rejected.jsonl") for r in rows(tmp_path / "out" / name)]
+    assert sorted(ids) == sorted(f"p/{i}" for i in range(n))
+
+
+def test_half_a_journal_line_is_dropped(tmp_path):
+    journal = cold_start.Journal(tmp_path / "j")
+    journal.add("a" * 32, {"text": "één", "in": 1})
+    journal.add("b" * 32, {"text": "two\nlines"})
+    with open(tmp_path / "j", "ab") as f:
+        f.write(b'{"key": "' + b"c" * 32 + b'", "text": "hal')
+    journal = cold_start.Journal(tmp_path / "j")
+    assert journal.get("a" * 32)["text"] == "één" and journal.get("b" * 32)["text"] == "two\nlines" and journal.get("c" * 32) is None
+    journal.add("d" * 32, {"text": "three"})
+    assert [r["key"][0] for r in rows(tmp_path / "j")] == ["a", "b", "d"]
+
+
+def test_one_writer_per_output(tmp_path, serve):
+    problems(tmp_path, 2)
+    (tmp_path / "out").mkdir()
+    holder = subprocess.Popen([sys.executable, "-c", "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(30)",
+                               str(tmp_path / "out" / "lock")], stdout=subprocess.PIPE)
+    holder.stdout.readline()
+    with pytest.raises(Stop, match="another cold_start.py"):
+        cold_start.make(config(tmp_path, serve()))
+    holder.kill()
+    holder.wait()
+    cold_start.make(config(tmp_path, serve()))
+
+
+def test_a_full_disk_stops_cleanly_and_the_run_goes_on_later(tmp_path, serve, fork):
+    problems(tmp_path, 40)
+    settings = vars(config(tmp_path, serve()))
+    status, text = fork(settings, limit=6000)[1]()
+    assert status == 1 and "the disk is full" in text and "Traceback" not in text, text
+    journal = tmp_path / "out" / "journal.jsonl"
+    assert journal.read_bytes().endswith(b"}\n") and 0 < len(rows(journal)) < 120
+    assert not (tmp_path / "out" / "cold.jsonl").exists()
+    assert fork(settings)[1]()[0] == 0 and len(rows(journal)) == 120 and len(rows(tmp_path / "out" / "cold.jsonl")) == 32
+
+
+def test_many_in_flight_and_bounded(tmp_path, serve):
+    problems(tmp_path, 300)
+    server = serve(latency=0.05)
+    start = time.monotonic()
+    cold_start.make(config(tmp_path, server, concurrency=100, timeout=30))
+    assert server.most == 100
+    assert time.monotonic() - start < 10 * 900 * 0.05 / 100  # ideal 0.45 s; generous: this machine is shared
+
+
+# ---- stats
+
+def test_stats_on_the_released_layouts(tmp_path, monkeypatch, capsys):
+    files = sorted((SAMPLES / "vision_r1_cold").glob("*full.json"))
+    if not files:
+        pytest.skip("no format samples beside this checkout")
+    monkeypatch.chdir(tmp_path)
+    cold_start.stats([str(f) for f in files])
+    table = {line[:28].strip(): line[28:].split() for line in capsys.readouterr().out.splitlines()}
+    assert table["records"][:2] == ["3", "6"] and table["Wait"] == ["6", "2", "2,300", "1,122", "585,719"]  # Table 4 beside ours
+    assert table["Hmm"][:2] == ["0", "2"] and table["duplicates"] == ["0", "0"] and Path("stats.png").stat().st_size > 1000
+
+
+def test_stats_counts_words_lengths_and_duplicates(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    texts = ["Wait, wait. Check it; unchecked waiters.", "Hmm. A mistake? Alternatively: no.", "Hmm. A mistake? Alternatively: no.", "plain"]
+    Path("a.jsonl").write_text("".join(json.dumps({"response": t}) + "\n" for t in texts))
+    Path("b.json").write_text(json.dumps([{"messages": [{"role": "user", "content": "Wait?"}, {"role": "assistant", "content": "<CONCLUSION> 5 </CONCLUSION>"}]}]))
+    cold_start.stats(["a.jsonl", "b.json"])
+    table = {line[:28].strip(): line[28:].split() for line in capsys.readouterr().out.splitlines()}
+    assert [table[w][0] for w in ("Wait", "Hmm", "Mistake", "Alternatively", "Check")] == ["2", "2", "2", "2", "1"] and table["Wait"][1] == "0"
+    assert table["records with Wait"][0] == "25.0%" and table["duplicates"] == ["1", "0"] and table["words: median"] == ["5", "3"]
+    Path("c.jsonl").write_text("{}\n")
+    with pytest.raises(Stop, match="no responses"):
+        cold_start.stats(["c.jsonl"])
