@@ -53,6 +53,7 @@ _SPELLINGS = [(h, re.compile(p), r) for h, p, r in (
     ("\\lt", r"\\lt(?![A-Za-z])", "<"), ("\\gt", r"\\gt(?![A-Za-z])", ">"), ("\\%", r"\\%", "%"), ("\\_", r"\\_", "_"), ("\\&", r"\\&", " and "),
     ("angle", r"\\angle\s*(?=\d)", "a_"), ("angle", r"m?\\(?:angle|measuredangle|triangle)(?![A-Za-z])", " "))]
 _UNIT_FRAC = re.compile(r"(?<=[\d }])\\frac\s*\{\s*(km|cm|mm|m|mi|miles|ft|kg|g)\s*\}\s*\{\s*(h|hr|hour|s|sec|min|L|m|cm)\s*((?:\^\s*\{?[23]\}?\s*)?)\}")
+_GLUED = re.compile(r"(?<![A-Za-z])(sin|cos|tan|cot|ln|log)(?=[a-zA-Z]\b|\d)")  # sinx, sin2x
 _REPEAT = re.compile(r"(\d*)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
 
 
@@ -81,11 +82,17 @@ def clean(s):
     """One spelling for what LaTeX and Unicode can write in many ways. Still text; linear in its length."""
     s = unicode_plain(s.replace("\x00", " "))
     if "{," in s:
-        s = re.sub(r"\{,\s*\}", ",", s)
+        s = re.sub(r"\s*\{,\s*\}\s*", ",", s)
     s = re.sub(r"(?<=[a-z])\.(?=\s|$)", " ", s.replace("~", " ").replace("per cent", "percent"))  # sq. ft.
+    s = _GLUED.sub(r"\1 ", s)
+    if "^o" in s or "^{o" in s:  # a degree sign typed as a letter
+        s = re.sub(r"(?<=\d)\^\{?o\}?(?![A-Za-z])", r"\\deg ", s)
     if "square" in s or "cubic" in s:
         s = re.sub(r"\{?\b(square|cubic)\s*([a-z]{2,})\}?", r" \1 \2 ", s)
     if "\\" in s:
+        if "\\end" in s:
+            s = re.sub(r"\\(?:begin|end)\{(?:align|equation|gather|split|math)(?:ed)?\*?\}", " ", s)
+            s = s if _ENV.search(s) else s.replace("&", " ")
         s = s.replace("\\\\", "\\newline ") if _ENV.search(s) else re.sub(r"\\\\(?=[a-zA-Z])", r"\\", s).replace("\\\\", " ")
         if "$" in s:
             s = s.replace("\\$", "\\usd ")
@@ -119,7 +126,8 @@ UNITS |= {"L": (Fraction(1, 1000), (("m", 3),)), "ml": (Fraction(1, 10**6), (("m
 UNITS |= {k: UNITS["L"] for k in ("liter", "liters", "litre", "litres")} | {k: UNITS["ml"] for k in ("mL", "milliliter", "milliliters", "millilitres", "cc")}
 UNITS |= {"ha": UNITS["hectare"], "hectares": UNITS["hectare"], "sq": None, "square": None, "cubic": None, "cu": None}
 _POWER_WORDS = {"sq": 2, "square": 2, "squared": 2, "cu": 3, "cubic": 3, "cubed": 3}
-_NO_NOUN = set("is are was not or and but to than of for with from least most more less about maybe if then at by up down wrong correct minus plus times over divided choose squared cubed factorial negative infinity half yes no true false january february march april may june july august "
+_NO_NOUN = set("is are was not or and but to than of for with from least most more less about maybe if then at by up down wrong correct minus plus over "
+               "divided choose squared cubed factorial negative infinity half yes no true false january february march april may june july august "
                "september october november december zero one two three four five six seven eight nine ten eleven twelve twenty thirty forty fifty sixty seventy eighty ninety".split())
 _CURRENCY = {"\\usd", "\\eur", "\\gbp", "\\cny"}
 DEGREE, PERCENT = UNITS["deg"], UNITS["percent"]
@@ -128,15 +136,15 @@ SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "bill
 # ---- 3. tokens -------------------------------------------------------------------------------------------------------
 _TOKEN = re.compile(r"(?P<num>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d{1,3}(?: \d{3})+(?![\d/])(?:\.\d+)?|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?![\w.]))?)"
                     r"|(?P<cmd>\\[A-Za-z]+|\\.)|(?P<word>[A-Za-z]+)|(?P<op><=|>=|!=|/=|==|[-+*/^_=<>()\[\]{},;:!%|'&#~])|(?P<sp>\s+)|(?P<bad>.)", re.S)
-_PLAIN_NUM = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?![\w.]))?")
-FUNCTIONS = {n: n for n in "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan ln log lg exp max min gcd lcm abs floor ceil".split()}
+FUNCTIONS = {n: n for n in "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan ln log lg exp abs floor ceil".split()}
 FUNCTIONS |= {"asin": "arcsin", "acos": "arccos", "atan": "arctan", "tg": "tan", "ctg": "cot", "cosec": "csc", "arctg": "arctan"}
 GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi chi psi omega ell "
             "Gamma Delta Theta Lambda Sigma Phi Psi Omega".split())
 RELATIONS = {"=": "=", "==": "=", "<": "<", ">": ">", "<=": "<=", ">=": ">=", "!=": "!=", "/=": "!=", "\\le": "<=", "\\leq": "<=", "\\leqslant": "<=",
              "\\ge": ">=", "\\geq": ">=", "\\geqslant": ">=", "\\ne": "!=", "\\neq": "!=", "\\approx": "~", "\\in": "in", "\\equiv": "=",
              "\\simeq": "~", "\\doteq": "~", "\\sim": "~", "\\cong": "~"}
-_CLOSERS = {")", "]", "}", "\\}", "\\rangle", ">"}
+_SIGNS = ("+", "-", "\\pm", "\\mp")
+_CLOSERS = {")", "]", "}", "\\}", "\\rangle"}
 _ENDS = {",", ";", "and", "or", "\\text"} | _CLOSERS | set(RELATIONS)
 
 
@@ -213,7 +221,7 @@ class Parser:
             word = "or" if sep in ("or", "\\lor", "\\vee") else word or ("and" if sep == "and" else "")
             out.append(self.relation())
         if opener:
-            return ("seq", opener, self.need(*closers), tuple(out), word)
+            return ("seq", opener, self.need(*closers)[-1], tuple(out), word)
         return out[0] if len(out) == 1 else ("seq", "", "", tuple(out), word)
 
     def relation(self):
@@ -230,7 +238,7 @@ class Parser:
             nodes.append(self.union())
         else:
             nodes, ops = [self.union()], []
-        while (rel := RELATIONS.get(self.toks[self.i][1])) and not (self.at(">") and self.depth < 0):
+        while rel := RELATIONS.get(self.toks[self.i][1]):
             self.i += 1
             ops.append(rel)
             nodes.append(self.union())
@@ -254,23 +262,20 @@ class Parser:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             self.fail("nested too deeply")
-        terms, first = [], True
-        while first or self.at("+", "-", "\\pm", "\\mp"):
-            sign = 1
-            op = None
-            while s := self.take("+", "-", "\\pm", "\\mp"):
-                if op:  # "+ -3", "- -3" but no longer runs
-                    sign *= -1 if op == "-" else 1
-                op = s
-                if not first and len(terms) > MAX_TOKENS:
-                    self.fail("too long")
+        terms = []
+        while not terms or self.at(*_SIGNS):
+            sign, pm = 1, 0
+            while op := self.take(*_SIGNS):
+                sign = -sign if op == "-" else sign
+                pm = {"\\pm": 1, "\\mp": -1}.get(op, pm)
             term = self.term()
-            if op == "-":
-                sign = -sign
-            if op in ("\\pm", "\\mp"):
-                term = ("pm", term, 1 if op == "\\pm" else -1)
+            term = ("pm", term, pm) if pm else term
+            while term[0] == "q" and self.toks[self.i][0] == "num":  # 3 hours 20 minutes
+                more = self.term()
+                if more[0] != "q" or more[2][1] != term[2][1]:
+                    self.fail("two numbers side by side")
+                term = ("q", ("+", (times(("n", small(term[2][0] / more[2][0]), None), term[1]), more[1])), more[2])
             terms.append(negate(term) if sign < 0 else term)
-            first = False
         self.depth -= 1
         return terms[0] if len(terms) == 1 else ("+", tuple(terms))
 
@@ -306,7 +311,7 @@ class Parser:
             return text in _ATOM_COMMANDS or text[1:] in FUNCTIONS or text[1:] in GREEK
         if kind == "num":  # (2)3 and \sqrt{2} 3, but neither 5 6 nor x 2
             return self.toks[self.i - 1][1] in (")", "}", "]", "!")
-        return text in ("(", "[", "{")
+        return text in ("(", "[", "{") or (text == "|" and not self.bars)
 
     def power(self, mixed=True):
         node = self.postfix(self.atom(mixed))
@@ -354,13 +359,15 @@ class Parser:
             node = self.items("{", ("}",))
             return node[3][0] if len(node[3]) == 1 else node
         if text == "\\{":
-            node = ("seq", "{", "}", (), "") if self.at("\\}") else self.items()
-            if self.take("|", "\\mid"):  # {x | x > 5} is what its condition says
+            k = self.i + (3 if self.toks[self.i + 1][1] == "\\in" else 1)
+            if self.toks[self.i][0] == "word" and self.toks[min(k, len(self.toks) - 1)][1] in ("|", ":", "\\mid"):
+                self.i = k + 1  # {x | x > 5} is what its condition says
                 node = self.items()
                 self.need("\\}")
                 return node
-            self.need("\\}")
-            return node if node[0] == "seq" and node[1] == "{" and not node[3] else ("seq", "{", "}", node[3] if node[0] == "seq" and not node[1] else (node,), "")
+            if self.take("\\}"):
+                return ("seq", "{", "}", (), "")
+            return self.items("{", ("\\}",))
         if text in ("|", "\\lvert", "\\vert") and self.bars < 3:
             self.bars += 1
             node = self.sum()
@@ -513,18 +520,19 @@ class Parser:
         if text in _CURRENCY and self.toks[self.i + 1][1] in ("", ".", ","):  # 1,000.99$
             self.i += not peek
             return UNITS[text[1:]]
-        if kind != "word" or (text not in UNITS and len(text) < 3) or text in SCALES or text == "and" or (text.lower() in FUNCTIONS and text != "min"):
+        if kind != "word" or (unit_key(text) not in UNITS and len(text) < 3) or text in SCALES or text == "and" or text.lower() in FUNCTIONS:
             return None
-        j, factor, dims, power, sign = self.i, Fraction(1), {}, 1, 1
+        j, factor, dims, power, sign, nouns = self.i, Fraction(1), {}, 1, 1, 0
         numeric = not variables(left)
         while True:
             kind, text = self.toks[j]
             if text in _POWER_WORDS and text[-1] != "d":
                 power, j = _POWER_WORDS[text], j + 1
                 continue
-            if kind == "word" and text in UNITS and (len(text) > 1 or numeric):
-                f, base = UNITS[text]
-            elif kind == "word" and len(text) > 2 and text.lower() not in _NO_NOUN and text.lower() not in SCALES and len(dims) < 5:
+            if kind == "word" and unit_key(text) in UNITS and (len(text) > 1 or numeric):
+                f, base = UNITS[unit_key(text)]
+            elif kind == "word" and len(text) > 2 and text.lower() not in _NO_NOUN and text.lower() not in SCALES and nouns < 2:
+                nouns += 1
                 f, base = Fraction(1), ((re.sub(r"(?<=..)(?:s|\Bes)$", "", text.lower()), 1),)  # 5 apples: a noun counts as a unit
             else:
                 return None
@@ -544,7 +552,7 @@ class Parser:
                 sign, j = -1, j + 1
             elif self.toks[j][1] in ("*", "\\cdot") and self.toks[j + 1][0] == "word":
                 j += 1
-            elif self.toks[j][0] == "end" or self.toks[j][1] in _ENDS or self.toks[j][1] in (".", "\\deg"):
+            elif self.toks[j][0] == "end" or self.toks[j][1] in _ENDS or (self.toks[j][0] == "num" and unit_key(text) in UNITS) or self.toks[j][1] in (".", "\\deg"):
                 break
             elif self.toks[j][0] != "word":
                 return None
@@ -554,6 +562,10 @@ class Parser:
 
 
 _ATOM_COMMANDS = set("\\Z \\N \\Q \\frac \\sqrt \\binom \\dbinom \\pi \\infty \\R \\lfloor \\lceil \\lvert \\begin \\{ \\emptyset \\usd \\eur \\gbp \\cny".split())
+
+
+def unit_key(text):
+    return text if text in UNITS or len(text) == 1 else text.lower()
 
 
 def negate(a):
@@ -571,7 +583,7 @@ def group(seq):
 
 @lru_cache(maxsize=8192)
 def parse(text, thousands=True):
-    """Cleaned text -> tree, or Unparsable (also cached, as None, by the caller's choice)."""
+    """Cleaned text -> tree, or Unparsable."""
     return Parser(tokenize(text, thousands)).whole()
 
 
@@ -654,12 +666,12 @@ def exact_root(a, n):
 def call(name, args):
     """A function of the allow-list at numbers."""
     x = args[0]
-    if name in ("factorial", "binom", "gcd", "lcm"):
-        if not all(isinstance(a, int) and 0 <= a <= 10**6 for a in args) or (name in ("factorial", "binom") and max(args) > 1000):
+    if name in ("factorial", "binom"):
+        if not all(isinstance(a, int) and 0 <= a <= 1000 for a in args):
             raise Unparsable(f"{name} out of bounds")
-        return small({"factorial": lambda: math.factorial(x), "binom": lambda: math.comb(*args), "gcd": lambda: math.gcd(*args), "lcm": lambda: math.lcm(*args[:20])}[name]())
-    if name in ("max", "min"):
-        return max(args) if name == "max" else min(args)
+        return small(math.factorial(x) if name == "factorial" else math.comb(*args))
+    if len(args) != 1 and name not in ("log",):
+        raise Unparsable(f"{name} of {len(args)} numbers")
     if name in ("abs", "floor", "ceil"):
         return abs(x) if name == "abs" else math.floor(x) if name == "floor" else math.ceil(x)
     m = cmath if isinstance(x, complex) or (name in ("ln", "log", "lg") and x < 0) or (name in ("arcsin", "arccos") and abs(x) > 1) else math
@@ -729,6 +741,21 @@ def samples(nodes, names):
             continue
         if use_complex or not any(isinstance(v, complex) for v in vals):
             yield vals
+
+
+def show(node):
+    """A tree as text for people."""
+    tag = node[0]
+    if tag in ("n", "v", "c", "w"):
+        return str(node[1])
+    if tag in ("+", "*", "ratio"):
+        return "(" + {"+": " + ", "*": " * ", "ratio": " : "}[tag].join(map(show, node[1])) + ")"
+    if tag == "rel":
+        return " ".join(x for pair in zip(map(show, node[1]), node[2] + ("",)) for x in pair).strip()
+    if tag == "q":
+        return show(node[1]) + " " + "*".join(b if p == 1 else f"{b}^{p}" for b, p in node[2][1])
+    name = {"f": str(node[1]), "set": str(node[1]), "pm": "+-" if node[-1] == 1 else "-+"}.get(tag, tag if tag in "/^" else "")
+    return f"{name}{node[1] if tag == 'seq' else '('}{', '.join(map(show, kids(node)))}{node[2] if tag == 'seq' else ')'}"
 
 
 # ---- 6. comparing trees ----------------------------------------------------------------------------------------------
@@ -1117,6 +1144,11 @@ def clock(t):
     if hour > 12 or (half is not None and hour <= 12):  # 14:10, 2:10 pm: 24-hour reading
         return (hour if hour > 12 else hour % 12 + 12 * half) * 60 + int(m[2] or 0), True
     return hour * 60 + int(m[2] or 0), False
+
+
+def same_hour(p, g, cp, cg):
+    """8:55 = 8:55 A.M., but 2:10 A.M. is not 2:10 P.M.: one of the two texts does not say which half of the day."""
+    return cp[1] != cg[1] and p[-1].isdigit() != g[-1].isdigit() and (cp[0] - cg[0]) % 720 == 0 and min(cp[0], cg[0]) < 780
 
 
 def date(t):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mathparse as mp
 from mathparse import PHRASE, Unparsable, clean, clock, date, number_words, parse, same, words
 
-TIME_LIMIT, MEMORY_LIMIT, SLOW_CHARS = 5.0, 512 * 2**20, 400  # seconds and bytes per worker; longer answers go to a worker
+TIME_LIMIT, MEMORY_LIMIT, SLOW_CHARS, LONGEST = 5.0, 512 * 2**20, 400, 8000  # seconds and bytes of a worker, what goes to one, what is no answer
 _counts, _lock = Counter(), threading.Lock()
 
 
@@ -77,20 +77,24 @@ def loose_answer(completion):
 
 
 # ---- 2. text: what surrounds an answer, choice letters ----------------------------------------------------------------
-_PREFIX = re.compile(r"(?:(?:so|thus|hence|therefore|\\therefore)\b[,:]?\s*)?(?:(?:the\s+)?(?:final\s+|correct\s+|best\s+)?(?:answer|result|solution)\s*(?:is|:|=|are)\s*:?\s*"
-                     r"|(?:正确)?(?:答案|结果)(?:是|为|:)*\s*|故?应?选择?(?:项)?:?\s*(?=\(?[A-J])|(?:approximately|approx\.?|about|around|roughly|约|大约)\s*(?=[\d\\$.-])|≈\s*|\\approx\s*)", re.I)
+_PREFIX = re.compile(r"(?:so|thus|hence|therefore|\\therefore)\b[,:]?\s+|(?:the\s+)?(?:final\s+|correct\s+|best\s+)?(?:answer|result|solution)\s*(?:(?:is|:|=|are)\s*:?\s*|(?=[$\\\d]))|#+\s*"
+                     r"|(?:[A-Za-z]+\s+){0,8}?(?:is|equals)\s+(?:equal\s+to\s+)?(?:about\s+|approximately\s+)?(?=[-\d$\\(.])|(?:approximately|approx\.?|about|around|roughly|约|大约)\s*(?=[\d\\$.-])"
+                     r"|(?:正确)?(?:答案|结果)(?:是|为|:)*\s*|故?应?选择?(?:项)?:?\s*(?=\(?[A-J])|≈\s*|\\approx\s*", re.I)
 _LETTER = re.compile(r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|选项)\s*(?:is|:)?\s*)?[\[({]?\s*([A-Ja-j])\s*[\])}]?\s*[.:,]?$", re.I)
 _LETTER_TEXT = re.compile(r"(?:(?:option|choice)\s*)?(?:[\[(]([A-J])[\])]\s*[:.]?|([A-J])\s*[).:、]\s+|([A-J])\s*[).:、](?=\S)|([A-J])\s+(?=\())\s*(.+)$", re.S)
 _LETTERS = re.compile(r"(?:\([A-J]\)|[A-J])(?:\s*(?:,|;|and|&)?\s*(?:\([A-J]\)|[A-J]))+$")
+_NO_WORDS, _ORDER = re.compile(r"[\\^_*']|\d\s*-\s*\d|[\[(].*,.*[\])]"), re.compile(r"\d+(?:\s*-\s*\d+){2,}|[A-Z](?:\s*-\s*[A-Z]){2,}")
+_COMMA = re.compile(r"^-?(?:\d+,(?!\d{3}$)|0,)\d+$")  # a decimal comma
 _NUMERAL, _WORDY = re.compile(r"-?\d{1,300}(?:\.\d{1,99})?"), re.compile(r"(?<![\\A-Za-z])[A-Za-z]{2}|[^\x00-\x7f]")
 
 
 def core_text(s):
     """An answer without what surrounds it: `The answer is`, stars, dollars' outer boxes, a full stop."""
-    s = mp.unicode_plain(unwrap(bare(s)))
-    for _ in range(3):
+    s = re.sub(r"\s*I hope (?:it|this) is correct\W*$", "", s)
+    s = mp.unicode_plain(re.sub(r"(?<![A-Za-z])([A-J])、(?![A-J]\b)", r"\1: ", unwrap(bare(s))))
+    for _ in range(4):
         m = _PREFIX.match(s[:200])
-        if not m or not m[0]:
+        if not m or not m[0] or re.search(r"\b(?:not|no|if|or|never)\b", m[0]):
             break
         s = unwrap(bare(s[m.end():]))
     if s.count("\\boxed{") == 1 and not re.search(r"\b(?:or|not)\b", s) and (inner := braced(s, s.find("\\boxed{") + 6)):
@@ -126,7 +130,7 @@ def letter_text(t, strict=True):
 def judge(pred, gold, choices=None, log=None):
     """(right?, why) for two answers. The function to edit for another notion of "right". log collects steps in words."""
     say = log.append if log is not None else lambda text: None
-    if not isinstance(pred, str) or not isinstance(gold, str) or len(pred) > 4 * mp.MAX_CHARS or len(gold) > 4 * mp.MAX_CHARS:
+    if not isinstance(pred, str) or not isinstance(gold, str) or max(len(pred), len(gold)) > LONGEST:
         return False, "unparsable"
     p, g = core_text(pred), core_text(gold)
     say(f"without wrappers: {p!r} and {g!r}")
@@ -160,87 +164,87 @@ def judge_choice(p, g, choices, say):
         return False, "wrong"  # "B: 54" where B is 45
     if ip and ig:
         return said(ip[0] == ig[0] or choices[ip[0]] == choices[ig[0]])
-    if ip:
-        return judge_text(choices[ip[0]], g, say)
-    return judge_text(p, choices[ig[0]] if ig else g, say)
+    return judge_text(choices[ip[0]] if ip else p, choices[ig[0]] if ig else g, say)
 
 
 def judge_text(p, g, say):
+    """By kind, the simple ones first: numerals, letters, words, yes and no, times, dates; the rest is mathematics."""
     p, g = (mp.TEXT.sub(r" \1 ", t).replace("~", " ").strip() if "\\" in t else t for t in (p, g))
     if _NUMERAL.fullmatch(p) and _NUMERAL.fullmatch(g):  # most answers
         return said(mp.same_number(mp.number(p), mp.number(g)))
-    lp, lg = letters(p), letters(g)
-    if lp and lg and (lp == lg or len(lp | lg) > 0 and (p + g).isupper()):
-        say(f"choice letters {lp} and {lg}")
-        return (said(lp == lg))
-    tp, tg = letter_text(p), letter_text(g)
-    if tp and (tg or lg) and not (tp and tg and tp[0] != tg[0]):
-        if lg or judge_text(tp[1], tg[1], say)[0]:
-            return said({tp[0]} == (lg or {tg[0]}))
-    if tg and lp:
-        return said(lp == {tg[0]})
-    if tp and not tg and len(tp[0]) == 1 and (tp[0] + "." in p[:3] or p[0] in "([" or ":" in p[:3]):
-        p = tp[1]  # "B. 54" against "54"
-    elif tg and not tp and (g[0] in "([" or g[1:2] in ".:"):
-        g = tg[1]
+    out, p, g = judge_letters(p, g, say)
+    if out:
+        return out
     wp, wg = (words(p), words(g)) if _WORDY.search(p) and _WORDY.search(g) else ("", "")
-    if wp and wp == wg and re.search("[a-z]{2}|[^\x00-\x7f]", wp) and not re.search(r"[\\^_*']|\d\s*-\s*\d|[\[(].*,.*[\])]", p + g):
+    if wp and wp == wg and re.search("[a-z]{2}|[^\x00-\x7f]", wp) and not _NO_WORDS.search(p + " " + g):
         say("the same words")
         return True, "ok"
-    if wg in ("yes", "no", "true", "false") or wp in ("yes", "no", "true", "false"):
-        first = re.match(r"(yes|no|true|false)\b\s*[,.;:-]", p, re.I)
-        return said(bool(first and first[1].lower() == wg and not re.search(r"\b(?:or|maybe|not sure|yes|no)\b", wp[len(first[1]):])))
-    cp, cg = clock(p), clock(g)
-    if cp and cg:
-        say(f"times {cp} and {cg} (minutes)")
-        return said(cp == cg or (cp[1] != cg[1] and p[-1].isdigit() != g[-1].isdigit() and (cp[0] - cg[0]) % 720 == 0 and min(cp[0], cg[0]) < 780))
-    dp, dg = date(p), date(g)
-    if dp and dg:
-        return said(dp == dg)
-    if wp in PHRASE or wg in PHRASE or ("\\" in p + g and (words(p) in PHRASE or words(g) in PHRASE)):
+    if {wp, wg} & {"yes", "no", "true", "false"}:
+        first = re.match(r"(yes|no|true|false)\b\s*[,.;:-]", p, re.I)  # "Yes, it is possible."
+        return said(first and first[1].lower() == wg and not re.search(r"\b(?:or|maybe|not sure|yes|no)\b", wp[len(first[1]):]))
+    for read in (clock, date):
+        if (rp := read(p)) and (rg := read(g)):
+            say(f"{read.__name__}: {rp} and {rg}")
+            return said(rp == rg or (read is clock and mp.same_hour(p, g, rp, rg)))
+    if {words(t) for t in (p, g) if _WORDY.search(t)} & set(PHRASE):  # all real numbers
         p, g = (PHRASE.get(words(t), t) for t in (p, g))
-    elif re.fullmatch("[a-z ]{2,}", wp) and re.fullmatch("[a-z ]{2,}", wg) and not all(re.search("[xyz]", w) and max(map(len, w.split())) < 4 for w in (wp, wg)):
-        return said(same_word_list(p, g)  # words are no products: act is not cat)
-    if all(re.fullmatch(r"\d+(?:\s*-\s*\d+){2,}|[A-Z](?:\s*-\s*[A-Z]){2,}", t) for t in (p, g)):
-        return said(re.findall(r"\w+", p) == re.findall(r"\w+", g)  # 5-4-2-3-1 is an order, no difference)
+    elif all(re.fullmatch("[a-z ]{2,}", w) for w in (wp, wg)) and not all(re.search("[xyz]", w) and max(map(len, w.split())) < 4 for w in (wp, wg)):
+        return said(wp == wg or same_word_list(p, g))  # words are no products: act is not cat
+    if all(_ORDER.fullmatch(t) for t in (p, g)):
+        return said(re.findall(r"\w+", p) == re.findall(r"\w+", g))  # 5-4-2-3-1 is an order, no difference
     return judge_math(number_words(p), number_words(g), say)
 
 
+def judge_letters(p, g, say):
+    """Choice letters without options at hand: (verdict, ...), or (None, the two texts without their letters)."""
+    lp, lg, tp, tg = letters(p), letters(g), letter_text(p), letter_text(g)
+    say(f"letters: {lp or tp} and {lg or tg}") if (lp or tp) and (lg or tg) else None
+    if lp and lg and (lp == lg or (p + g).isupper()):
+        return said(lp == lg), p, g
+    if (tp and lg) or (lp and tg):
+        return said(({tp[0]} if tp else lp) == (lg if tp else {tg[0]})), p, g
+    if tp and tg:
+        return said(tp[0] == tg[0] and judge_text(tp[1], tg[1], say)[0]), p, g
+    return None, tp[1] if tp else p, tg[1] if tg else g  # "B. 54" against "54"
+
+
 def judge_math(p, g, say):
-    trees = []
-    for t in (p, g):
-        try:
-            trees.append(parse(clean(t)))
-        except Unparsable as e:
-            trees.append(None)
-            say(f"{t[:80]!r}: no mathematics ({e})")
-    say(f"trees: {trees[0]} and {trees[1]}")
-    if None not in trees:
-        try:
-            ok = same(*trees)
-        except (ArithmeticError, ValueError, TypeError) as e:
-            say(f"no value: {e}")
-            ok = False
-        if not ok and "," in p + g:
-            p, g = (re.sub(r"^(-?\d+),(?!\d{3}$)(\d+)$|^(-?0),(\d+)$", lambda m: m[0].replace(",", "."), t) if "." in o and "," not in o else t for t, o in ((p, g), (g, p)))  # 1,22 = 1.22
-            try:  # (1,234) may be a point
-                ok = same(*(parse(clean(t), t.lstrip("\\left ")[:1] not in "([{" or "," not in p or "," not in g) for t in (p, g)))
-            except (ArithmeticError, ValueError, TypeError):
-                return said(False)
-    if same_word_list(p, g):
-        return True, "ok"
-    squeeze = [re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", clean(t)) for t in (p, g)]
-    if squeeze[0] == squeeze[1]:
-        return True, "ok"
-    return False, "unparsable" if trees[0] is None and trees[1] is not None else "wrong"
+    """Trees by mathparse; what is no mathematics on both sides may still be the same list of names, or the same text."""
+    trees = [read(t, say) for t in (p, g)]
+    if None in trees:
+        squeeze = [re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", clean(t)) for t in (p, g)]
+        ok = same_word_list(p, g) or squeeze[0] == squeeze[1]
+        return ok, "ok" if ok else "unparsable" if trees[0] is None and trees[1] is not None else "wrong"
+    ok = agree(trees, say)
+    if not ok and "," in p + g:  # 1,22 may be 1.22, and (1,234) a point
+        p, g = (_COMMA.sub(lambda m: m[0].replace(",", "."), t) if "." in o and "," not in o else t for t, o in ((p, g), (g, p)))
+        ok = agree([read(t, say, t.lstrip("\\left ")[:1] not in "([{" or "," not in p or "," not in g) for t in (p, g)], say)
+    return said(ok)
+
+
+def read(text, say, thousands=True):
+    try:
+        tree = parse(clean(text), thousands)
+    except Unparsable as e:
+        tree = None
+        say(f"{text[:80]!r} is no mathematics: {e}")
+    say(f"{text[:80]!r} reads {mp.show(tree)}") if tree else None
+    return tree
+
+
+def agree(trees, say):
+    try:
+        return None not in trees and same(*trees)
+    except (ArithmeticError, ValueError, TypeError) as e:  # 1/0, a number beyond the limits, an interval in a sum
+        say(f"no value: {e}")
+        return False
 
 
 def same_word_list(p, g):
-    """[Gambia, Niger] = Niger and Gambia: names in any order."""
+    """[Gambia, Niger] = Niger and Gambia: names in any order, but (A, C) in this one."""
     out = []
     for t in (p, g):
-        parts = re.split(r"\s*(?:,|;|\band\b|&)\s*", clean(t).strip("[](){} "))
-        parts = [w for w in map(words, parts) if w]
+        parts = [w for w in map(words, re.split(r"\s*(?:,|;|\band\b|&)\s*", clean(t).strip("[](){} "))) if w]
         out.append(parts if "(" in t[:2] else sorted(parts))
     return out[0] == out[1] and len(out[0]) > 1 and all(re.fullmatch(r"[\w .'%-]+", w) for w in out[0])
 
@@ -272,7 +276,8 @@ _cache = OrderedDict()
 
 def remember(key, out):
     with _lock:
-        _cache[key] = out
+        if isinstance(key[0], str) and len(key[0]) + len(key[1]) < LONGEST:
+            _cache[key] = out
         if len(_cache) > 50_000:
             _cache.popitem(last=False)
 
@@ -386,7 +391,7 @@ def lend(keys, workers):
                 break
             worker = worker or Worker()
             begun = time.monotonic()
-            got = worker.ask(tuple(x[:4 * mp.MAX_CHARS + 1] if isinstance(x, str) else x for x in key), TIME_LIMIT)
+            got = worker.ask(tuple(x[:LONGEST + 1] if isinstance(x, str) else x for x in key), TIME_LIMIT)
             if got is None:  # replaced by the next need
                 late = time.monotonic() - begun >= TIME_LIMIT
                 with _lock:

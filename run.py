@@ -6,6 +6,7 @@ A stage's configuration is a dataclass; a recipe is a dict of its fields; the co
 
 import dataclasses
 import difflib
+import fcntl
 import json
 import os
 import random
@@ -34,10 +35,12 @@ def parse_config(config_class, recipes, argv=None):
     argv = sys.argv[1:] if argv is None else argv
     parser = HfArgumentParser(config_class, description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False)
     fields = {f.name for f in dataclasses.fields(config_class)}
-    recipe = next((a.split("=", 1)[1] for a in argv if a.startswith("--recipe=")), None)
-    if "--recipe" in argv[:-1]:
-        recipe = argv[argv.index("--recipe") + 1]
-    recipe = recipe or config_class.recipe
+    recipe = config_class.recipe
+    for i, word in enumerate(argv):  # the recipe comes first, since it sets the defaults of the other flags
+        if word.startswith("--recipe="):
+            recipe = word.split("=", 1)[1]
+        elif word == "--recipe" and argv[i + 1 :]:
+            recipe = argv[i + 1]
     if recipe not in recipes:
         parser.error(f"unknown recipe {recipe!r}{nearest(recipe, recipes)}; there are: {', '.join(recipes)}")
     wrong = set(recipes[recipe]) - fields
@@ -110,6 +113,20 @@ def command_line():
     return shlex.join(launcher + [os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
+def one_writer(out):
+    """a lock on the folder for as long as this process lives; ranks orphaned by a killed torchrun may still be writing"""
+    lock = open(out / ".lock", "a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        lock.seek(0)
+        raise SystemExit(f"{out}: another run (process {lock.read().strip()}) is writing to this folder; stop it first") from error
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
+
+
 class Log:
     """config.json, command.txt and log.jsonl of a run; optional Weights & Biases or TensorBoard. rank 0 writes"""
 
@@ -119,6 +136,7 @@ class Log:
         if not is_main():
             return
         self.out.mkdir(parents=True, exist_ok=True)
+        self.lock = one_writer(self.out)
         (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
         with open(self.out / "command.txt", "a") as f:
             f.write(command_line() + "\n")

@@ -396,6 +396,27 @@ def test_what_stops_the_run(tmp_path, serve, monkeypatch, status, text, says):
     assert not (tmp_path / "out" / "cold.jsonl").exists()
 
 
+def test_the_official_client_of_https_servers_does_the_same(tmp_path, serve, monkeypatch):
+    pytest.importorskip("openai")
+    monkeypatch.setattr(cold_start.Server, "official", ("http",))  # without TLS here
+    monkeypatch.setenv("REASONER_API_KEY", "sk-other")
+    problems(tmp_path, 15)
+    cold_start.make(config(tmp_path, serve(), out=str(tmp_path / "calm")))
+    server = serve(faults=0.2, seed=3)
+    cold_start.make(config(tmp_path, server, retries=20))
+    assert contents(tmp_path / "out") == contents(tmp_path / "calm")
+    assert {body["model"]: "Bearer sk-other" in head for head, body in server.requests} == {"sees": False, "thinks": True}
+    for status, says in ((401, "wrong key"), (404, "unknown model")):
+        with pytest.raises(Stop, match=says):
+            cold_start.make(config(tmp_path, serve(script=status_script(status)), out=str(tmp_path / str(status))))
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    threading.Timer(0.5, lambda: serve(port=port)).start()
+    cold_start.make(config(tmp_path, f"http://127.0.0.1:{port}/v1", retries=0, out=str(tmp_path / "down")))
+    assert contents(tmp_path / "down") == contents(tmp_path / "calm")
+
+
 def test_context_overflow_is_the_records_own_fault(tmp_path, serve):
     problems(tmp_path, 12)
     overflow = (400, {"error": {"message": "This model's maximum context length is 4096 tokens. However, you requested 5000"}}, {})
@@ -415,6 +436,18 @@ def test_a_record_that_always_fails_is_given_up_and_tried_again_next_time(tmp_pa
     broken[0], before = False, len(server.requests)
     cold_start.make(config(tmp_path, server, retries=2))
     assert len(server.requests) == before + 3 and "p/3" in [r["id"] for r in rows(tmp_path / "out" / "cold.jsonl")]
+
+
+def test_data_and_servers_must_be_named(tmp_path):
+    with pytest.raises(Stop, match="--data is needed"):
+        cold_start.make(Config(recipe="vision-r1-cold", out=str(tmp_path / "out"), mllm_url="http://localhost:1/v1"))
+    problems(tmp_path, 1)
+    for url in ("", "localhost:8000", "http://user:secret@host/v1"):
+        with pytest.raises(Stop, match="--mllm-url and --mllm-model are needed"):
+            cold_start.make(config(tmp_path, url))
+    (tmp_path / "problems.jsonl").write_text("what is this\n")
+    with pytest.raises(Stop, match="problems.jsonl"):
+        cold_start.make(config(tmp_path, "toy"))
 
 
 def test_retry_after_is_honoured(tmp_path, serve):
