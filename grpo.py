@@ -211,7 +211,7 @@ def main(config):
         run.on_main_first(lambda: run.start_over(out))
     start, progress = run.load_checkpoint(out, policy, optimizer)
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
-    say(f"{len(records)} questions, {config.questions} a step; stages {config.stages}; {world} rank(s) on {device.type}; out {out}"
+    say(f"recipe {config.recipe}: {len(records)} questions, {config.questions} a step; stages {config.stages}; {world} rank(s) on {device.type}; out {out}"
         + (f"; resumed after step {start}" if start else ""))  # fmt: skip
     if note := ptst.budget_note(stages):
         say(note)
@@ -225,6 +225,8 @@ def main(config):
         stage_number, stage = ptst.stage_at(stages, step)
         max_len, group_size, _ = stage
         if rank == 0 and (bar is None or bar.stage != stage_number):
+            if bar:
+                bar.close()
             done = step - ptst.total_steps(stages[:stage_number])
             bar = tqdm(total=stage.steps, initial=done, desc=f"stage {stage_number + 1}: {max_len} x {group_size}", leave=False)
             bar.stage = stage_number
@@ -317,8 +319,8 @@ def main(config):
             len_correct=s["length_right"] / s["right"] if s["right"] else nan,
             len_wrong=(s["length"] - s["length_right"]) / (n - s["right"]) if s["right"] < n else nan,
             truncated=s["cut"] / n, entropy=s["entropy"] / s["tokens"], kl=s["kl"] / s["tokens"],
-            clip_frac=s["clip"] / s["tokens"], grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"], tokens=s["tokens"],
-            zero_var_groups=s["flat"], logprob_gap=s["gap"] / s["tokens"], logprob_gap_max=run.all_max(gap_max),
+            clip_frac=s["clip"] / s["tokens"], grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"],
+            tokens=int(s["tokens"]), zero_var_groups=int(s["flat"]), logprob_gap=s["gap"] / s["tokens"], logprob_gap_max=run.all_max(gap_max),
             t_rollout=t_rollout, t_reward=t_reward, t_logprob=t_logprob, t_update=t_update, t_total=t_total,
             mem_peak=run.peak_memory(),
         ))  # fmt: skip
@@ -336,6 +338,8 @@ def main(config):
             cursor = (step + 1) * config.questions
             run.save_checkpoint(out, step + 1, policy, optimizer, dict(stage=stage_number, cursor=cursor), config.keep)
 
+    if bar:
+        bar.close()
     model.export(policy, processor, out / "final")
     say(f"{'nothing left to do' if start == total else 'done'}: the model is in {out / 'final'}; curves: python ptst.py plot {out}")
     dist.destroy_process_group()

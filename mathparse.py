@@ -1,22 +1,21 @@
-"""mathparse.py: from the text of an answer to a small tree, and from the tree to numbers.
+"""mathparse.py: reads the text of an answer into a small tree, and tells whether two trees mean the same.
 
-A tokenizer and a recursive-descent parser for what answers to school and competition mathematics hold: LaTeX and
-plain text, units, lists, intervals, matrices, relations. Nothing that was read is ever evaluated as code: the parser
-knows an allow-list of names and fails (`Unparsable`) on everything else. It is bounded by construction: length, number
-of tokens, nesting, digits and exponents all have limits, so that a call costs milliseconds whatever a model wrote.
-
-Algebra needs no computer algebra system here: two expressions are equal if they agree at fixed random points
-(Schwartz-Zippel), which is fast, and cannot hang. Trees are plain tuples whose first item says what they are:
+Sections: 1 cleaning, 2 units, 3 tokens, 4 parser (text to tree), 5 numbers (tree to value), 6 comparing trees, 7 words,
+times, dates. Nothing that was read is ever evaluated as code: the parser knows an allow-list of names and fails
+(`Unparsable`) on everything else; length, tokens, nesting, digits and exponents have limits, so that a call costs
+milliseconds whatever a model wrote. Algebra needs no computer algebra system: two expressions are equal if they agree
+at fixed random points (Schwartz-Zippel), which is fast and cannot hang.
+Trees are plain tuples whose first item says what they are:
   ("n", value, ulp)  number; ulp = unit of the last decimal place when written as a decimal, else None
   ("v", name)  ("c", "pi"|"e"|"i"|"inf")  ("+", terms)  ("*", factors)  ("/", a, b)  ("^", a, b)  ("pm", a, sign)
   ("f", name, args)  ("q", a, unit) quantity with a unit  ("seq", open, close, items, word)  ("mat", rows)
-  ("rel", operands, operators)  ("set", operator, a, b)  ("w", name) the reals, the empty set  ("ratio", parts)
+  ("rel", operands, operators)  ("set", operator, a, b)  ("w", name) the reals, ...  ("ratio", parts)
 """
 import cmath, math, re, unicodedata
 from fractions import Fraction
 from functools import lru_cache
 
-MAX_CHARS, MAX_TOKENS, MAX_DEPTH, MAX_DIGITS, MAX_BITS = 2000, 600, 40, 400, 16384
+MAX_CHARS, MAX_TOKENS, MAX_DEPTH, MAX_DIGITS, MAX_BITS = 2000, 600, 24, 400, 16384
 
 
 class Unparsable(ValueError):
@@ -53,6 +52,7 @@ _SPELLINGS = [(h, re.compile(p), r) for h, p, r in (
     ("\\lt", r"\\lt(?![A-Za-z])", "<"), ("\\gt", r"\\gt(?![A-Za-z])", ">"), ("\\%", r"\\%", "%"), ("\\_", r"\\_", "_"), ("\\&", r"\\&", " and "),
     ("angle", r"\\angle\s*(?=\d)", "a_"), ("angle", r"m?\\(?:angle|measuredangle|triangle)(?![A-Za-z])", " "))]
 _UNIT_FRAC = re.compile(r"(?<=[\d }])\\frac\s*\{\s*(km|cm|mm|m|mi|miles|ft|kg|g)\s*\}\s*\{\s*(h|hr|hour|s|sec|min|L|m|cm)\s*((?:\^\s*\{?[23]\}?\s*)?)\}")
+_STOP = re.compile(r"(?<=[a-z])\.(?=\s|$)")  # sq. ft.
 _GLUED = re.compile(r"(?<![A-Za-z])(sin|cos|tan|cot|ln|log)(?=[a-zA-Z]\b|\d)")  # sinx, sin2x
 _REPEAT = re.compile(r"(\d*)\.(\d*)\\overline\s*\{\s*(\d+)\s*\}")
 
@@ -83,8 +83,7 @@ def clean(s):
     s = unicode_plain(s.replace("\x00", " "))
     if "{," in s:
         s = re.sub(r"\s*\{,\s*\}\s*", ",", s)
-    s = re.sub(r"(?<=[a-z])\.(?=\s|$)", " ", s.replace("~", " ").replace("per cent", "percent"))  # sq. ft.
-    s = _GLUED.sub(r"\1 ", s)
+    s = _GLUED.sub(r"\1 ", _STOP.sub(" ", s.replace("~", " ").replace("per cent", "percent")))
     if "^o" in s or "^{o" in s:  # a degree sign typed as a letter
         s = re.sub(r"(?<=\d)\^\{?o\}?(?![A-Za-z])", r"\\deg ", s)
     if "square" in s or "cubic" in s:
@@ -108,6 +107,8 @@ def clean(s):
             s = _UNIT_FRAC.sub(r" \1/\2\3", s)  # \frac{\text{km}}{\text{h}}
     if "$" in s:  # one dollar sign before a number is money, the others delimit mathematics
         s = re.sub(r"\$(?=\s*[\d.])|(?<=\d)\s*\$$", r"\\usd ", s) if s.count("$") == 1 else s.replace("$", " ")
+    if "**" not in s:
+        return s.strip()
     return s.replace("**", "^").strip() if re.search(r"\w\s*\*\*\s*[\w({-]", s) else s.replace("**", "").strip()
 
 
@@ -1019,7 +1020,8 @@ def same(a, b):
     a, b = without_integer_note(a), without_integer_note(b)
     (na, x), (nb, y) = unname(a), unname(b)
     if (na or nb) and not (x[0] == "rel" or y[0] == "rel"):
-        if na and nb and na != nb and len(na) < 4 and len(nb) < 4:
+        function = {na, nb} & set("fgh") and variables(x) and variables(y)  # f(x) = x^2 is y = x^2
+        if na and nb and na != nb and len(na) < 4 and len(nb) < 4 and not function:
             return a[0] == b[0] == "rel" and same_relation(a, b)
         return same(x, y) or (a[0] == b[0] == "rel" and same_relation(a, b))
     if a[0] == b[0] == "rel" and "rel" in (x[0], y[0]) and not (intervals(a) and intervals(b)):
@@ -1037,17 +1039,20 @@ def same(a, b):
         m, o = (a, b) if a[0] == "mat" else (b, a)
         flat = [k for r in m[1] for k in r]
         return o[0] == "seq" and o[1] == "(" and (len(m[1]) == 1 or all(len(r) == 1 for r in m[1])) and len(flat) == len(o[3]) and all(map(same, flat, o[3]))
-    if {a[0], b[0]} & {"rel", "set", "w"} or (a[0] == b[0] == "seq" and a[1] and b[1] and len(a[3]) == 2 and a[1] + a[2] != b[1] + b[2]) or \
-            (a[0] == b[0] == "seq" and "or" in (a[4], b[4])) or "and" in (a[4:] + b[4:]):
+    both, tags = a[0] == b[0] == "seq", {a[0], b[0]}
+    if tags & {"rel", "set", "w"} or {"or", "and"} & {*a[4:], *b[4:]} or (both and a[1] and b[1] and len(a[3]) == 2 and a[1] + a[2] != b[1] + b[2]):
         ia, ib = intervals(a), intervals(b)
         if ia and ib:
             return len(ia) == len(ib) and all(p[1] == q[1] and p[3] == q[3] and same(p[0], q[0]) and same(p[2], q[2]) for p, q in zip(ia, ib))
-        if {a[0], b[0]} & {"set", "w"}:
+        if tags & {"set", "w"}:
             return a[:2] == b[:2] and a[0] == "set" and same(a[2], b[2]) and same(a[3], b[3])
-        if "rel" in (a[0], b[0]) and not (several(a) and several(b)):
+        if "rel" in tags and not (several(a) and several(b)):
             return False
-    if a[0] == b[0] == "seq" and ("(" in (a[1], b[1]) or a[1] == b[1] == "["):
-        if len(a[3]) != len(b[3]) or "{" in (a[1], b[1]) or (a[1] + a[2] in ("(]", "[)")) != (b[1] + b[2] in ("(]", "[)")) or "or" in (a[4], b[4]) or (a[1] and b[1] and len(a[3]) == 2 and a[1] + a[2] != b[1] + b[2]):
+    if both and ("(" in (a[1], b[1]) or a[1] == b[1] == "["):
+        fence, fence_b = a[1] + a[2], b[1] + b[2]
+        if len(a[3]) != len(b[3]) or "{" in (a[1], b[1]) or "or" in (a[4], b[4]) or (fence in ("(]", "[)")) != (fence_b in ("(]", "[)")):
+            return False
+        if fence and fence_b and len(a[3]) == 2 and fence != fence_b:
             return False
         members = []
         for s in (a, b):  # points keep their order; x = 1, y = 2 is the point (1, 2), x = 1, x = 2 is none
@@ -1065,18 +1070,17 @@ def same(a, b):
         ma, mb = [a] if ma is None else ma, [b] if mb is None else mb
         if max(len(ma), len(mb)) > 60:
             return False
-        if (a[0] == "seq" and (a[1] == "{" or a[4] == "or")) or (b[0] == "seq" and (b[1] == "{" or b[4] == "or")) or "seq" not in (a[0], b[0]):
-            ma, mb = unique(ma), unique(mb)
+        if "seq" not in tags or any(s[0] == "seq" and (s[1] == "{" or s[4] == "or") for s in (a, b)):
+            ma, mb = unique(ma), unique(mb)  # in a set, {2, 2} is {2}
         if len(ma) != len(mb) or (len(ma) == 1 and (ma[0] is a and mb[0] is b)):
             return False
         return matched(ma, mb)
-    if "seq" in (a[0], b[0]):
-        return False
-    return same_quantity(a, b)
+    return "seq" not in tags and same_quantity(a, b)
 
 
 # ---- 7. words, numbers in words, times, dates ------------------------------------------------------------------------
 _TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::\d\d)?\s*(?:([ap])\.?\s?m\.?|(o'?clock))?$", re.I)
+_DATEISH = re.compile(r"\d[-/年.]\d|(?<!\\)\b[A-Za-z]{3}")
 _MONTHS = "january february march april may june july august september october november december".split()
 _DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 _ABBREV = {d[:3]: d for d in _DAYS + _MONTHS} | {"tues": "tuesday", "thur": "thursday", "thurs": "thursday", "sept": "september", "&": "and"}
@@ -1096,6 +1100,8 @@ def number_words(t):
     if t in _HAN:
         return str(_HAN[t])
     t = t.strip()
+    if not t[:1].isalpha():
+        return t
     if m := re.match(r"(?:negative|minus)\s+(?=[a-z])", t, re.I):
         return "-" + number_words(t[m.end():])
     words = re.split(r"[\s-]+", t.lower())
@@ -1153,6 +1159,8 @@ def same_hour(p, g, cp, cg):
 
 def date(t):
     """(year, month, day) of a written date, missing parts 0; None if it is no date with a day and a month."""
+    if len(t) > 40 or not _DATEISH.search(t):
+        return None
     if m := re.fullmatch(r"(\d{4})[-/年.](\d{1,2})[-/月.](\d{1,2})日?", t):
         return int(m[1]), int(m[2]), int(m[3])
     if m := re.fullmatch(r"(\d{1,2})/(\d{1,2})/(\d{4})", t):
@@ -1164,3 +1172,12 @@ def date(t):
         return None
     day, year = ([n for n in nums if n <= 31] + [0])[0], ([n for n in nums if n > 31] + [0])[0]
     return (year, months[0], day) if day and len(nums) == (1 if not year else 2) else None
+
+
+def same_word_list(p, g):
+    """[Gambia, Niger] = Niger and Gambia: names in any order, but (A, C) in this one."""
+    out = []
+    for t in (p, g):
+        parts = [w for w in map(words, re.split(r"\s*(?:,|;|\band\b|&)\s*", clean(t).strip("[](){} "))) if w]
+        out.append(parts if "(" in t[:2] else sorted(parts))
+    return out[0] == out[1] and len(out[0]) > 1 and all(re.fullmatch(r"[\w .'%-]+", w) for w in out[0])

@@ -11,10 +11,11 @@ from collections import Counter, OrderedDict
 from typing import NamedTuple
 
 import mathparse as mp
-from mathparse import PHRASE, Unparsable, clean, clock, date, number_words, parse, same, words
+from mathparse import PHRASE, Unparsable, clean, clock, date, number_words, parse, same, same_word_list, words
 
-TIME_LIMIT, MEMORY_LIMIT, SLOW_CHARS, LONGEST = 5.0, 512 * 2**20, 400, 8000  # seconds and bytes of a worker, what goes to one, what is no answer
-_counts, _lock = Counter(), threading.Lock()
+TIME_LIMIT, MEMORY_LIMIT, SLOW_CHARS, LONGEST = 5.0, 512 * 2**20, 400, 4000  # seconds and bytes of a worker, what goes to one, what is no answer
+_counts, _cache, _lock = Counter(), OrderedDict(), threading.Lock()
+_idle = []  # workers that wait for work
 
 
 # ---- 1. format -------------------------------------------------------------------------------------------------------
@@ -39,10 +40,10 @@ def extract_answer(completion):
 def unwrap(text):
     """Takes off `Final Answer:`, bold stars, and one or more \\boxed{} around the whole."""
     text = text.strip()
-    if (m := _FINAL.match(text[:80])):
-        text = text[m.end():].strip()
-        text = text[:-2].strip() if text.endswith("**") and text.count("**") % 2 else text
     for _ in range(4):
+        if m := _FINAL.match(text[:80]):
+            text = text[m.end():].strip()
+            text = text[:-2].strip() if text.endswith("**") and text.count("**") % 2 else text
         core = text.strip("$ \n.").removeprefix("\\(").removeprefix("\\[").removesuffix("\\)").removesuffix("\\]").strip()
         core = core[2:-2].strip() if core.startswith("**") and core.endswith("**") and len(core) > 4 else core
         if not core.startswith(("\\boxed", "\\fbox")) or (inner := braced(core, core.find("{"))) is None or inner[1] != len(core):
@@ -77,9 +78,11 @@ def loose_answer(completion):
 
 
 # ---- 2. text: what surrounds an answer, choice letters ----------------------------------------------------------------
-_PREFIX = re.compile(r"(?:so|thus|hence|therefore|\\therefore)\b[,:]?\s+|(?:the\s+)?(?:final\s+|correct\s+|best\s+)?(?:answer|result|solution)\s*(?:(?:is|:|=|are)\s*:?\s*|(?=[$\\\d]))|#+\s*"
-                     r"|(?:[A-Za-z]+\s+){0,8}?(?:is|equals)\s+(?:equal\s+to\s+)?(?:about\s+|approximately\s+)?(?=[-\d$\\(.])|(?:approximately|approx\.?|about|around|roughly|约|大约)\s*(?=[\d\\$.-])"
-                     r"|(?:正确)?(?:答案|结果)(?:是|为|:)*\s*|故?应?选择?(?:项)?:?\s*(?=\(?[A-J])|≈\s*|\\approx\s*", re.I)
+_PREFIX = re.compile("|".join([  # what may stand before an answer
+    r"(?:so|thus|hence|therefore|\\therefore)\b[,:]?\s+", r"≈\s*|\\approx\s*|#+\s*|\*\*final answer\*\*:?\s*",
+    r"(?:the\s+)?(?:final\s+|correct\s+|best\s+)?(?:answer|result|solution)\s*(?:(?:is|:|=|are)\s*:?\s*|(?=[$\\\d]))",
+    r"(?:[A-Za-z]+\s+){0,8}?(?:is|equals)\s+(?:equal\s+to\s+)?(?:about\s+|approximately\s+)?(?=[-\d$\\(.])",
+    r"(?:approximately|approx\.?|about|around|roughly|约|大约)\s*(?=[\d\\$.-])", r"(?:正确)?(?:答案|结果)(?:是|为|:)*\s*", r"故?应?选择?(?:项)?:?\s*(?=\(?[A-J])"]), re.I)
 _LETTER = re.compile(r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|选项)\s*(?:is|:)?\s*)?[\[({]?\s*([A-Ja-j])\s*[\])}]?\s*[.:,]?$", re.I)
 _LETTER_TEXT = re.compile(r"(?:(?:option|choice)\s*)?(?:[\[(]([A-J])[\])]\s*[:.]?|([A-J])\s*[).:、]\s+|([A-J])\s*[).:、](?=\S)|([A-J])\s+(?=\())\s*(.+)$", re.S)
 _LETTERS = re.compile(r"(?:\([A-J]\)|[A-J])(?:\s*(?:,|;|and|&)?\s*(?:\([A-J]\)|[A-J]))+$")
@@ -90,8 +93,9 @@ _NUMERAL, _WORDY = re.compile(r"-?\d{1,300}(?:\.\d{1,99})?"), re.compile(r"(?<![
 
 def core_text(s):
     """An answer without what surrounds it: `The answer is`, stars, dollars' outer boxes, a full stop."""
-    s = re.sub(r"\s*I hope (?:it|this) is correct\W*$", "", s)
-    s = mp.unicode_plain(re.sub(r"(?<![A-Za-z])([A-J])、(?![A-J]\b)", r"\1: ", unwrap(bare(s))))
+    s = s.partition("I hope it is correct")[0]
+    s = unwrap(bare(s))
+    s = s if s.isascii() else mp.unicode_plain(re.sub(r"(?<![A-Za-z])([A-J])、(?![A-J]\b)", r"\1: ", s))
     for _ in range(4):
         m = _PREFIX.match(s[:200])
         if not m or not m[0] or re.search(r"\b(?:not|no|if|or|never)\b", m[0]):
@@ -114,7 +118,9 @@ def letters(t):
     """The set of choice letters that a text consists of, else None: B, (B), B., "A and C", "C\\nD"."""
     if m := _LETTER.match(t):
         return {m[1].upper()}
-    return set(re.findall("[A-J]", t)) if len(t) < 60 and _LETTERS.match(t) and not t.isalpha() or (1 < len(t) < 5 and re.fullmatch("[A-E]+", t) and list(t) == sorted(set(t))) else None
+    listed = len(t) < 60 and not t.isalpha() and _LETTERS.match(t)
+    glued = 1 < len(t) < 5 and re.fullmatch("[A-E]+", t) and list(t) == sorted(set(t))  # BD
+    return set(re.findall("[A-J]", t)) if listed or glued else None
 
 
 def letter_text(t, strict=True):
@@ -129,7 +135,7 @@ def letter_text(t, strict=True):
 # ---- 3. the verdict --------------------------------------------------------------------------------------------------
 def judge(pred, gold, choices=None, log=None):
     """(right?, why) for two answers. The function to edit for another notion of "right". log collects steps in words."""
-    say = log.append if log is not None else lambda text: None
+    say = log.append if log is not None else mute
     if not isinstance(pred, str) or not isinstance(gold, str) or max(len(pred), len(gold)) > LONGEST:
         return False, "unparsable"
     p, g = core_text(pred), core_text(gold)
@@ -143,6 +149,10 @@ def judge(pred, gold, choices=None, log=None):
     if options and not all(letters(c) == {chr(65 + k)} for k, c in enumerate(options)):
         return judge_choice(p, g, options, say)
     return judge_text(p, g, say)
+
+
+def mute(text):
+    """Where nobody reads the steps."""
 
 
 def said(ok):
@@ -226,9 +236,9 @@ def read(text, say, thousands=True):
     try:
         tree = parse(clean(text), thousands)
     except Unparsable as e:
-        tree = None
-        say(f"{text[:80]!r} is no mathematics: {e}")
-    say(f"{text[:80]!r} reads {mp.show(tree)}") if tree else None
+        return say(f"{text[:80]!r} is no mathematics: {e}")
+    if say is not mute:
+        say(f"{text[:80]!r} reads {mp.show(tree)}")
     return tree
 
 
@@ -238,15 +248,6 @@ def agree(trees, say):
     except (ArithmeticError, ValueError, TypeError) as e:  # 1/0, a number beyond the limits, an interval in a sum
         say(f"no value: {e}")
         return False
-
-
-def same_word_list(p, g):
-    """[Gambia, Niger] = Niger and Gambia: names in any order, but (A, C) in this one."""
-    out = []
-    for t in (p, g):
-        parts = [w for w in map(words, re.split(r"\s*(?:,|;|\band\b|&)\s*", clean(t).strip("[](){} "))) if w]
-        out.append(parts if "(" in t[:2] else sorted(parts))
-    return out[0] == out[1] and len(out[0]) > 1 and all(re.fullmatch(r"[\w .'%-]+", w) for w in out[0])
 
 
 def is_equiv(pred, gold, choices=None):
@@ -269,9 +270,6 @@ def verdict(pred, gold, choices=None):
         out = (False, "unparsable")
     remember(key, out)
     return out
-
-
-_cache = OrderedDict()
 
 
 def remember(key, out):
@@ -350,8 +348,8 @@ class Worker:
     groups and never imports the caller; it ends when its pipe closes or its own alarm rings."""
 
     def __init__(self):
-        self.proc = subprocess.Popen([sys.executable, "-E", os.path.abspath(__file__), "--worker"], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                     stderr=subprocess.DEVNULL, env={k: v for k, v in os.environ.items() if k != "PYTHONSTARTUP"})
+        pipe = subprocess.PIPE
+        self.proc = subprocess.Popen([sys.executable, "-E", os.path.abspath(__file__), "--worker"], stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
 
     def ask(self, key, limit):
         """(right?, why), or None if the worker died or was too slow."""
@@ -366,15 +364,7 @@ class Worker:
 
     def stop(self):
         self.proc.kill()
-        self.proc.wait()
-        for pipe in (self.proc.stdin, self.proc.stdout):
-            try:
-                pipe.close()
-            except OSError:  # what was not yet written to the dead
-                pass
-
-
-_idle = []
+        self.proc.communicate()  # closes the pipes
 
 
 def lend(keys, workers):
@@ -382,11 +372,11 @@ def lend(keys, workers):
     todo, out = list(reversed(keys)), {}
 
     def run():
-        with _lock:
-            worker = _idle.pop() if _idle else None
-        while True:
+        worker = None
+        while todo:
             with _lock:
                 key = todo.pop() if todo else None
+                worker = worker or (_idle.pop() if _idle else None)
             if key is None:
                 break
             worker = worker or Worker()

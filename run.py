@@ -22,6 +22,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import HfArgumentParser
+from transformers.utils.logging import disable_progress_bar
 
 
 def nearest(word, choices):
@@ -60,6 +61,7 @@ def parse_config(config_class, recipes, argv=None):
 
 def start_ranks():
     """join torchrun's ranks (gloo on the CPU, NCCL on GPUs), or be the only one -> device"""
+    disable_progress_bar()  # transformers' bars for reading and writing shards
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":

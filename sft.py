@@ -132,7 +132,7 @@ def main(config):
         run.on_main_first(lambda: run.start_over(out))
     start, _ = run.load_checkpoint(out, policy, optimizer)
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
-    say(f"{len(records)} records, {config.epochs} epochs of {per_epoch} steps; {world} rank(s) on {device.type}; out {out}"
+    say(f"recipe {config.recipe}: {len(records)} records, {config.epochs} epochs of {per_epoch} steps; {world} rank(s) on {device.type}; out {out}"
         + (f"; resumed after step {start}" if start else ""))  # fmt: skip
 
     def prepare(step):

@@ -102,7 +102,7 @@ class MLLM:
         listed = [f"{name} is {c}" for name, c in zip(CELLS, seen)]
         if "description" not in text:  # step 1: caption and reasoning
             level = CELLS.index(re.search(r"from A1 to (\w\d)", text)[1]) + 1
-            return f"Caption : a grid of digits .\nReasoning : {' , '.join(listed[:level])} . Adding gives {sum(seen[:level])} ."
+            return f"Caption : a grid of digits .\nReasoning : {' , '.join(listed[:level])} . Adding gives {sum(seen[:level])} .\nFinal Answer: {sum(seen[:level])}"
         if "Reasoning :" not in text:
             listed = [line for line in listed if rng.random() > self.forget]
         return f"A 3 by 3 grid of digits . {' , '.join(listed)} ."
