@@ -9,7 +9,6 @@ The kind is found by looking at the bytes, never at the name. Bad rows are colle
 Second half: `encode` makes a record a `Prompt`, `pack` lays prompts and responses one after the other in a `Batch`.
 """
 import hashlib
-import heapq
 import json
 import os
 import re
@@ -471,23 +470,3 @@ def pack(sequences, device="cpu"):
                torch.tensor(rows, dtype=torch.long))
     ids, positions, pixels, grids, index, labels, rows = (x if x is None else x.to(device) for x in tensors)
     return Batch(ids, positions, packing, pixels, grids, image_index, index, labels, rows)
-
-
-def partition(costs, bins):
-    """Indices in `bins` lists of nearly the same total cost: the dearest first, each to the lightest list."""
-    heap, out = [(0, b) for b in range(bins)], [[] for _ in range(bins)]
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        total, b = heapq.heappop(heap)
-        out[b].append(i)
-        heapq.heappush(heap, (total + costs[i], b))
-    return out
-
-
-def micro_batches(lengths, budget, at_least=1):
-    """Indices in as few balanced lists as keep each under `budget` tokens (a longer sequence gets a list alone)."""
-    bins = max(at_least, 1, -(-sum(lengths) // budget))
-    while True:
-        lists = partition(lengths, bins)
-        if bins >= len(lengths) or all(len(b) <= 1 or sum(lengths[i] for i in b) <= budget for b in lists):
-            return lists
-        bins += 1

@@ -1,7 +1,7 @@
 """Evaluation: answers to any file of problems, scored by published rules, with an interval.
 
   python eval.py                                              the toy: base, CI and Vision-R1 side by side
-  torchrun --nproc_per_node 8 eval.py --model runs/vision-r1-7b/final --data problems.jsonl --out runs/eval --n 4
+  torchrun --nproc_per_node 8 eval.py --model runs/vision-r1-7b/final --data problems.jsonl --out runs/eval --samples 4
 
 Accuracy counts the hard format (Sec. 3.4): exactly one <think> and one <answer> block, the answer right. Every response
 goes to responses.jsonl; a run that was stopped goes on where it stopped. Benchmarks with rules of their own: not yet.
@@ -32,7 +32,7 @@ class Config:
     name: str = ""  # in the table; default: the model's folder
     strict: bool = False  # stop at the first bad record instead of reporting it
     limit: int = 0  # only the first so many problems; 0 = all
-    n: int = 1  # answers per question
+    samples: int = 1  # answers per question
     temperature: float = 0.6  # the paper's; 0 = greedy
     top_p: float = 0.95  # the paper's
     max_len: int = 16384  # new tokens, the paper's
@@ -82,7 +82,7 @@ def check_same(out, config):
     if not (out / "responses.jsonl").exists() or not (out / "config.json").exists():
         return
     before = json.loads((out / "config.json").read_text())
-    for key in ("model", "data", "n", "temperature", "top_p", "max_len", "system_prompt", "seed"):
+    for key in ("model", "data", "samples", "temperature", "top_p", "max_len", "system_prompt", "seed"):
         if before.get(key) != getattr(config, key):
             raise SystemExit(f"{out} holds responses made with {key} = {before.get(key)!r}, now it is {getattr(config, key)!r}; "
                              "choose another --out, or --fresh to throw them away")  # fmt: skip
@@ -134,7 +134,7 @@ def evaluate(config, device):
         mine = todo[first : first + config.chunk][rank::world]
         prompts = [data.encode(r, processor, config.system_prompt) for r in mine]
         seeds = [(config.seed, 0, order[r.id]) for r in mine]
-        groups = engine.generate(prompts, config.n, config.max_len, seeds, config.temperature, config.top_p)
+        groups = engine.generate(prompts, config.samples, config.max_len, seeds, config.temperature, config.top_p)
         answers = []
         for r, group in zip(mine, groups):
             for sample, x in enumerate(group):

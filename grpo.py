@@ -158,10 +158,8 @@ def question_order(n, seed):
 
 
 def make_batches(sequences, budget, processor, device):
-    """[(Prompt, ids)] -> [(indices, Batch)], the same number on every rank: FSDP's collectives must meet"""
-    lengths = [len(p.ids) + len(ids) for p, ids in sequences]
-    least = int(run.all_max(len(data.micro_batches(lengths, budget))))
-    for indices in data.micro_batches(lengths, budget, least):
+    """[(Prompt, ids)] -> (indices, Batch) of each packed micro-batch; an empty one still takes part"""
+    for indices in run.micro_batches([len(p.ids) + len(ids) for p, ids in sequences], budget):
         chosen = [sequences[i] for i in indices] or [data.blank(processor)]
         yield torch.tensor(indices, dtype=torch.long, device=device), data.pack(chosen, device)
 

@@ -157,12 +157,9 @@ def main(config):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # packed micro-batches, the same number on every rank: FSDP's collectives must meet
         tokens = run.all_sum({"n": sum(len(ids) for _, ids in sequences)})["n"]
-        lengths = [len(p.ids) + len(ids) for p, ids in sequences]
-        least = int(run.all_max(len(data.micro_batches(lengths, config.micro_tokens))))
         loss_sum = 0.0
-        for indices in data.micro_batches(lengths, config.micro_tokens, least):
+        for indices in run.micro_batches([len(p.ids) + len(ids) for p, ids in sequences], config.micro_tokens):
             batch = data.pack([sequences[i] for i in indices] or [data.blank(processor)], device)
             logprobs, _ = policy(batch)
             loss = -logprobs.sum() / max(tokens, 1)  # mean over the response tokens of all ranks

@@ -190,7 +190,7 @@ def random_model(path, seed=0, max_pixels=SIDE * SIDE, **text):
 
     tok = tokenizer()
     token = tok.convert_tokens_to_ids
-    text = dict(vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4,
+    text = dict(vocab_size=len(tok), hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4,
                 num_key_value_heads=2, max_position_embeddings=32768, eos_token_id=token("<|im_end|>"), bos_token_id=None,
                 rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])) | text  # fmt: skip
     vision = dict(depth=2, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=text["hidden_size"],

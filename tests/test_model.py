@@ -171,16 +171,6 @@ def test_a_base_model_without_a_chat_template(loaded, pictures):
     assert text.startswith("Think .") and text.endswith("Assistant:") and "<|vision_start|><|image_pad|>" in text
 
 
-def test_micro_batches_keep_the_budget_and_lose_nothing():
-    g = torch.Generator().manual_seed(0)
-    for _ in range(200):
-        lengths = torch.randint(1, 100, (int(torch.randint(1, 40, (1,), generator=g)),), generator=g).tolist()
-        budget = int(torch.randint(50, 400, (1,), generator=g))
-        lists = data.micro_batches(lengths, budget, at_least=2)
-        assert sorted(i for b in lists for i in b) == list(range(len(lengths))) and len(lists) >= 2
-        assert all(len(b) <= 1 or sum(lengths[i] for i in b) <= budget for b in lists)
-
-
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_other_qwen_families_load_and_agree_with_transformers(family, tiny, tmp_path, pictures):
     """tiny random Qwen2-VL and Qwen3-VL checkpoints (deepstack included): packed = one by one"""

@@ -1,0 +1,146 @@
+"""sft.py: its loss against transformers, its schedule against transformers, its runs against each other."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT
+from test_grpo import kill_all
+from transformers import AutoModelForImageTextToText, get_cosine_schedule_with_warmup
+
+import data
+import model
+import sft
+import toy
+
+
+@pytest.fixture(scope="module")
+def chains(tmp_path_factory):
+    """right chains of the toy's reasoner, as records with images in a parquet file"""
+    import base64
+
+    path, records = tmp_path_factory.mktemp("chains") / "chains.parquet", toy.problems(50, 9, "s")
+    for r in records:
+        url = "data:image/png;base64," + base64.b64encode(r.images[0]).decode()
+        ask = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": f"description {r.problem} Reasoning :"}]
+        told = toy.MLLM().chat([{"role": "user", "content": ask}])
+        r.response = toy.Reasoner().chat([{"role": "user", "content": f"{told} {r.problem}"}]) + " <answer> 1 </answer>"
+    data.write_parquet(path, records)
+    return path
+
+
+def command(out, chains, ranks=1, **flags):
+    flags = dict(model=ROOT / "assets" / "toy-base", data=chains, out=out, epochs=2, batch_size=8, save_every=3, lr=1e-4) | flags
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
+    return [*launch, str(ROOT / "sft.py"), "--recipe", "toy", *[w for k, v in flags.items() for w in (f"--{k}", str(v))]]
+
+
+def run_sft(*args, **flags):
+    done = subprocess.run(command(*args, **flags), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def log_of(out):
+    return [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "t_total", "mem_peak")} for line in open(out / "log.jsonl")]
+
+
+def weights_of(out):
+    from safetensors.torch import load_file
+
+    return load_file(out / "final" / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def one_rank(tmp_path_factory, chains):
+    out = tmp_path_factory.mktemp("one")
+    run_sft(out, chains)
+    return out
+
+
+def test_first_loss_is_that_of_transformers_one_by_one(one_rank, chains):
+    """labels of the prompt masked with -100, no packing, transformers' own forward; mean over response tokens"""
+    records, _ = data.read(chains)
+    processor = model.Processor(ROOT / "assets" / "toy-base")
+    hf = AutoModelForImageTextToText.from_pretrained(ROOT / "assets" / "toy-base", dtype=torch.float32)
+    order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
+    total, count = 0.0, 0
+    for i in order[:8]:
+        prompt, ids = sft.encode([records[i]], processor, sft.Config(), data.Problems())[0]
+        row = torch.tensor([prompt.ids + ids])
+        with torch.no_grad():
+            logits = hf(input_ids=row, pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid,
+                        mm_token_type_ids=(row == processor.image_token).int(), attention_mask=torch.ones_like(row)).logits  # fmt: skip
+        banned = processor.banned_ids(logits.shape[-1])
+        logits = logits[0, len(prompt.ids) - 1 : -1].index_fill(1, banned, -1e30)
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum").item()
+        count += len(ids)
+    first = log_of(one_rank)[0]
+    assert first["tokens"] == count and first["loss"] == pytest.approx(total / count, rel=1e-4)
+
+
+def test_the_loss_falls_and_every_epoch_covers_all(one_rank):
+    rows = log_of(one_rank)
+    assert [r["step"] for r in rows] == list(range(1, 15)) and rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    assert sum(r["tokens"] for r in rows[:7]) == sum(r["tokens"] for r in rows[7:])
+
+
+def test_the_schedule_is_the_cosine_of_transformers():
+    config = sft.Config(lr=3e-4, warmup_ratio=0.1)
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
+    optimizer.step()
+    theirs = get_cosine_schedule_with_warmup(optimizer, 10, 100)
+    for step in range(99):
+        theirs.step()  # theirs starts at 0, so that the first update is lost; ours is one warm-up step ahead
+        if step < 9:
+            assert sft.learning_rate(step, 100, config) == pytest.approx(optimizer.param_groups[0]["lr"])
+    assert sft.learning_rate(10, 100, config) == pytest.approx(3e-4) and sft.learning_rate(55, 100, config) == pytest.approx(1.5e-4)
+    assert sft.learning_rate(99, 100, config) < 3e-6
+
+
+def test_two_ranks_are_one_rank(one_rank, chains, tmp_path):
+    run_sft(tmp_path, chains, ranks=2, micro_tokens=300)
+    for a, b in zip(log_of(one_rank), log_of(tmp_path), strict=True):
+        assert all(a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5) for k in a), (a, b)
+    a, b = weights_of(one_rank), weights_of(tmp_path)
+    assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5
+
+
+def test_killed_in_mid_epoch_and_resumed_is_uninterrupted(one_rank, chains, tmp_path):
+    p = subprocess.Popen(command(tmp_path, chains), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log, deadline = tmp_path / "log.jsonl", time.time() + 120
+    while p.poll() is None and time.time() < deadline and not (log.exists() and log.read_bytes().count(b"\n") >= 5):
+        time.sleep(0.01)
+    kill_all(str(tmp_path))
+    p.wait()
+    assert p.returncode == -signal.SIGKILL and not (tmp_path / "final").exists()
+    assert "resumed after step" in run_sft(tmp_path, chains)
+    assert log_of(tmp_path) == log_of(one_rank)
+    a, b = weights_of(one_rank), weights_of(tmp_path)
+    assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_answers_without_chains(tiny):
+    processor = model.Processor(tiny)
+    record = data.Record("a", "x", "B", [], response="<think>\nWait, B.\n</think>\n<answer>Final Answer:B</answer>")
+    ids = sft.response_ids(record, processor, drop_chains=True)
+    assert processor.tokenizer.decode(ids) == "<answer>Final Answer:B</answer><|im_end|>"
+
+
+def test_vision_r1_cold_as_downloaded_trains(real, tiny, tmp_path):
+    said = run_sft(tmp_path, real / "formats" / "vision_r1_cold" / "vision_r1_mulberry_sft_full.json", model=tiny, batch_size=3, cutoff=900)
+    assert all(r["loss"] < 8 for r in log_of(tmp_path)) and "records" in said
+
+
+def test_overlong_and_broken_records_are_reported_and_left_out(tiny, pictures):
+    processor, problems = model.Processor(tiny), data.Problems()
+    for r in pictures:
+        r.response = "<think> a </think> <answer> 1 </answer>"
+    pictures[0].images = [pictures[0].images[0][:200]]
+    pictures[1].response = "so " * 300
+    kept = sft.encode(pictures, processor, sft.Config(cutoff=120), problems)
+    assert {p.id: p.kind for p in problems} == {"t-0": "broken image", "t-1": "sequence too long"} and len(kept) == len(pictures) - 2

@@ -1,0 +1,101 @@
+"""toy.py: the world follows from its seed, the teachers see only what they should, the shipped base can do what it must."""
+import base64
+import re
+
+import pytest
+import torch
+from conftest import ROOT
+
+import data
+import model
+import reward
+import rollout
+import toy
+
+
+def messages(text, png=None):
+    url = "data:image/png;base64," + base64.b64encode(png or b"").decode()
+    image = [{"type": "image_url", "image_url": {"url": url}}] if png else []
+    return [{"role": "user", "content": [*image, {"type": "text", "text": text}]}]
+
+
+def test_problems_follow_from_the_seed_and_the_answers_are_right():
+    a, b, c = toy.problems(16, 1, "x"), toy.problems(16, 1, "x"), toy.problems(16, 2, "x")
+    assert a == b and a != c and len({r.images[0] for r in a}) == 16
+    for r in a:
+        _, cells = toy.read_messages(messages("", r.images[0]))
+        last = re.search(r"to (\w\d)", r.problem)[1]
+        assert r.answer == str(sum(cells[: toy.CELLS.index(last) + 1]))
+
+
+def test_the_model_cannot_see_the_truth_in_the_file(tiny):
+    """the text chunk that the scripted MLLM reads does not reach the pixels"""
+    import io
+
+    from PIL import Image
+
+    processor, record = model.Processor(tiny), toy.problems(1, 0, "x")[0]
+    out = io.BytesIO()
+    Image.open(io.BytesIO(record.images[0])).save(out, "PNG")  # written again, without the chunk
+    with_truth = data.encode(record, processor).pixel_values
+    record.images = [out.getvalue()]
+    assert b"cells" not in out.getvalue() and torch.equal(with_truth, data.encode(record, processor).pixel_values)
+
+
+def test_the_description_without_a_pseudo_cot_misses_details():
+    """App. B"""
+    records = toy.problems(60, 3, "x")
+    told = lambda text: sum(len(re.findall(r"is \d", toy.MLLM().chat(messages(text, r.images[0])))) for r in records)
+    assert told("description Reasoning :") == 9 * 60 and told("description") < 0.95 * 9 * 60
+
+
+def test_the_reasoner_depends_on_the_description_alone_and_its_long_chains_are_not_better():
+    right = {1: [], 2: []}
+    for r in toy.problems(600, 4, "x"):
+        told = toy.MLLM().chat(messages("description Reasoning :", r.images[0]))
+        reply = toy.Reasoner().chat(messages(f"{told} {r.problem}"))
+        assert reply == toy.Reasoner().chat(messages(f"{told} {r.problem}"))
+        right[min(2, reply.count(" so "))].append(reply.endswith(f"</think> {r.answer}"))
+    rate = {k: sum(v) / len(v) for k, v in right.items()}
+    assert 0.4 < rate[2] < rate[1] < 0.9  # doubts spoil right answers: both kinds of chain are wrong now and then
+
+
+def test_the_tokenizer_takes_any_text_and_makes_words_of_the_world_one_token():
+    tok = toy.tokenizer()
+    for text in ("<think> A1 3 3 , so 41 . </think> <answer> 41 </answer>", "naïve ∠ABC = 30°\n\t中文"):
+        assert tok.decode(tok(text).input_ids) == text
+    assert len(tok("<think> A1 3 3 , so 41 . </think> <answer> 41 </answer>").input_ids) == 12
+
+
+@pytest.fixture(scope="module")
+def base():
+    policy, processor = model.load(ROOT / "assets" / "toy-base")
+    return policy, processor, rollout.TorchEngine(policy.hf, processor, policy.banned)
+
+
+def test_the_shipped_base_is_small_and_reads_pictures(base):
+    policy, processor, engine = base
+    assert sum(f.stat().st_size for f in (ROOT / "assets" / "toy-base").iterdir()) < 4e6
+    assert 1e6 <= sum(p.numel() for p in policy.parameters()) <= 5e6
+    records = toy.problems(16, 8, "x")
+    for r in records:
+        r.problem = "<image>Describe the picture ."
+    groups = engine.generate([data.encode(r, processor) for r in records], 1, 60, [(0, i) for i in range(16)], temperature=0)
+    good = 0
+    for r, (x,) in zip(records, groups):
+        _, cells = toy.read_messages(messages("", r.images[0]))
+        said = re.findall(r"is (\d)", processor.tokenizer.decode(x.ids))
+        good += sum(a == str(b) for a, b in zip(said, cells))
+    assert good >= 0.95 * 9 * 16
+
+
+def test_the_base_answers_tersely_and_knows_the_format_only_when_asked(base):
+    policy, processor, engine = base
+    records = toy.problems(32, 8, "x")
+    for prompt, rate in ((toy.ZERO_PROMPT, 0.9), ("", 0.0)):
+        prompts = [data.encode(r, processor, prompt) for r in records]
+        groups = engine.generate(prompts, 1, 60, [(0, i) for i in range(32)])
+        scores = [reward.score(processor.tokenizer.decode(x.ids[:-1]), r.answer) for r, (x,) in zip(records, groups)]
+        got = sum(s.format_ok for s in scores) / 32
+        assert got >= rate if rate else got == 0
+        assert all(len(x.ids) < 20 for (x,) in groups)
