@@ -26,9 +26,9 @@ from rollout import TorchEngine
 @dataclass
 class Config:
     recipe: str = "toy"
-    model: str = ""  # a Hugging Face folder or hub name. the toy compares its three models
-    data: str = ""  # problems, any format of data.py
-    out: str = "runs/toy/eval"
+    model: str = ""  # a Hugging Face folder or hub name; toy:all = the toy's three models side by side
+    data: str = ""  # problems, any format of data.py, or toy:NAME
+    out: str = ""  # folder of the run; "" = named after model and data
     name: str = ""  # in the table; default: the model's folder
     strict: bool = False  # stop at the first bad record instead of reporting it
     limit: int = 0  # only the first so many problems; 0 = all
@@ -44,7 +44,10 @@ class Config:
     fresh: bool = False  # throw earlier responses away
 
 
-RECIPES = {"toy": dict(max_len=256, top_p=1.0, limit=1000, max_prompt_len=256), "vision-r1": dict()}
+RECIPES = {
+    "toy": dict(model="toy:all", data="toy:test-problems", max_len=256, top_p=1.0, limit=1000, max_prompt_len=2048),
+    "vision-r1": dict(),
+}
 
 
 def interval(scores, groups, seed=0, draws=2000):
@@ -77,17 +80,6 @@ def table(reports):
     return "\n".join(lines)
 
 
-def check_same(out, config):
-    """responses of another model or setting must not be mixed with new ones"""
-    if not (out / "responses.jsonl").exists() or not (out / "config.json").exists():
-        return
-    before = json.loads((out / "config.json").read_text())
-    for key in ("model", "data", "samples", "temperature", "top_p", "max_len", "system_prompt", "seed"):
-        if before.get(key) != getattr(config, key):
-            raise SystemExit(f"{out} holds responses made with {key} = {before.get(key)!r}, now it is {getattr(config, key)!r}; "
-                             "choose another --out, or --fresh to throw them away")  # fmt: skip
-
-
 def read_responses(path):
     """what an earlier try finished; a half-written last line is dropped from the file too"""
     rows, good = [], 0
@@ -109,8 +101,9 @@ def evaluate(config, device):
     say = tqdm.write if rank == 0 else lambda *_: None
     out = Path(config.out)
     if config.fresh:
-        run.on_main_first(lambda: (out / "responses.jsonl").unlink(missing_ok=True))
-    run.on_main_first(lambda: check_same(out, config))
+        run.on_main_first(lambda: [(out / f).unlink(missing_ok=True) for f in ("responses.jsonl", "config.json")])
+    settings = ("model", "data", "samples", "temperature", "top_p", "max_len", "system_prompt", "seed")
+    run.on_main_first(lambda: run.check_same(out, config, settings, "--fresh to throw its responses away"))
     log = run.Log(out, config, 10**9)
     done = [None]
     run.on_main_first(lambda: done.__setitem__(0, read_responses(out / "responses.jsonl")))
@@ -169,21 +162,22 @@ def toy_table(config, device):
     """the story in one table: the base (asked in Zero's way), CI after the cold start, Vision-R1 after PTST"""
     import toy
 
-    run.on_main_first(lambda: [toy.ensure("ci"), toy.ensure("rl"), toy.ensure("test-problems")])
+    names = {"toy:base": "base", "toy:ci": "CI (cold start)", "toy:rl": "Vision-R1 (PTST)"}
+    run.on_main_first(lambda: [toy.find(x) for x in (*names, config.data)])
     lines = []
-    for name, path, prompt in [("base", toy.ensure("base"), toy.ZERO_PROMPT), ("CI (cold start)", toy.ensure("ci"), ""),
-                               ("Vision-R1 (PTST)", toy.ensure("rl"), "")]:  # fmt: skip
+    for model_name, name in names.items():
         for how, temperature in [("T=1", 1.0), ("greedy", 0.0)]:
             folder = f"{config.out}/{name.split()[0].lower()}-{how}"
-            one = replace(config, model=path, data=toy.ensure("test-problems"), name=f"{name}, {how}", out=folder,
-                          temperature=temperature, system_prompt=prompt)  # fmt: skip
+            one = replace(config, model=toy.find(model_name), data=toy.find(config.data), name=f"{name}, {how}", out=folder,
+                          temperature=temperature, system_prompt=toy.ZERO_PROMPT if name == "base" else "")  # fmt: skip
             lines.append((one.name, evaluate(one, device)["all"]))
     return lines
 
 
 def main(config):
     device = run.start_ranks()
-    if config.recipe == "toy" and not config.model:
+    config.out = config.out or run.default_out("eval", config.model, config.data)
+    if config.model == "toy:all":
         lines = toy_table(config, device)
     else:
         report = evaluate(config, device)

@@ -29,9 +29,9 @@ from rollout import TorchEngine
 class Config:
     # what to run
     recipe: str = "toy"
-    out: str = "runs/toy/grpo"
-    model: str = ""  # where RL starts: a Hugging Face folder or hub name (Vision-R1-CI). the toy makes its own
-    data: str = ""  # problems, any format of data.py
+    out: str = ""  # folder of the run; "" = named after model and data
+    model: str = ""  # where RL starts: a Hugging Face folder or hub name (Vision-R1-CI); toy:NAME = the toy's, made if missing
+    data: str = ""  # problems, any format of data.py, or toy:NAME
     strict: bool = False  # stop at the first bad record instead of reporting it
     seed: int = 0
     # PTST, Eq. 2
@@ -79,12 +79,13 @@ QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 PAPER = dict(questions=512, minibatches=4, lr=1e-6, warmup_steps=0, max_prompt_len=4096, micro_tokens=20480,
              activation_checkpointing=True, save_every=5, keep=20, data="Osilly/Vision-R1-rl")  # fmt: skip
 ZERO = PAPER | dict(model=QWEN, system_prompt=SYSTEM_PROMPT, format_weight=1.0)
-TOY = dict(freeze_vision=True)
+TOY = dict(model="toy:ci", data="toy:rl-problems", freeze_vision=True)
 
 RECIPES = {
     "toy": TOY,
     "toy-long": TOY | dict(stages=[(256, 4, 100)], out="runs/toy/long"),
-    "toy-zero": TOY | dict(stages=[(64, 16, 100)], out="runs/toy/zero", format_weight=1.0, system_prompt="toy"),
+    "toy-zero": TOY | dict(stages=[(64, 16, 100)], out="runs/toy/zero", model="toy:base", format_weight=1.0,
+                           system_prompt="Think first , then answer in tags ."),  # the words that the toy's base was taught
     # App. A
     "vision-r1-7b": PAPER | dict(model="runs/vision-r1-ci-7b/final", out="runs/vision-r1-7b",
                                  stages=[(4096, 16, 100), (8192, 8, 100)]),
@@ -167,15 +168,13 @@ def make_batches(sequences, budget, processor, device):
 def main(config):
     device = run.start_ranks()
     rank, world = dist.get_rank(), dist.get_world_size()
-    if config.recipe.startswith("toy"):
+    config.out = config.out or run.default_out("grpo", config.model, config.data)
+    out = Path(config.out)
+    if "toy:" in config.model + config.data:
         import toy
 
-        zero = config.recipe == "toy-zero"
-        run.on_main_first(lambda: [toy.ensure("ci" if not zero else "base") if not config.model else None,
-                                   toy.ensure("rl-problems") if not config.data else None])  # fmt: skip
-        config.model = config.model or toy.ensure("base" if zero else "ci")
-        config.data = config.data or toy.ensure("rl-problems")
-        config.system_prompt = toy.ZERO_PROMPT if config.system_prompt == "toy" else config.system_prompt
+        run.on_main_first(lambda: (toy.find(config.model), toy.find(config.data)))
+        config.model, config.data = toy.find(config.model), toy.find(config.data)
     stages = ptst.parse(config.stages)
     config.stages = ptst.format_stages(stages)
     total = ptst.total_steps(stages)
@@ -184,6 +183,10 @@ def main(config):
         raise SystemExit(f"--questions {config.questions} must be a multiple of ranks x minibatches = {world} x {config.minibatches}")
     if config.loss_mean not in ("sequence", "token", "fixed"):
         raise SystemExit(f"--loss_mean {config.loss_mean!r}: one of sequence, token, fixed")
+
+    if not config.resume:
+        run.on_main_first(lambda: run.start_over(out))
+    run.on_main_first(lambda: run.check_same(out, config, ("model", "data", "seed", "questions"), "--no_resume to start over"))
 
     # the questions
     records, problems = data.read(config.data, strict=config.strict)
@@ -204,9 +207,6 @@ def main(config):
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
 
-    out = Path(config.out)
-    if not config.resume:
-        run.on_main_first(lambda: run.start_over(out))
     start, progress = run.load_checkpoint(out, policy, optimizer)
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
     say(f"recipe {config.recipe}: {len(records)} questions, {config.questions} a step; stages {config.stages}; {world} rank(s) on {device.type}; out {out}"

@@ -137,6 +137,25 @@ def micro_batches(lengths, budget):
 # the folder of a run
 
 
+def default_out(stage, model, data):
+    """runs/toy/STAGE for the toy's own model and data, else a folder of their own: runs/STAGE-MODEL-DATA"""
+    if model.startswith("toy:") and data.startswith("toy:"):
+        return f"runs/toy/{stage}"
+    names = [Path(p.split(",")[0].removeprefix("toy:")) for p in (model, data)]
+    words = [p.parent.name if p.name.split(".")[0] in ("data", "train", "test", "final") else p.name.split(".json")[0].split(".parquet")[0]
+             for p in names]  # fmt: skip
+    return f"runs/{stage}-{'-'.join(w for w in words if w)}"
+
+
+def check_same(out, config, keys, cure):
+    """a folder holds one run: going on with another model, data or seed would mix two. SystemExit names the difference"""
+    before = Path(out) / "config.json"
+    before = json.loads(before.read_text()) if before.exists() else {}
+    for key in keys:
+        if key in before and before[key] != getattr(config, key):
+            raise SystemExit(f"{out} holds a run with {key} = {before[key]!r}, now it is {getattr(config, key)!r}; choose another --out, or {cure}")
+
+
 def command_line():
     launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "RANK" in os.environ else ["python"]
     return shlex.join(launcher + [os.path.basename(sys.argv[0]), *sys.argv[1:]])

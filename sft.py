@@ -27,8 +27,8 @@ import run
 class Config:
     # what to run
     recipe: str = "toy"
-    out: str = "runs/toy/sft"
-    model: str = ""  # a Hugging Face folder or hub name; the toy has its own
+    out: str = ""  # folder of the run; "" = named after model and data
+    model: str = ""  # a Hugging Face folder or hub name; toy:NAME = the toy's, made if missing
     data: str = ""  # records with a response, any format of data.py (Vision-R1-cold as downloaded, cold_start.py's output)
     strict: bool = False  # stop at the first bad record instead of reporting it
     seed: int = 0
@@ -57,7 +57,8 @@ class Config:
 
 PAPER = dict(activation_checkpointing=True, data="Osilly/Vision-R1-cold")
 RECIPES = {
-    "toy": dict(lr=2e-3, epochs=3, min_lr=0.0, freeze_vision=True, cutoff=1024, micro_tokens=4096, save_every=200),
+    "toy": dict(model="toy:base", data="toy:cold", lr=2e-3, epochs=3, freeze_vision=True, cutoff=1024, micro_tokens=4096,
+                save_every=200),
     # App. A: Vision-R1-CI in its three sizes, and the answers-only start of Zero+SFT+PTST
     "vision-r1-ci-7b": PAPER | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/vision-r1-ci-7b"),
     "vision-r1-ci-32b": PAPER | dict(model="Qwen/Qwen2.5-VL-32B-Instruct", out="runs/vision-r1-ci-32b"),
@@ -103,12 +104,16 @@ def encode(records, processor, config, problems):
 def main(config):
     device = run.start_ranks()
     rank, world = dist.get_rank(), dist.get_world_size()
-    if config.recipe == "toy":
+    config.out = config.out or run.default_out("sft", config.model, config.data)
+    out = Path(config.out)
+    if "toy:" in config.model + config.data:
         import toy
 
-        run.on_main_first(lambda: [toy.ensure("base") if not config.model else None,
-                                   toy.ensure("cold") if not config.data else None])  # fmt: skip
-        config.model, config.data = config.model or toy.ensure("base"), config.data or toy.ensure("cold")
+        run.on_main_first(lambda: (toy.find(config.model), toy.find(config.data)))
+        config.model, config.data = toy.find(config.model), toy.find(config.data)
+    if not config.resume:
+        run.on_main_first(lambda: run.start_over(out))
+    run.on_main_first(lambda: run.check_same(out, config, ("model", "data", "seed", "batch_size", "epochs"), "--no_resume to start over"))
     say = tqdm.write if rank == 0 else lambda *_: None
 
     records, problems = data.read(config.data, strict=config.strict, check_images=False)
@@ -127,9 +132,6 @@ def main(config):
 
     per_epoch = -(-len(records) // config.batch_size)
     total = config.epochs * per_epoch
-    out = Path(config.out)
-    if not config.resume:
-        run.on_main_first(lambda: run.start_over(out))
     start, _ = run.load_checkpoint(out, policy, optimizer)
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
     say(f"recipe {config.recipe}: {len(records)} records, {config.epochs} epochs of {per_epoch} steps; {world} rank(s) on {device.type}; out {out}"

@@ -310,6 +310,11 @@ def pretrain(out=BASE, steps=1300, batch=64, lr=3e-3, warm=200, seed=1):
 # what the stages' toy recipes ask for
 
 
+def find(name):
+    """"toy:ci" -> its path, made first if it is missing; any other name as it is"""
+    return ensure(name.removeprefix("toy:")) if name.startswith("toy:") else name
+
+
 def ensure(what, root="runs/toy"):
     """path of a piece of the toy, made first if it is missing: base, {cold,rl,test}-problems, cold, ci, rl"""
     root = Path(root)

@@ -193,7 +193,8 @@ def test_killed_and_resumed_is_uninterrupted(one_rank, problem_file, tmp_path, r
     # what the kill may leave behind
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 6, "rew')
-    said = run_grpo(tmp_path, problem_file, ranks)
+    said = run_grpo(tmp_path, problem_file)  # a run of two ranks goes on with one
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000006"]  # the last two
     if ranks == 1:
         assert log_of(tmp_path) == log_of(one_rank)
         assert (tmp_path / "samples.jsonl").read_text() == (one_rank / "samples.jsonl").read_text()

@@ -58,6 +58,12 @@ def test_log_is_cut_after_the_checkpoint(tmp_path):
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
 
 
+def test_a_folder_of_its_own():
+    assert run.default_out("grpo", "toy:ci", "toy:rl-problems") == "runs/toy/grpo"
+    assert run.default_out("grpo", "runs/x/final", "../data/geometry3k/data.jsonl") == "runs/grpo-x-geometry3k"
+    assert run.default_out("grpo", "Qwen/Qwen2.5-VL-3B", "a/train-0.parquet") == "runs/grpo-Qwen2.5-VL-3B-train-0"
+
+
 def test_one_writer_per_folder(tmp_path):
     lock = run.one_writer(tmp_path)
     with pytest.raises(SystemExit, match="another run"):

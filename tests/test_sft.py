@@ -89,6 +89,7 @@ def test_the_loss_falls_and_every_epoch_covers_all(one_rank):
     assert sum(r["tokens"] for r in rows[:7]) == sum(r["tokens"] for r in rows[7:])
 
 
+@pytest.mark.filterwarnings("ignore:Detected call of")
 def test_the_schedule_is_the_cosine_of_transformers():
     config = sft.Config(lr=3e-4, warmup_ratio=0.1)
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=3e-4)
