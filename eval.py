@@ -41,7 +41,7 @@ class Config:
     max_rows: int = 256  # sequences that one rank decodes at a time
     chunk: int = 256  # questions between two writes to responses.jsonl
     seed: int = 0
-    fresh: bool = False  # throw earlier responses away
+    resume: bool = True  # --no_resume throws earlier responses away
 
 
 RECIPES = {
@@ -100,10 +100,7 @@ def evaluate(config, device):
     rank, world = dist.get_rank(), dist.get_world_size()
     say = tqdm.write if rank == 0 else lambda *_: None
     out = Path(config.out)
-    if config.fresh:
-        run.on_main_first(lambda: [(out / f).unlink(missing_ok=True) for f in ("responses.jsonl", "config.json")])
-    settings = ("model", "data", "samples", "temperature", "top_p", "max_len", "system_prompt", "seed")
-    run.on_main_first(lambda: run.check_same(out, config, settings, "--fresh to throw its responses away"))
+    run.claim(config, ("model", "data", "samples", "temperature", "top_p", "max_len", "system_prompt", "seed"))
     log = run.Log(out, config, 10**9)
     done = [None]
     run.on_main_first(lambda: done.__setitem__(0, read_responses(out / "responses.jsonl")))
@@ -111,8 +108,9 @@ def evaluate(config, device):
     rows = done[0]
 
     policy, processor = model.load(config.model, device)
-    records, problems = data.read(config.data, strict=config.strict)
-    records = data.usable(records[: config.limit or None], processor, config.max_prompt_len, problems, config.system_prompt)
+    with run.for_people():
+        records, problems = data.read(config.data, strict=config.strict)
+        records = data.usable(records[: config.limit or None], processor, config.max_prompt_len, problems, config.system_prompt)
     if problems:
         say(problems.summary())
     if not records:

@@ -175,7 +175,9 @@ def main(config):
 
         run.on_main_first(lambda: (toy.find(config.model), toy.find(config.data)))
         config.model, config.data = toy.find(config.model), toy.find(config.data)
-    stages = ptst.parse(config.stages)
+    run.claim(config, ("model", "data", "seed", "questions"))
+    with run.for_people():
+        stages = ptst.parse(config.stages)
     config.stages = ptst.format_stages(stages)
     total = ptst.total_steps(stages)
     say = tqdm.write if rank == 0 else lambda *_: None
@@ -184,14 +186,11 @@ def main(config):
     if config.loss_mean not in ("sequence", "token", "fixed"):
         raise SystemExit(f"--loss_mean {config.loss_mean!r}: one of sequence, token, fixed")
 
-    if not config.resume:
-        run.on_main_first(lambda: run.start_over(out))
-    run.on_main_first(lambda: run.check_same(out, config, ("model", "data", "seed", "questions"), "--no_resume to start over"))
-
     # the questions
-    records, problems = data.read(config.data, strict=config.strict)
     processor = model.Processor(config.model)
-    records = data.usable(records, processor, config.max_prompt_len, problems, config.system_prompt)
+    with run.for_people():
+        records, problems = data.read(config.data, strict=config.strict)
+        records = data.usable(records, processor, config.max_prompt_len, problems, config.system_prompt)
     if problems:
         say(problems.summary())
     if not records:

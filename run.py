@@ -14,6 +14,7 @@ import random
 import shlex
 import shutil
 import sys
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,6 +31,15 @@ def nearest(word, choices):
     """' (did you mean X?)' or ''"""
     found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
     return f" (did you mean {found[0]}?)" if found else ""
+
+
+@contextmanager
+def for_people():
+    """what is wrong with the user's flags or files ends the run with one line, not with a stack of calls"""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise SystemExit(f"error: {error}") from error
 
 
 def parse_config(config_class, recipes, argv=None):
@@ -147,20 +157,6 @@ def default_out(stage, model, data):
     return f"runs/{stage}-{'-'.join(w for w in words if w)}"
 
 
-def check_same(out, config, keys, cure):
-    """a folder holds one run: going on with another model, data or seed would mix two. SystemExit names the difference"""
-    before = Path(out) / "config.json"
-    before = json.loads(before.read_text()) if before.exists() else {}
-    for key in keys:
-        if key in before and before[key] != getattr(config, key):
-            raise SystemExit(f"{out} holds a run with {key} = {before[key]!r}, now it is {getattr(config, key)!r}; choose another --out, or {cure}")
-
-
-def command_line():
-    launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "RANK" in os.environ else ["python"]
-    return shlex.join(launcher + [os.path.basename(sys.argv[0]), *sys.argv[1:]])
-
-
 def one_writer(out):
     """a lock on the folder for as long as this process lives; ranks orphaned by a killed torchrun may still be writing"""
     lock = open(out / ".lock", "a+")
@@ -175,6 +171,43 @@ def one_writer(out):
     return lock
 
 
+def claim(config, keys):
+    """take the run's folder: one writer at a time, and one run, since going on with another model or seed would mix two.
+
+    `keys`: the settings that must be those of the run that is there. --no_resume removes what is there instead.
+    """
+    out = Path(config.out)
+
+    def act():
+        out.mkdir(parents=True, exist_ok=True)
+        locks.append(one_writer(out))
+        if not config.resume:
+            start_over(out)
+        before = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() else {}
+        for key in keys:
+            if key in before and before[key] != getattr(config, key):
+                raise SystemExit(f"{out} holds a run with {key} = {before[key]!r}, now it is {getattr(config, key)!r}; "
+                                 "choose another --out, or --no_resume to start over")  # fmt: skip
+
+    on_main_first(act)
+
+
+locks = []  # held until the process ends
+
+
+def start_over(out):
+    """remove what an earlier run left, and nothing else"""
+    for name in ("checkpoints", "final"):
+        shutil.rmtree(out / name, ignore_errors=True)
+    for name in ("log.jsonl", "samples.jsonl", "responses.jsonl", "report.json", "command.txt", "config.json"):
+        (out / name).unlink(missing_ok=True)
+
+
+def command_line():
+    launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "RANK" in os.environ else ["python"]
+    return shlex.join(launcher + [os.path.basename(sys.argv[0]), *sys.argv[1:]])
+
+
 class Log:
     """config.json, command.txt and log.jsonl of a run; optional Weights & Biases or TensorBoard. rank 0 writes"""
 
@@ -183,8 +216,6 @@ class Log:
         self.out, self.file, self.sinks = Path(out), None, []
         if not is_main():
             return
-        self.out.mkdir(parents=True, exist_ok=True)
-        self.lock = one_writer(self.out)
         (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
         with open(self.out / "command.txt", "a") as f:
             f.write(command_line() + "\n")
@@ -251,14 +282,6 @@ def peak_memory():
 
 # -----------------------------------------------------------------------------------------------------------------
 # checkpoints: sharded weights and optimizer through torch.distributed.checkpoint, one small file per rank beside them
-
-
-def start_over(out):
-    """remove what an earlier run left, and nothing else"""
-    for name in ("checkpoints", "final"):
-        shutil.rmtree(Path(out) / name, ignore_errors=True)
-    for name in ("log.jsonl", "samples.jsonl", "command.txt", "config.json"):
-        (Path(out) / name).unlink(missing_ok=True)
 
 
 def checkpoints(out):

@@ -111,14 +111,13 @@ def main(config):
 
         run.on_main_first(lambda: (toy.find(config.model), toy.find(config.data)))
         config.model, config.data = toy.find(config.model), toy.find(config.data)
-    if not config.resume:
-        run.on_main_first(lambda: run.start_over(out))
-    run.on_main_first(lambda: run.check_same(out, config, ("model", "data", "seed", "batch_size", "epochs"), "--no_resume to start over"))
+    run.claim(config, ("model", "data", "seed", "batch_size", "epochs"))
     say = tqdm.write if rank == 0 else lambda *_: None
 
-    records, problems = data.read(config.data, strict=config.strict, check_images=False)
-    for record in [r for r in records if not r.response]:
-        problems.add("no response", "", config.data, None, record.id)
+    with run.for_people():
+        records, problems = data.read(config.data, strict=config.strict, check_images=False)
+        for record in [r for r in records if not r.response]:
+            problems.add("no response", "", config.data, None, record.id)
     records = [r for r in records if r.response]
     if problems:
         say(problems.summary())

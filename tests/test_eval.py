@@ -62,8 +62,8 @@ def test_a_stopped_run_goes_on_to_the_same_report(problem_file, tmp_path):
 def test_responses_of_another_setting_are_not_mixed_in(problem_file, tmp_path):
     assert run_eval(tmp_path, problem_file, limit=4).returncode == 0
     again = run_eval(tmp_path, problem_file, limit=4, temperature=0.0)
-    assert again.returncode != 0 and "--fresh" in again.stderr
-    assert run_eval(tmp_path, problem_file, limit=4, temperature=0.0, fresh=True).returncode == 0
+    assert again.returncode != 0 and "--no_resume" in again.stderr
+    assert run_eval(tmp_path, problem_file, limit=4, temperature=0.0, no_resume=True).returncode == 0
 
 
 def test_real_problems(real, tiny, tmp_path):
