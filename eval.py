@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -107,7 +108,7 @@ def evaluate(config, device):
     dist.broadcast_object_list(done, src=0)
     rows = done[0]
 
-    policy, processor = model.load(config.model, device)
+    policy, processor = model.load(config.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     with run.for_people():
         records, problems = data.read(config.data, strict=config.strict)
         records = data.usable(records[: config.limit or None], processor, config.max_prompt_len, problems, config.system_prompt)
@@ -120,7 +121,8 @@ def evaluate(config, device):
     finished = {r["id"] for r in rows}
     todo = [r for r in records if r.id not in finished]
     engine = TorchEngine(policy.hf, processor, policy.banned, config.max_rows)
-    bar = tqdm(total=len(records), initial=len(finished), desc=config.name or Path(config.model).name, disable=rank != 0, leave=False)
+    bar = tqdm(total=len(records), initial=len(finished), desc=config.name or Path(config.model).name, leave=False,
+               disable=None if rank == 0 else True)
     for first in range(0, len(todo), config.chunk):
         mine = todo[first : first + config.chunk][rank::world]
         prompts = [data.encode(r, processor, config.system_prompt) for r in mine]
@@ -178,6 +180,11 @@ def main(config):
     if config.model == "toy:all":
         lines = toy_table(config, device)
     else:
+        if "toy:" in config.model + config.data:
+            import toy
+
+            run.on_main_first(lambda: (toy.find(config.model), toy.find(config.data)))
+            config.model, config.data = toy.find(config.model), toy.find(config.data)
         report = evaluate(config, device)
         name = config.name or Path(config.model).name
         lines = [(name, report["all"])] + [(f"{name}: {k}", v) for k, v in report.items() if k != "all" and len(report) > 2]

@@ -225,7 +225,8 @@ def main(config):
             if bar:
                 bar.close()
             done = step - ptst.total_steps(stages[:stage_number])
-            bar = tqdm(total=stage.steps, initial=done, desc=f"stage {stage_number + 1}: {max_len} x {group_size}", leave=False)
+            bar = tqdm(total=stage.steps, initial=done, desc=f"stage {stage_number + 1}: {max_len} x {group_size}",
+                       leave=False, disable=None)  # no bar where nobody looks: a log file has the lines
             bar.stage = stage_number
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))

@@ -253,9 +253,10 @@ def clean_name(name):
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
-def replica(policy, dtype=torch.float32):
+def replica(policy):
     """a whole, unsharded HF model of the same shape, to sample from; its weights come from copy_weights"""
     device = next(policy.parameters()).device
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as in the trainer's forward
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(copy.deepcopy(policy.hf.config), dtype=dtype)
 

@@ -146,7 +146,7 @@ def main(config):
 
     ahead = ThreadPoolExecutor(1)  # images of the next step are read while this one computes
     upcoming = ahead.submit(prepare, start) if start < total else None
-    bar = tqdm(total=total, initial=start, desc="sft", disable=rank != 0)
+    bar = tqdm(total=total, initial=start, desc="sft", disable=None if rank == 0 else True)
     for step in range(start, total):
         began = time.perf_counter()
         sequences, bad = upcoming.result()
@@ -176,6 +176,8 @@ def main(config):
                        tokens_per_s=tokens / seconds, t_total=seconds, mem_peak=run.peak_memory()))  # fmt: skip
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:.0f}")
+        if (step + 1) % max(1, total // 20) == 0:
+            say(f"step {step + 1:5d}/{total}  loss {loss:.4f}  lr {lr:.2e}  {tokens / seconds:.0f} tokens/s")
         if (step + 1) % config.save_every == 0 or step + 1 == total:
             run.save_checkpoint(out, step + 1, policy, optimizer, {}, config.keep)
     bar.close()
