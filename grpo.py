@@ -10,6 +10,7 @@ stage list (Eq. 2). A run that was stopped goes on where it stopped.
 """
 
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,6 +159,13 @@ def question_order(n, seed):
         epoch += 1
 
 
+def judge(record, rollout, processor, config):
+    """-> the completion's text and its reward.Score"""
+    text = processor.tokenizer.decode(rollout.ids[:-1] if rollout.finish == "stop" else rollout.ids)
+    cut = rollout.finish == "length"
+    return text, reward.reward_batch([text], [record.answer], [record.choices], [cut], config.format_weight)[0]
+
+
 def make_batches(sequences, budget, processor, device):
     """[(Prompt, ids)] -> (indices, Batch) of each packed micro-batch; an empty one still takes part"""
     for indices in run.micro_batches([len(p.ids) + len(ids) for p, ids in sequences], budget):
@@ -215,7 +223,7 @@ def main(config):
     order = question_order(len(records), config.seed)
     for _ in range(progress["cursor"] if progress else 0):
         next(order)
-    bar = None
+    judges, bar = ThreadPoolExecutor(4), None
 
     for step in range(start, total):  # counted from 0 here, from 1 in the log
         began = time.perf_counter()
@@ -236,20 +244,20 @@ def main(config):
         mine = range(rank, config.questions, world)
         prompts = [data.encode(records[numbers[q]], processor, config.system_prompt) for q in mine]
 
-        # 2. rollouts: G answers to each, at most L tokens long (Eq. 2)
+        # 2. rollouts: G answers to each, at most L tokens long (Eq. 2). each is judged while others still run
         t_rollout = time.perf_counter()
         engine.sync(policy)
         seeds = [(config.seed, step, q) for q in mine]
-        groups = engine.generate(prompts, group_size, max_len, seeds, config.temperature, config.top_p)
+        verdicts = {}
+        done = lambda p, s, r: verdicts.update({(p, s): judges.submit(judge, prompts[p].record, r, processor, config)})
+        groups = engine.generate(prompts, group_size, max_len, seeds, config.temperature, config.top_p, done)
         rollouts = [r for group in groups for r in group]
         t_rollout = time.perf_counter() - t_rollout
 
         # 3. rewards: format AND answer (Sec. 3.4)
         t_reward = time.perf_counter()
-        text = [processor.tokenizer.decode(r.ids[:-1] if r.finish == "stop" else r.ids) for r in rollouts]
+        text, scores = zip(*(verdicts[p, s].result() for p in range(len(prompts)) for s in range(group_size)))
         asked = [p.record for p in prompts for _ in range(group_size)]
-        scores = reward.reward_batch(text, [a.answer for a in asked], [a.choices for a in asked],
-                                     [r.finish == "length" for r in rollouts], config.format_weight)  # fmt: skip
         rewards = torch.tensor([s.reward for s in scores]).view(-1, group_size)  # (questions of this rank, G)
         t_reward = time.perf_counter() - t_reward
 

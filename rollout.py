@@ -76,11 +76,11 @@ class TorchEngine:
         copy_weights(policy, self.hf)
 
     @torch.no_grad()
-    def generate(self, prompts, n, max_len, seeds, temperature=1.0, top_p=1.0, progress=None):
+    def generate(self, prompts, n, max_len, seeds, temperature=1.0, top_p=1.0, on_done=None):
         """n samples of each prompt, at most max_len tokens each -> a list of n Rollouts per prompt.
 
         `seeds` gives one tuple of ints per prompt, e.g. (seed, step, prompt number); the sample's number is added to it.
-        temperature 0 takes the likeliest token. `progress(k)` is called when k more samples are done.
+        temperature 0 takes the likeliest token. `on_done(prompt number, sample number, rollout)` is called as each one ends.
         """
         results = [[None] * n for _ in prompts]
         if prompts:
@@ -89,8 +89,8 @@ class TorchEngine:
                 batch.admit()
                 for p, s, rollout in batch.retire():
                     results[p][s] = rollout
-                    if progress:
-                        progress(1)
+                    if on_done:
+                        on_done(p, s, rollout)
                 batch.decode()
         return results
 

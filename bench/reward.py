@@ -9,7 +9,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-import mathparse as mp
+import mathparse as mp, mathtext as mt
 import reward as R
 
 
@@ -39,7 +39,7 @@ def report(name, times, right):
 
 
 def forget():
-    R._cache.clear(), mp.parse.cache_clear(), mp.clean.cache_clear()
+    R._cache.clear(), mp.parse.cache_clear(), mt.clean.cache_clear()
 
 
 def math_verify(rows):
@@ -60,14 +60,15 @@ def main():
     if "--peers" in sys.argv:
         math_verify(rows[: len(rows) // 3])
     pairs = [r for r in rows if not r[3]]
-    chain = "Okay, let's see. The angle at the centre is twice the angle at the circumference. " * 100  # ~8,000 characters, 2,000 tokens
+    chain = "Okay, let's see. The angle at the centre is twice the angle at the circumference. " * 100  # about 2,000 tokens
     for workers in (0, 2):
         forget()
         completions = [f"<think>{chain}{k}</think>\n<answer>{pairs[k % len(pairs)][1]}</answer>" for k in range(8192)]
         golds = [pairs[k % len(pairs)][2] for k in range(8192)]
         begun = time.perf_counter()
         scores = R.reward_batch(completions, golds, workers=workers)
-        print(f"8,192 completions of {len(completions[0]):,} characters, workers={workers}: {time.perf_counter() - begun:.2f} s, mean reward {sum(s.reward for s in scores) / 8192:.3f}")
+        seconds, mean = time.perf_counter() - begun, sum(s.reward for s in scores) / 8192
+        print(f"8,192 completions of {len(chain):,} characters, workers={workers}: {seconds:.2f} s, mean reward {mean:.3f}")
     forget()
     completions = [f"<think>{chain}</think><answer>{k}+\\sqrt{{{k % 97}}}</answer>" for k in range(8192)]
     begun = time.perf_counter()

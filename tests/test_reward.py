@@ -1,4 +1,4 @@
-"""Tests of reward.py and mathparse.py: the table of cases, properties, format, hostile answers, workers, real data.
+"""Tests of reward.py and the math*.py: the table of cases, properties, format, hostile answers, workers, real data.
 
 The table lies beside this file in reward_cases.txt, one case a line. Nothing here needs a network, a GPU or torch.
 Set REWARD_FUZZ=2000 for a longer fuzz than the default.
@@ -10,7 +10,6 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-import mathparse as mp
 import reward as R
 
 DATA = ROOT.parent / "shared" / "data"
@@ -74,12 +73,18 @@ BAD = [
     "", " ", "5", "<answer>5</answer>", "<think>a</think>5", "<think>a</think>", "<think>a", "<think>a</think><answer>5",
     "<think>a</think><answer></answer>", "<think>a</think><answer>  \n </answer>", "<think>a</think><answer>\\boxed{}</answer>",
     "<think>a</think><answer>Final Answer:</answer>", "<think>a</think><answer>**Final Answer:** </answer>",
-    "<answer>5</answer><think>a</think>", "<think>a<answer>5</answer></think>", "<think>a</think><answer>5</answer><answer>6</answer>",
-    "<think>a</think><think>b</think><answer>5</answer>", "<think>a</think><answer>5</answer>.", "x<think>a</think><answer>5</answer>",
-    "<think>a</think>so<answer>5</answer>", "<think><think>a</think></think><answer>5</answer>", "<think>a</think><answer><answer>5</answer></answer>",
-    "<think>a <answer> b</think><answer>5</answer>", "<think>a </answer> b</think><answer>5</answer>", "<think>a</think></think><answer>5</answer>",
-    "<THINK>a</THINK><ANSWER>5</ANSWER>", "<think>a</think><answer>5</answer", "think>a</think><answer>5</answer>", "<think>a</answer><answer>5</think>",
-    "<think>a</think><answer>5<think></answer>", "<think>a</think><answer>5</answer></answer>", "</think><think><answer>5</answer>",
+    "<answer>5</answer><think>a</think>", "<think>a<answer>5</answer></think>",
+    "<think>a</think><answer>5</answer><answer>6</answer>",
+    "<think>a</think><think>b</think><answer>5</answer>", "<think>a</think><answer>5</answer>.",
+    "x<think>a</think><answer>5</answer>",
+    "<think>a</think>so<answer>5</answer>", "<think><think>a</think></think><answer>5</answer>",
+    "<think>a</think><answer><answer>5</answer></answer>",
+    "<think>a <answer> b</think><answer>5</answer>", "<think>a </answer> b</think><answer>5</answer>",
+    "<think>a</think></think><answer>5</answer>",
+    "<THINK>a</THINK><ANSWER>5</ANSWER>", "<think>a</think><answer>5</answer", "think>a</think><answer>5</answer>",
+    "<think>a</answer><answer>5</think>",
+    "<think>a</think><answer>5<think></answer>", "<think>a</think><answer>5</answer></answer>",
+    "</think><think><answer>5</answer>",
     "<think>a</think><answer>5</answer><|im_end|>", "<think >a</think><answer>5</answer>", "<think>a</think><answer/>5</answer>",
     "<think>a</think><answer>5</answer>\u200b", "\n<think>a</think><answer>5</answer>", None, 5,
 ]
@@ -96,8 +101,10 @@ def test_format_bad(completion):
     assert R.score(completion, "5")[:2] == (0.0, "format")
 
 
-@pytest.mark.parametrize("text", ["<think>a</think><answer>" * 40_000, "<think>" * 200_000, "<answer>" * 100_000 + "</answer>" * 100_000,
-                                  "<think>a</think>" + " " * 10**6 + "x<answer>5</answer>", "<think></think><answer>" + "\\boxed{" * 100_000 + "</answer>",
+@pytest.mark.parametrize("text", ["<think>a</think><answer>" * 40_000, "<think>" * 200_000,
+                                  "<answer>" * 100_000 + "</answer>" * 100_000,
+                                  "<think>a</think>" + " " * 10**6 + "x<answer>5</answer>",
+                                  "<think></think><answer>" + "\\boxed{" * 100_000 + "</answer>",
                                   "<think></think><answer>" + " *" * 300_000 + "</answer>", "<think>" + "\n" * 10**6])
 def test_format_is_linear(text):
     begun = time.perf_counter()
@@ -161,14 +168,17 @@ def test_reflexive_and_blind_to_dress():
 
 
 def test_latex_spellings_do_not_matter():
-    swaps = [("\\frac", "\\dfrac"), ("\\frac", "\\tfrac"), ("(", "\\left("), (")", "\\right)"), (",", ",\\,"), ("\\circ", "{\\circ}"), ("\\cdot", "\\times")]
+    swaps = [("\\frac", "\\dfrac"), ("\\frac", "\\tfrac"), ("(", "\\left("), (")", "\\right)"), (",", ",\\,"),
+             ("\\circ", "{\\circ}"), ("\\cdot", "\\times")]
     wrong = []
     for kind, verdict, pred, gold, source, choices in CASES:
         for old, new in swaps:
-            if "\\" in pred and old in pred and not choices and verdict == "yes" and not ("\\left" in pred and "(" in old + new) and "{,}" not in pred and not (old == "," and ",\\" in pred):
-                other = pred.replace(old, new)
-                if not R.is_equiv(other, gold) and "_" not in pred and not (old in "()" and (pred.count("(") != pred.count(")") or "\\(" in pred)):
-                    wrong.append((other, gold))
+            if "\\" not in pred or old not in pred or choices or verdict != "yes":
+                continue
+            if old in "()" and ("\\left" in pred or "\\(" in pred or pred.count("(") != pred.count(")")):
+                continue
+            if "_" not in pred and "{,}" not in pred and ",\\" not in pred and not R.is_equiv(pred.replace(old, new), gold):
+                wrong.append((pred.replace(old, new), gold))
     assert not wrong
 
 
@@ -176,7 +186,8 @@ def test_random_numbers_keep_their_value():
     rng = random.Random(0)
     for _ in range(300):
         p, q, k = rng.randint(-50, 50), rng.randint(2, 30), rng.choice([2, 3, 5, 7])
-        spellings = [f"{p}/{q}", f"\\frac{{{p}}}{{{q}}}", f"\\frac{{{k * p}}}{{{k * q}}}", f"x = \\dfrac{{{p}}}{{{q}}}", f"({p})\\div {q}", f"{p} \\cdot {q}^{{-1}}", f"{p / q:.9f}"]
+        spellings = [f"{p}/{q}", f"\\frac{{{p}}}{{{q}}}", f"\\frac{{{k * p}}}{{{k * q}}}", f"x = \\dfrac{{{p}}}{{{q}}}",
+                     f"({p})\\div {q}", f"{p} \\cdot {q}^{{-1}}", f"{p / q:.9f}"]
         other = f"{p + 1}/{q}"
         for s in spellings:
             assert R.is_equiv(s, spellings[0]) and R.is_equiv(spellings[0], s), (s, spellings[0])
@@ -200,27 +211,46 @@ class Tripwire:
 
 
 INJECTIONS = [
-    "__import__('os').system('touch %s')", "().__class__.__bases__[0].__subclasses__()", "(lambda: open('%s','w'))()", "exec('open(\"%s\",\"w\")')",
-    "eval('1+4')", "open('%s','w').write('x')", "{0.__class__}", "{self.__init__.__globals__}", "%%s%%n", "f'{open(\"%s\",\"w\")}'", "5 if open('%s','w') else 6",
-    "[c for c in ().__class__.__mro__]", "x.__class__", "sympify('5')", "Symbol('x').func.__globals__", "\\input{/etc/passwd}", "\\write18{touch %s}", "$(touch %s)",
-    "`touch %s`", "; touch %s", "'; DROP TABLE answers; --", "<script>alert(5)</script>", "getattr(int,'real')", "print(5)", "S('__import__(\"os\")')", "E.subs", "I.is_real",
-    "globals()", "vars()['x']", "5;import os", "5\nimport os", "yield 5", "await 5", "5 := 5", "del x", "raise SystemExit", "exit()", "quit()", "breakpoint()", "input()",
+    "__import__('os').system('touch %s')", "().__class__.__bases__[0].__subclasses__()", "(lambda: open('%s','w'))()",
+    "exec('open(\"%s\",\"w\")')",
+    "eval('1+4')", "open('%s','w').write('x')", "{0.__class__}", "{self.__init__.__globals__}", "%%s%%n",
+    "f'{open(\"%s\",\"w\")}'", "5 if open('%s','w') else 6",
+    "[c for c in ().__class__.__mro__]", "x.__class__", "sympify('5')", "Symbol('x').func.__globals__", "\\input{/etc/passwd}",
+    "\\write18{touch %s}", "$(touch %s)",
+    "`touch %s`", "; touch %s", "'; DROP TABLE answers; --", "<script>alert(5)</script>", "getattr(int,'real')", "print(5)",
+    "S('__import__(\"os\")')", "E.subs", "I.is_real",
+    "globals()", "vars()['x']", "5;import os", "5\nimport os", "yield 5", "await 5", "5 := 5", "del x", "raise SystemExit",
+    "exit()", "quit()", "breakpoint()", "input()",
 ]
 BOMBS = [
-    "9**9**9**9", "9^9^9^9^9", "9^{9^{9^{9}}}", "10^{10^{10}}", "2^{10^9}", "(2^{100})^{(2^{100})}", "((9!)!)!", "1000000!", "999999999!", "99!!!!!!!", "10^{-10^{10}}",
-    "\\binom{10^9}{5\\cdot 10^8}", "\\sum_{k=1}^{10^{12}} k", "\\prod_{k=1}^{10^9} k", "\\int_0^1 x^{10^9} dx", "\\lim_{x\\to 0} \\sin(x)/x", "sum(range(10**10))", "1e999", "1e-999",
-    "1e99999999", "0." + "0" * 5000 + "1", "9" * 5000, "1" + "0" * 1500, "x" * 3000, "x^" * 500 + "x", "(" * 500 + "5" + ")" * 500, "[" * 5000, "{" * 100_000, "}" * 100_000, "(" * 10**6,
-    "\\frac{" * 3000, "\\frac{1}{" * 30 + "7" + "}" * 30, "\\sqrt{" * 200 + "5" + "}" * 200, "-" * 10_000 + "5", "+" * 600 + "5", "5" + "!" * 500, "1" + "/1" * 290, "5" + "%" * 500, "|" * 1000,
-    "|" * 3 + "5" + "|" * 3, "1," * 5000, "1," * 290 + "1", "\\{" + "1," * 250 + "1\\}", " " * 10**6, "5" + " " * 10**6 + "5", "\n" * 10**6 + "5", "a" * 10**6, "1" * 10**6, "\\" * 10**6, "$" * 10**6,
-    "\\boxed{" * 10_000 + "5" + "}" * 10_000, "The answer is " * 70_000, "*" * 10**6, "**" * 5000 + "5", "é" * 10**6, "²" * 10**5, "½" * 10**5, "五" * 10**5, "\u202e5", "5\u0301", "🙂" * 1000,
-    "\x00", "5\x00", "\x005", "\x00" * 10**6, "5\x1b[31m", "\ud800", "5\ufffe", "{5", "5}", "(5", "5)", "[5", "\\left(5", "\\frac{1", "\\sqrt", "\\frac", "^", "_", "x^", "x_", "_{", "\\begin{pmatrix}",
-    "\\begin{pmatrix}1&2", "\\begin{array}{" + "c" * 1000, "\\end{pmatrix}", "\\begin{pmatrix}" + "1&" * 290 + "1\\end{pmatrix}", "NaN", "nan", "inf", "-inf", "Infinity", "1/0", "0/0", "0^0", "0^{-1}",
-    "\\infty-\\infty", "\\infty/\\infty", "\\tan(90^\\circ)", "\\ln 0", "\\log_1 5", "\\sqrt[0]{5}", "\\arcsin 2", "(-1)^{0.5}", "(-8)^{1/3}", "i^i", "e^{1000}", "e^{e^{e^{e}}}", "\\sin(10^{300})",
-    "x^{1000000}", "(x+1)^{100000}", "(((x+1)^{99}+1)^{99}+1)^{99}", "x!" + "+x!" * 100, "+".join(f"x_{{{k}}}" for k in range(80)), "\\pm" * 100 + "5", "\\pm 1" * 100, "\\pm1,\\pm2,\\pm3" * 20,
-    "(a|a)*" * 100, "((a+)+)+" * 50, "a" * 200 + "!", "1 " * 5000, "five " * 5000, "twenty-" * 3000, "hundred " * 300, "one hundred " * 5, "a.b." * 10_000, "A: " * 10_000, "(A)" * 10_000, "A, " * 20_000,
-    "<think>" * 1000, "</answer>" * 1000, "<answer>5</answer>", "12:" * 5000, "1:1:" * 100 + "1", "5 " + "cm" * 2000, "5 cm" + "^2" * 100, "5 cm/" * 100 + "s", "5 square " * 100, "m" * 600, "5" + "^{-1}" * 200,
-    "\\text{" * 5000, "\\text{\\text{\\text{\\text{\\text{5}}}}}", "$5$" * 1000, "5=" * 250 + "5", "x=" * 250 + "5", "5<" * 250 + "5", "\\cup" * 500, "(1,2)\\cup" * 60 + "(3,4)", "January " * 3000, "2003-" * 3000,
-    "0x5", "0b101", "5j", "05e0", "5e", "5e+", "5_000", "1__0", "5.5.5", "..5", "5..", "·5", "5'", "5''''", "f'" * 300, "\\overline{" * 500, "0.\\overline{" + "3" * 5000 + "}", "0.\\overline{}", "\\frac{1}{0.\\overline{0}}",
+    "9**9**9**9", "9^9^9^9^9", "9^{9^{9^{9}}}", "10^{10^{10}}", "2^{10^9}", "(2^{100})^{(2^{100})}", "((9!)!)!", "1000000!",
+    "999999999!", "99!!!!!!!", "10^{-10^{10}}",
+    "\\binom{10^9}{5\\cdot 10^8}", "\\sum_{k=1}^{10^{12}} k", "\\prod_{k=1}^{10^9} k", "\\int_0^1 x^{10^9} dx",
+    "\\lim_{x\\to 0} \\sin(x)/x", "sum(range(10**10))", "1e999", "1e-999",
+    "1e99999999", "0." + "0" * 5000 + "1", "9" * 5000, "1" + "0" * 1500, "x" * 3000, "x^" * 500 + "x",
+    "(" * 500 + "5" + ")" * 500, "[" * 5000, "{" * 100_000, "}" * 100_000, "(" * 10**6,
+    "\\frac{" * 3000, "\\frac{1}{" * 30 + "7" + "}" * 30, "\\sqrt{" * 200 + "5" + "}" * 200, "-" * 10_000 + "5", "+" * 600 + "5",
+    "5" + "!" * 500, "1" + "/1" * 290, "5" + "%" * 500, "|" * 1000,
+    "|" * 3 + "5" + "|" * 3, "1," * 5000, "1," * 290 + "1", "\\{" + "1," * 250 + "1\\}", " " * 10**6, "5" + " " * 10**6 + "5",
+    "\n" * 10**6 + "5", "a" * 10**6, "1" * 10**6, "\\" * 10**6, "$" * 10**6,
+    "\\boxed{" * 10_000 + "5" + "}" * 10_000, "The answer is " * 70_000, "*" * 10**6, "**" * 5000 + "5", "é" * 10**6,
+    "²" * 10**5, "½" * 10**5, "五" * 10**5, "\u202e5", "5\u0301", "🙂" * 1000,
+    "\x00", "5\x00", "\x005", "\x00" * 10**6, "5\x1b[31m", "\ud800", "5\ufffe", "{5", "5}", "(5", "5)", "[5", "\\left(5",
+    "\\frac{1", "\\sqrt", "\\frac", "^", "_", "x^", "x_", "_{", "\\begin{pmatrix}",
+    "\\begin{pmatrix}1&2", "\\begin{array}{" + "c" * 1000, "\\end{pmatrix}", "\\begin{pmatrix}" + "1&" * 290 + "1\\end{pmatrix}",
+    "NaN", "nan", "inf", "-inf", "Infinity", "1/0", "0/0", "0^0", "0^{-1}",
+    "\\infty-\\infty", "\\infty/\\infty", "\\tan(90^\\circ)", "\\ln 0", "\\log_1 5", "\\sqrt[0]{5}", "\\arcsin 2", "(-1)^{0.5}",
+    "(-8)^{1/3}", "i^i", "e^{1000}", "e^{e^{e^{e}}}", "\\sin(10^{300})",
+    "x^{1000000}", "(x+1)^{100000}", "(((x+1)^{99}+1)^{99}+1)^{99}", "x!" + "+x!" * 100,
+    "+".join(f"x_{{{k}}}" for k in range(80)), "\\pm" * 100 + "5", "\\pm 1" * 100, "\\pm1,\\pm2,\\pm3" * 20,
+    "(a|a)*" * 100, "((a+)+)+" * 50, "a" * 200 + "!", "1 " * 5000, "five " * 5000, "twenty-" * 3000, "hundred " * 300,
+    "one hundred " * 5, "a.b." * 10_000, "A: " * 10_000, "(A)" * 10_000, "A, " * 20_000,
+    "<think>" * 1000, "</answer>" * 1000, "<answer>5</answer>", "12:" * 5000, "1:1:" * 100 + "1", "5 " + "cm" * 2000,
+    "5 cm" + "^2" * 100, "5 cm/" * 100 + "s", "5 square " * 100, "m" * 600, "5" + "^{-1}" * 200,
+    "\\text{" * 5000, "\\text{\\text{\\text{\\text{\\text{5}}}}}", "$5$" * 1000, "5=" * 250 + "5", "x=" * 250 + "5",
+    "5<" * 250 + "5", "\\cup" * 500, "(1,2)\\cup" * 60 + "(3,4)", "January " * 3000, "2003-" * 3000,
+    "0x5", "0b101", "5j", "05e0", "5e", "5e+", "5_000", "1__0", "5.5.5", "..5", "5..", "·5", "5'", "5''''", "f'" * 300,
+    "\\overline{" * 500, "0.\\overline{" + "3" * 5000 + "}", "0.\\overline{}", "\\frac{1}{0.\\overline{0}}",
 ]
 
 
@@ -232,6 +262,13 @@ def in_scratch(tmp_path_factory):
     os.chdir(old)
 
 
+def fair(text):
+    """Is 5, an infinity or 1 a fair reading of this strange text?"""
+    spelt = ("<answer>5</answer>", "\\text{\\text{\\text{\\text{\\text{5}}}}}", "05e0", "5\ufffe", "5'", "inf", "Infinity")
+    return (text in spelt or "boxed" in text or text.startswith(("5=", "x=")) or text.endswith("\n5")
+            or not text.strip(" \n+-5\x00%$*=/.|01!^{}(e)"))
+
+
 @pytest.mark.parametrize("gold", ["5", "\\frac{\\sqrt{3}}{2}", "x+1", "B", "Yes", "(1,2)", "1, 2", "\\infty"])
 def test_hostile(gold):
     """No crash, no code run, no second of work, and nothing accepted."""
@@ -240,8 +277,7 @@ def test_hostile(gold):
         begun = time.perf_counter()
         for a, b in ((text, gold), (gold, text)):
             ok = R.is_equiv(a, b)
-            fair = text in ("<answer>5</answer>", "\\text{\\text{\\text{\\text{\\text{5}}}}}", "05e0", "5\ufffe", "5'", "inf", "Infinity") or "boxed" in text or text.strip(" \n+-5\x00%$*=/.|01!^{}(e)") == "" or text.startswith(("5=", "x=")) or text.endswith("\n5")
-            if ok and not fair:
+            if ok and not fair(text):
                 taken.append((text[:60], gold))
         R.extract_answer(wrap(text))
         if time.perf_counter() - begun > 1:
@@ -257,12 +293,13 @@ def test_hostile_memory():
             "import reward as R; from test_reward import BOMBS, INJECTIONS\n"
             "for t in BOMBS + INJECTIONS: R.is_equiv(t, '5'); R.is_equiv(t, 'x+1')\n"
             "print(R.stats()['crashes'])")
-    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(ROOT / "tests")], capture_output=True, text=True, timeout=120)
+    command = [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "0", done.stderr
 
 
 def test_no_evaluation_in_the_source():
-    for name in ("reward.py", "mathparse.py"):
+    for name in ("reward.py", "mathtext.py", "mathparse.py", "mathequal.py"):
         tree = __import__("ast").parse((ROOT / name).read_text(encoding="utf-8"))
         names = {n.id for n in __import__("ast").walk(tree) if isinstance(n, __import__("ast").Name)}
         assert not names & {"eval", "exec", "compile", "__import__", "sympify", "parse_expr"}, name
@@ -270,15 +307,24 @@ def test_no_evaluation_in_the_source():
 
 def test_import_is_light():
     """Importing reward must not pull in sympy, torch or numpy."""
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import reward; print(sorted({'sympy', 'torch', 'numpy', 'mpmath'} & set(sys.modules)))"
+    code = ("import sys; sys.path.insert(0, sys.argv[1]); import reward\n"
+            "print(sorted({'sympy', 'torch', 'numpy', 'mpmath'} & set(sys.modules)))")
     assert subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True).stdout.strip() == "[]"
 
 
 # ---- workers ---------------------------------------------------------------------------------------------------------------
 def test_workers_from_any_thread():
     got = []
-    threads = [threading.Thread(target=lambda: got.append([s.reward for s in R.reward_batch([wrap(f"{k}+x" + "+x" * 250) for k in range(3)], ["251x+1"] * 3, workers=2)])) for _ in range(3)]
-    [t.start() for t in threads], [t.join(60) for t in threads]
+
+    def work():
+        scores = R.reward_batch([wrap(f"{k}+x" + "+x" * 250) for k in range(3)], ["251x+1"] * 3, workers=2)
+        got.append([s.reward for s in scores])
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join(60)
     assert got == [[0.0, 1.0, 0.0]] * 3
 
 
@@ -328,7 +374,8 @@ def test_command_line(tmp_path):
     assert "verdict: equal" in run("3\\sqrt{2}", "\\sqrt{18}").stdout
     assert "verdict: not equal" in run("6 (or 5)", "5").stdout
     assert "usage" in run().stderr
-    rows = [{"completion": wrap(5), "answer": "5", "why": "ok", "reward": 1.0}, {"completion": wrap(6), "answer": "5", "reward": 1.0}, {"completion": "5", "answer": "5"}]
+    rows = [{"completion": wrap(5), "answer": "5", "why": "ok", "reward": 1.0},
+            {"completion": wrap(6), "answer": "5", "reward": 1.0}, {"completion": "5", "answer": "5"}]
     (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = run("audit", str(tmp_path / "s.jsonl")).stdout
     assert "3 samples" in out and "reward was 1.0" in out and "format" in out
@@ -342,12 +389,17 @@ def rows(name):
     return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("name", "algopuzzlevqa chartqa_owid dynamath gaokao_mm_math geometry3k mathverse mathvision mathvista puzzlevqa scemqa_math tabmwp".split())
+BENCHMARKS = ("algopuzzlevqa chartqa_owid dynamath gaokao_mm_math geometry3k mathverse mathvision mathvista puzzlevqa "
+              "scemqa_math tabmwp")
+
+
+@pytest.mark.parametrize("name", BENCHMARKS.split())
 def test_golds_of_real_data(name):
     """Every gold equals itself in a box; with options, the letter, the text and both together find the gold."""
     for r in rows(f"{name}/data.jsonl"):
         gold, choices = r["answer"], r["choices"]
-        assert R.is_equiv(gold, gold) and R.is_equiv(f"\\boxed{{{gold}}}", gold) and R.is_equiv(f"The answer is {gold}.", gold), r["id"]
+        for dress in ("{}", "\\boxed{{{}}}", "The answer is {}."):
+            assert R.is_equiv(dress.format(gold), gold), r["id"]
         if choices and len(set(choices)) == len(choices) and (gold in choices or len(gold) == 1):
             k = choices.index(gold) if gold in choices else ord(gold) - 65
             assert R.is_equiv(chr(65 + k), gold, choices) and R.is_equiv(choices[k], gold, choices), (r["id"], gold, choices)
@@ -362,8 +414,10 @@ def test_agrees_with_official_verdicts(name, field, least):
 
 
 # ---- fuzz --------------------------------------------------------------------------------------------------------------------
-PIECES = ["1", "2", "5", "10", "0.5", "x", "y", "+", "-", "*", "/", "^", "{", "}", "(", ")", "[", "]", ",", "\\frac", "\\sqrt", "\\pi", "\\pm", "=", "<", "\\cup", "\\sin", "\\ln", "!", "%", "^\\circ", "cm",
-          " ", "or", "and", "\\infty", "\\text{", "|", "$", "\\boxed{", "A", ":", "_", "e", "i", "\\{", "\\}", "9999", "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", "½", "²", "度", "！", "\x00", "'", "five"]
+PIECES = ["1", "2", "5", "10", "0.5", "x", "y", "+", "-", "*", "/", "^", "{", "}", "(", ")", "[", "]", ",", "\\frac", "\\sqrt",
+          "\\pi", "\\pm", "=", "<", "\\cup", "\\sin", "\\ln", "!", "%", "^\\circ", "cm",
+          " ", "or", "and", "\\infty", "\\text{", "|", "$", "\\boxed{", "A", ":", "_", "e", "i", "\\{", "\\}", "9999",
+          "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", "½", "²", "度", "！", "\x00", "'", "five"]
 
 
 def test_fuzz_pieces():

@@ -1,0 +1,354 @@
+"""mathtext.py: answers as text, before any mathematics: regular expressions and tables, all linear or bounded.
+
+Sections: 1 what surrounds an answer, choice letters (core_text, letters), 2 cleaning: LaTeX and Unicode spellings become
+one (clean), 3 numbers in words, 4 units, 5 words, times and dates, which are compared as they are. mathparse.py goes on
+from clean(). A spelling that is missing is one more entry in a table here.
+"""
+import re, unicodedata
+from fractions import Fraction
+from functools import lru_cache
+
+
+# ---- 1. what surrounds an answer, choice letters ---------------------------------------------------------------------
+_PREFIX = re.compile("|".join([  # what may stand before an answer
+    r"(?:so|thus|hence|therefore|\\therefore)\b[,:]?\s+",
+    r"≈\s*|\\approx\s*|#+\s*|\*\*final answer\*\*:?\s*",
+    r"(?:the\s+)?(?:final\s+|correct\s+|best\s+)?(?:answer|result|solution|choice)\s*(?:(?:is|:|=|are)\s*:?\s*|(?=[$\\\d]))",
+    r"(?:[A-Za-z]+\s+){0,8}?(?:is|equals)\s+(?:equal\s+to\s+)?(?:about\s+|approximately\s+)?(?=[-\d$\\(.])",  # the area is 5
+    r"the\s+(?:[a-z]+\s+){1,4}(?:is|are)\s+(?=[a-z]+\.?$)",  # the color is red
+    r"(?:in|on|at)\s+(?=\d)",
+    r"(?:approximately|approx\.?|about|around|roughly|约|大约)\s*(?=[\d\\$.-])",
+    r"[故则]?(?:正确)?(?:答案|结果|答)(?:是|为|:)*\s*",
+    r"[\u4e00-\u9fff]{1,8}(?<!不)(?:是|为|等于)\s*(?=[-\d\\$(])",
+    r"故?应?选择?(?:项)?:?\s*(?=\(?[A-J])"]), re.I)
+_NEGATION = re.compile(r"\b(?:or|not|no|never|if|but|wrong|incorrect|false|instead|unless)\b", re.I)
+_LETTER = re.compile(r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|选项)\s*(?:is|:)?\s*)?"
+                     r"[\[({]?\s*([A-J])\s*[\])}]?\s*[.:,]?$", re.I)
+_LETTER_TEXT = re.compile(r"(?:(?:option|choice)\s*)?"
+                          r"(?:[\[(]([A-J])[\])]\s*[:.]?|([A-J])\s*[).:、]|([A-J])\s+(?=\())\s*(.+)$", re.S)
+_LETTERS = re.compile(r"(?:\([A-J]\)|[A-J])(?:\s*(?:,|;|and|&)?\s*(?:\([A-J]\)|[A-J]))+$")
+_MORE_LETTERS = re.compile(r"(?:^|\s)\(?[A-J](?:[).:]|$)|\b(?:or|not)\b")
+_FINAL = re.compile(r"[\s*]*final\s+answer[\s*]*[:：][\s*]*", re.I)
+
+
+def unwrap(text):
+    """Takes off `Final Answer:`, bold stars, and one or more \\boxed{} around the whole."""
+    text = text.strip()
+    for _ in range(4):
+        if m := _FINAL.match(text[:80]):
+            text = text[m.end():].strip()
+            text = text[:-2].strip() if text.endswith("**") and text.count("**") % 2 else text
+        core = text.strip("$ \n.").removeprefix("\\(").removeprefix("\\[").removesuffix("\\)").removesuffix("\\]").strip()
+        core = core[2:-2].strip() if core.startswith("**") and core.endswith("**") and len(core) > 4 else core
+        inner = braced(core, core.find("{")) if core.startswith(("\\boxed", "\\fbox")) else None
+        if inner is None or inner[1] != len(core):
+            break
+        text = inner[0].strip()
+    return text
+
+
+def braced(text, start):
+    """(content, end) of the balanced {...} that opens at `start`, else None. Linear."""
+    if start < 0 or text[start:start + 1] != "{":
+        return None
+    depth = 0
+    for m in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
+        depth += (m[0] == "{") - (m[0] == "}")
+        if depth == 0:
+            return text[start + 1:m.start()], m.end()
+    return None
+
+
+def core_text(s):
+    """An answer without what surrounds it: `The answer is`, stars, dollars, outer boxes, a full stop, a farewell."""
+    s = unwrap(bare(s.partition(" I hope ")[0]))
+    s = s if s.isascii() else unicode_plain(re.sub(r"(?<![A-Za-z])([A-J])、(?![A-J]\b)", r"\1: ", s))
+    for _ in range(4):
+        m = _PREFIX.match(s[:200])
+        if not m or not m[0] or _NEGATION.search(m[0]):
+            break
+        s = unwrap(bare(s[m.end():]))
+    if s.count("\\boxed{") == 1 and not _NEGATION.search(s) and (inner := braced(s, s.find("\\boxed{") + 6)):
+        s = inner[0].strip()  # a sentence with one box in it
+    return bare(s[:-1].rstrip() if s[-1:] == "." and s[-3:] != "..." and len(s) > 1 else s)
+
+
+_WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
+
+
+def bare(s):
+    """Without one pair of $...$, \\(...\\), \\[...\\], stars or backticks around the whole."""
+    s = s.strip()
+    for left, right in _WRAPPERS if s[:1] in ("$", "\\", "*", "`") else ():
+        if s.startswith(left) and s.endswith(right) and len(s) > len(left + right):
+            inner = s[len(left):-len(right)]
+            return s if left in inner or right in inner else inner.strip()
+    return s
+
+
+def letters(t):
+    """The set of choice letters that a text consists of, else None: B, (B), B., "A and C", "C\\nD"."""
+    if m := _LETTER.match(t):
+        return {m[1].upper()}
+    listed = len(t) < 60 and not t.isalpha() and _LETTERS.match(t)
+    glued = 1 < len(t) < 5 and re.fullmatch("[A-E]+", t) and list(t) == sorted(set(t))  # BD
+    return set(re.findall("[A-J]", t)) if listed or glued else None
+
+
+def letter_text(t, strict=True):
+    """("B", "54") for `B: 54`, `(B) 54`, `B. 54`, `B (54)`; None for other texts and for lists of options."""
+    m = _LETTER_TEXT.match(t)
+    if not m or (strict and _MORE_LETTERS.search(m[4])):
+        return None
+    text = m[4].strip()
+    return (m[1] or m[2] or m[3]), (text[1:-1] if m[3] and text.endswith(")") else text)
+
+
+# ---- 2. cleaning -----------------------------------------------------------------------------------------------------
+_SIGNS = r"""× * · * ⋅ * ∙ * ∗ * ÷ / ⁄ / ∕ / − - – - — - ‐ - ‑ - π \pi √ \sqrt ∛ \sqrt[3] ∞ \infty ° \deg º \deg ˚ \deg
+ ≤ \le ≦ \le ⩽ \le ≥ \ge ≧ \ge ⩾ \ge ≠ \ne ≈ \approx ≃ \approx ± \pm ∓ \mp ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ℝ \R ℤ \Z
+ θ \theta α \alpha β \beta γ \gamma λ \lambda φ \phi ω \omega μ \mu ∠ \angle ℃ \degC ℉ \degF 。 . 、 , “ " ” " ‘ ' ’ ' ′ ' ″ "
+ 【 ( 】 ) ⟨ \langle ⟩ \rangle € \eur £ \gbp ¥ \cny ￥ \cny ⌊ \lfloor ⌋ \rfloor ⌈ \lceil ⌉ \rceil ∣ | ∶ : ～ ~ ∼ ~ ⁣ ,""".split()
+_CHARS = {ord(k): v + " " * (v[0] == "\\") for k, v in zip(_SIGNS[::2], _SIGNS[1::2])}
+_CHARS |= dict.fromkeys(map(ord, "△《》\u200b\u200c\u200d\ufeff\u2061\u2062"), "")
+_SUPER = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ", "0123456789-+nx")
+_SUB = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
+_HAN_WORDS = """平方 square 立方 cubic 厘米 cm 毫米 mm 千米 km 公里 km 分米 dm 米 m 千克 kg 公斤 kg 克 g 吨 ton 毫升 ml 升 L
+ 分钟 minutes 小时 hours 秒 seconds 天 days 度 \\deg 元 yuan 和 and 或 or 且 and""".split()
+_HAN_WORDS = dict(zip(_HAN_WORDS[::2], _HAN_WORDS[1::2]))
+_HAN_RE = re.compile("|".join(_HAN_WORDS))
+_HAN_COUNTER = re.compile(r"(?<=[\d}])\s*[个個人只件次岁条名种棵本张位块辆支组](?=\s*$)")
+
+_COMMANDS = {name: to for to, names in {  # commands that are another spelling of something
+    " ": "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle limits nolimits "
+         "rm bf it quad qquad triangle , ; : ( ) [ ] >",
+    "": "! boxed fbox mathrm text mathbf overline underline vec hat",
+    "\\frac": "dfrac tfrac cfrac nicefrac sfrac", "\\deg": "degree textdegree", "<": "lt", ">": "gt", "%": "%", "_": "_",
+    "|": "lvert rvert vert mid", " and ": "&", "\\{": "lbrace", "\\}": "rbrace", "\\usd ": "$",
+}.items() for name in names.split()} | {" ": " "}
+_COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.S)
+_TEXT_NAMES = (r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox|operatorname|boldsymbol|bm|pmb")
+TEXT = re.compile(r"\\(?:%s)\*?\s*\{([^{}]*)\}" % _TEXT_NAMES)
+_WRAP = re.compile(r"\\(?:%s|overline|overrightarrow|vec|hat|underline|widehat|mathop)\*?\s*\{([^{}]*)\}" % _TEXT_NAMES)
+_BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([A-Z])\s*\}?")
+_MATRIX = re.compile(r"\\(begin|end)\{(?:[a-zA-Z]*matrix|array)\}(?:\{[lcr| ]*\})?")
+_ALIGN = re.compile(r"\\(?:begin|end)\{(?:align|equation|gather|split|math)(?:ed)?\*?\}")
+_ANGLE = re.compile(r"m?\\(?:measured)?angle(?![A-Za-z])\s*(?:(?=(\d)))?")
+_DEGREE = re.compile(r"\^\s*\{+\s*\\deg\s*\}+|\^?\s*\\deg(?![A-Za-z])")
+_OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
+_UNIT_FRAC = re.compile(r"(?<=[\d }])\\frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+(?:\^\{?\d\}?)?)\s*\}(?!\s*\^)")
+_REPEAT = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|dot)\s*\{\s*(\d{1,20})\s*\}")
+_DOTS = re.compile(r"(\d{0,20}\.\d{0,20}?)(\d{1,3}?)\2{2,20}\s*(?:\.\.\.|\\[cl]?dots)")
+_GLUED = re.compile(r"(?<![A-Za-z])(sin|cos|tan|cot|ln|log)(?=[a-zA-Z]\b|\d)")  # sinx, sin2x
+_UNIT_POWER = re.compile(r"(?<=[\d}])\s*([cdkm]?m|ft|in)([23])\b")  # 18 cm2
+_STOP = re.compile(r"(?<=[a-z])\.(?=\s|$)")  # sq. ft.
+
+
+def unicode_plain(s):
+    """Full-width forms, super- and subscripts, vulgar fractions, Chinese units and typographic signs to ASCII LaTeX."""
+    if s.isascii():
+        return s
+    s = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ]+", lambda m: "^{" + m[0].translate(_SUPER) + "}", s)
+    s = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m[0].translate(_SUB) + "}", s)
+    s = re.sub("[¼-¾⅐-⅞]", lambda m: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄")), s)
+    s = unicodedata.normalize("NFKD", s.translate(_CHARS)).translate(_CHARS)
+    s = unicodedata.normalize("NFC", re.sub("(?<=[A-Za-z])[\u0300-\u036f]+", "", s))  # accents of letters
+    return s if s.isascii() else _HAN_RE.sub(lambda m: f" {_HAN_WORDS[m[0]]} ", _HAN_COUNTER.sub("", s))
+
+
+def repeating(m):
+    """0.1\\overline{6} as a fraction, before \\overline is dropped as decoration."""
+    head, fixed, loop = m[1] or "0", m[2], m[3]
+    return f"({int(head + fixed + loop) - int(head + fixed)}/{10 ** len(fixed) * (10 ** len(loop) - 1)})"
+
+
+def latex_plain(s):
+    """LaTeX without layout: environments, text commands, spacing, sizes, synonyms."""
+    if "\\end" in s:
+        s = _ALIGN.sub(" ", s)
+    if _MATRIX.search(s):
+        s = _MATRIX.sub(r"\\\1 ", s.replace("\\\\", "\\newline "))
+    elif "\\\\" in s or "&" in s:
+        s = re.sub(r"(?<!\\)&", " ", re.sub(r"\\\\(?=[a-zA-Z])", r"\\", s).replace("\\\\", " "))
+    if "\\overline" in s or "\\dot" in s:
+        s = _REPEAT.sub(repeating, s)
+    while "{" in s and s.count("{") < 200 and (t := _WRAP.sub(r" \1 ", s)) != s:  # \text{a \textbf{b}}
+        s = t
+    s = s.replace("\\circ", "\\deg ")
+    if "angle" in s:
+        s = _ANGLE.sub(lambda m: "a_" if m[1] else " ", s)
+    s = _BLACKBOARD.sub(r"\\\1 ", s) if "\\mathbb" in s else s
+    s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s)
+    s = _OVER.sub(r"\\frac{\1}{\2}", s) if "\\over" in s else s
+    s = _UNIT_FRAC.sub(r" \1/\2", s) if "\\frac" in s else s  # \frac{\text{km}}{\text{h}}
+    return _DEGREE.sub(r"\\deg ", s) if "\\deg" in s else s
+
+
+@lru_cache(maxsize=8192)
+def clean(s):
+    """One spelling for what LaTeX and Unicode can write in many ways. Still text; linear in its length."""
+    s = unicode_plain(s.replace("\x00", " "))
+    if "{," in s:
+        s = re.sub(r"\s*\{,\s*\}\s*", ",", s)
+    s = _GLUED.sub(r"\1 ", _STOP.sub(" ", s.replace("~", " ").replace("per cent", "percent")))
+    if "..." in s or "dots" in s:
+        s = _DOTS.sub(r"\1\\overline{\2}", s)
+    if "^o" in s or "^{o" in s:  # a degree sign typed as a letter
+        s = re.sub(r"(?<=\d)\^\{?o\}?(?![A-Za-z])", r"\\deg ", s)
+    if "square" in s or "cubic" in s:
+        s = re.sub(r"\{?\b(square|cubic)\s*([a-z]{2,})\}?", r" \1 \2 ", s)
+    if "2" in s or "3" in s:
+        s = _UNIT_POWER.sub(r" \1^\2", s)
+    if "10^" in s:
+        s = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\^)", "*", s)
+    s = latex_plain(s) if "\\" in s else s
+    if "$" in s:  # one dollar sign before or after a number is money, the others delimit mathematics
+        s = re.sub(r"\$(?=\s*[\d.])|(?<=\d)\s*\$$", r"\\usd ", s) if s.count("$") == 1 else s.replace("$", " ")
+    if "**" in s:  # a power, or bold text
+        s = s.replace("**", "^" if re.search(r"\w\s*\*\*\s*[\w({-]", s) else "")
+    return s.strip()
+
+
+# ---- 3. numbers in words ---------------------------------------------------------------------------------------------
+SMALL = dict(zip(("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+                  "seventeen eighteen nineteen").split(), range(20)))
+SMALL |= dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10)))
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
+_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+_PARTS |= {w + "s": k for w, k in _PARTS.items()} | {"halves": 2}
+_HAN_DIGIT = dict(zip("零一二三四五六七八九两", [*range(10), 2]))
+
+
+def number_words(text):
+    """`twenty-one` -> 21, `three quarters` -> 3/4, `five apples` -> 5 apples, `二十` -> 20; other texts unchanged."""
+    if m := re.fullmatch("([一二三四五六七八九]?)十([一二三四五六七八九]?)", text):
+        return str(10 * _HAN_DIGIT.get(m[1], 1) + _HAN_DIGIT.get(m[2], 0))
+    if text in _HAN_DIGIT or not text[:1].isalpha():
+        return str(_HAN_DIGIT.get(text, text))
+    if m := re.match(r"(?:negative|minus)\s+(?=[a-z])", text, re.I):
+        return "-" + number_words(text[m.end():])
+    words = re.split(r"[\s-]+", text.lower())
+    if len(words) > 12 or words[0] not in {*SMALL, "a", "an", "half", "dozen"}:
+        return text
+    total, part, k, seen = 0, 0, 0, False
+    while k < len(words):
+        w, nxt = words[k], words[k + 1] if k + 1 < len(words) else ""
+        if w in SMALL or (w in ("a", "an") and (nxt in _PARTS or nxt in SCALES)):
+            part, seen = part + SMALL.get(w, 1), True
+        elif w == "dozen" or (w == "hundred" and seen):
+            part, seen = max(part, 1) * SCALES[w], True
+        elif w in SCALES and seen:
+            total, part = total + part * SCALES[w], 0
+        elif not (w == "and" and nxt in SMALL and words[k - 1] in SCALES):
+            break
+        k += 1
+    rest = words[k:]
+    if rest and rest[0] in _PARTS and (seen or rest[0] == "half"):
+        return f"{total + part or 1}/{_PARTS[rest[0]]} {' '.join(rest[1:])}".strip()
+    if len(rest) == 3 and rest[0] == "and" and rest[2] in _PARTS:  # two and a half
+        return f"{total + part} {SMALL.get(rest[1], 1)}/{_PARTS[rest[2]]}"
+    return f"{total + part} {' '.join(rest)}".strip() if seen else text
+
+
+# ---- 4. units: names = factor and dimensions; a plain plural counts as a name, too -----------------------------------
+_UNIT_TABLE = """m meter metre = 1 m | cm centimeter centimetre = .01 m | mm millimeter millimetre = .001 m | dm = .1 m
+km kilometer kilometre = 1000 m | in inch inches = .0254 m | ft foot feet = .3048 m | yd yds yard = .9144 m
+nm = 1e-9 m | mi mile = 1609.344 m | g gram = 1 g | kg kilo kilogram = 1000 g | mg milligram = .001 g | ton tonne = 1000000 g
+lb lbs pound = 1 pound | oz ounce = 1/16 pound | s sec second = 1 s | min minute = 60 s | h hr hrs hour = 3600 s
+ms millisecond = .001 s | day = 86400 s | week = 604800 s | month = 1 month | yr year = 1 year | deg degree = 1 deg
+rad radian = 1 rad | L liter litre = .001 m3 | ml mL cc milliliter millilitre = 1e-6 m3 | mph = .44704 m s-1
+kph kmph = 5/18 m s-1 | ha hectare = 10000 m2 | acre = 1 acre | percent percentage pct = 1 % | unit = 1 unit
+usd USD dollar bucks = 1 usd | cent = .01 usd | eur EUR euro = 1 eur | gbp GBP = 1 pound | cny yuan rmb RMB = 1 cny
+rupee = 1 rupee | N newton = 1 N | J joule = 1 J | kJ = 1000 J | W watt = 1 W | kW = 1000 W | V volt = 1 V | Hz hertz = 1 Hz
+Pa pascal = 1 Pa | kPa = 1000 Pa | mol mole = 1 mol"""
+UNITS = {}
+for _names, _, _meaning in (row.partition(" = ") for row in re.split(r" \| |\n", _UNIT_TABLE)):
+    _factor, *_bases = _meaning.split()
+    _dims = tuple((re.sub(r"-?\d", "", b), int(re.sub(r"[^-\d]", "", b) or 1)) for b in _bases)
+    for _name in _names.split():
+        UNITS |= dict.fromkeys([_name] + [_name + "s"] * (len(_name) > 2), (Fraction(_factor), _dims))
+DEGREE, PERCENT = UNITS["deg"], UNITS["percent"]
+CURRENCIES = {"\\usd", "\\eur", "\\gbp", "\\cny"}
+POWER_WORDS = {"sq": 2, "square": 2, "squared": 2, "cu": 3, "cubic": 3, "cubed": 3}
+NO_NOUN = {*SMALL, *SCALES, *POWER_WORDS} | set(
+    "is are was not or and but to than of for with from least most more less about maybe if then at by up down wrong correct "
+    "minus plus over divided choose factorial negative infinity half yes no true false january february march april may june "
+    "july august september october november december".split())
+
+
+def unit_key(text):
+    return text if text in UNITS or len(text) == 1 else text.lower()
+
+
+# ---- 5. words, times, dates ------------------------------------------------------------------------------------------
+_MONTHS = "january february march april may june july august september october november december".split()
+_DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
+_ABBREV = {d[:3]: d for d in _DAYS + _MONTHS} | {"tues": "tuesday", "thur": "thursday", "thurs": "thursday", "sept": "september"}
+_RANKS = "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th".split()
+_SAME_WORD = _ABBREV | {w: str(k) for w, k in SMALL.items()}
+_SAME_WORD |= dict(zip("first second third fourth fifth sixth seventh eighth ninth tenth".split(), _RANKS))
+_PHRASES = {p: to for to, phrases in {
+    "does not exist": "dne|undefined|not exist|doesnt exist",
+    "no solution": "no solutions|no real solution|no real solutions|there is no solution|empty set|none",
+    "all real numbers": "all reals|all real|real numbers|reals|set of all real numbers|every real number",
+}.items() for p in phrases.split("|")}
+PHRASE_LATEX = {"all real numbers": "\\R", "no solution": "\\emptyset"}
+_TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::\d\d)?\s*(?:([ap])\.?\s?m\.?|(o'?clock))?$", re.I)
+_DATEISH = re.compile(r"\d[-/年.]\d|(?<!\\)\b[A-Za-z]{3}")
+_NUMERIC_DATES = [(re.compile(r"(\d{4})[-/年.](\d{1,2})[-/月.](\d{1,2})日?"), (1, 2, 3)),
+                  (re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})"), (3, 1, 2))]
+
+
+def words(t):
+    """Words without case, articles, punctuation: what names and phrases are compared by."""
+    t = re.sub(r"(?<=\S) A(?![a-z])", " \u00c0", re.sub(r"\\[a-zA-Z]+|[{}$*_\"]", " ", t)).lower()  # Class A: no article
+    t = re.sub(r"(?<=\w)'s\b|'", "", re.sub(r"(?<=[a-z]{2})-(?=[a-z]{2})", " ", t.replace("&", " and ")))
+    t = re.sub(r"(?<=[a-z])\.(?=[a-z]\b)", "", t)  # p.m. -> pm.
+    out = [w.strip(".,;:!?()[]") for w in t.split()]
+    out = [_SAME_WORD.get(w, w) for w in out if w]
+    out = " ".join([w for w in out if w not in ("a", "an", "the")] or out)
+    return _PHRASES.get(out, out)
+
+
+def same_word_list(p, g):
+    """[Gambia, Niger] = Niger and Gambia: names in any order, but (A, C) in this one."""
+    lists = []
+    for t in (p, g):
+        parts = [w for w in map(words, re.split(r"\s*(?:,|;|\band\b|&)\s*", clean(t).strip("[](){} "))) if w]
+        lists.append(parts if "(" in t[:2] else sorted(parts))
+    named = re.search(r"[^\W\d]", "".join(lists[0])) and all(re.fullmatch(r"[\w .'%-]+", w) for w in lists[0])
+    return bool(named) and lists[0] == lists[1] and len(lists[0]) > 1
+
+
+def clock(t):
+    """(minutes, is the half of the day known, was it written) of a time of day, else None."""
+    t = {"noon": "12:00 pm", "midnight": "12:00 am"}.get(t.lower(), t)
+    m = _TIME.match(t.strip())
+    if not m or not (m[2] or m[3] or m[4]) or int(m[1]) > 24 or int(m[2] or 0) > 59:
+        return None
+    hour, minute = int(m[1]), int(m[2] or 0)
+    if m[3] and hour <= 12:  # 2:10 pm on the 24-hour clock
+        hour = hour % 12 + 12 * (m[3].lower() == "p")
+    return hour * 60 + minute, bool(m[3]) or hour > 12, bool(m[3])
+
+
+def same_clock(a, b):
+    """14:10 = 2:10 P.M.; 8:55 = 8:55 A.M., where one does not say the half of the day; but A.M. is not P.M."""
+    open_half = a[1] != b[1] and a[2] != b[2] and (a[0] - b[0]) % 720 == 0
+    return a[:2] == b[:2] or (open_half and min(a[0], b[0]) < 780)
+
+
+def date(t):
+    """(year or 0, month, day) of a written date; None if it is none."""
+    if len(t) > 40 or not _DATEISH.search(t):
+        return None
+    for pattern, order in _NUMERIC_DATES:
+        if m := pattern.fullmatch(t):
+            return tuple(int(m[k]) for k in order)
+    parts = re.findall(r"[a-z]+|\d+", re.sub(r"(?<=\d)(st|nd|rd|th)\b|\bof\b|\bthe\b", "", t.lower()))
+    months = [_MONTHS.index(_ABBREV.get(p, p)) + 1 for p in parts if _ABBREV.get(p, p) in _MONTHS]
+    days = [int(p) for p in parts if p.isdigit() and int(p[:5]) <= 31]
+    years = [int(p) for p in parts if p.isdigit() and 31 < int(p[:5]) < 10000]
+    if len(months) == 1 and len(days) == 1 and len(years) <= 1 and len(parts) == 2 + len(years):
+        return sum(years), months[0], days[0]
+    return None
