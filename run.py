@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import fcntl
 import heapq
+import importlib
 import json
 import os
 import random
@@ -223,14 +224,11 @@ class Log:
             cut_after_step(self.out / name, after_step)
         self.file = open(self.out / "log.jsonl", "a")
         if wandb:
-            import wandb as wb
-
+            wb = wanted("wandb", "wandb")
             wb.init(project="nano-vision-r1", name=self.out.name, config=dataclasses.asdict(config))
             self.sinks.append(lambda row: wb.log(row, step=row["step"]))
         if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            writer = SummaryWriter(str(self.out / "tensorboard"))
+            writer = wanted("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(self.out / "tensorboard"))
             self.sinks.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if is_number(v)])
 
     def write(self, row):
@@ -247,6 +245,14 @@ class Log:
         if self.file is not None and rows:
             with open(self.out / "samples.jsonl", "a") as f:
                 f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+
+
+def wanted(module, package):
+    """a module that only a flag asks for"""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise SystemExit(f"--{package} needs a package that is not installed: pip install {package}") from error
 
 
 def is_number(v):

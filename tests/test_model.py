@@ -198,3 +198,29 @@ def test_export_reads_back_the_same(tiny, tmp_path, pictures):
     again, _ = model.load(tmp_path / "out")
     with torch.no_grad():
         assert torch.equal(again(batch)[0], before)
+
+
+def test_activation_checkpointing_changes_no_gradient_and_no_name(tiny, tmp_path, pictures):
+    single_rank()
+    grads = []
+    for checkpointing in (False, True):
+        policy, processor = model.load(tiny)
+        batch = data.pack(sequences(pictures, processor))
+        model.shard(policy, activation_checkpointing=checkpointing)
+        policy(batch)[0].sum().backward()
+        grads.append({model.clean_name(n): model.full(p.grad) for n, p in policy.named_parameters()})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
+    whole = model.replica(policy)
+    model.copy_weights(policy, whole)
+    model.export(policy, processor, tmp_path / "out")
+    again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
+    for (n, a), b in zip(again.named_parameters(), whole.parameters(), strict=True):
+        assert torch.equal(a, b), n
+
+
+def test_a_frozen_vision_tower_has_no_gradient(tiny, pictures):
+    policy, processor = model.load(tiny, freeze_vision=True)
+    policy(data.pack(sequences(pictures, processor)))[0].sum().backward()
+    assert all(p.grad is None for p in policy.hf.model.visual.parameters())
+    assert all(p.grad is not None for p in policy.hf.model.language_model.parameters())

@@ -57,6 +57,18 @@ def test_sampled_logprobs_are_the_trainers(loaded, pictures, temperature):
     assert (logprobs - sampled).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_other_families_sample_what_the_trainer_sees(family, tmp_path, pictures):
+    import toy
+
+    policy, processor = model.load(toy.random_relative(tmp_path, family))
+    prompts = prompts_of(pictures, processor)
+    groups = engine((policy, processor)).generate(prompts, 3, 20, [(7, i) for i in range(len(prompts))])
+    with torch.no_grad():
+        logprobs, _ = policy(data.pack([(p, r.ids) for p, g in zip(prompts, groups) for r in g]))
+    assert (logprobs - torch.tensor([x for g in groups for r in g for x in r.logprobs])).abs().max() < 1e-4
+
+
 def test_samples_do_not_depend_on_batching(loaded, pictures):
     prompts = prompts_of(pictures, loaded[1])
     seeds = [(1, 2, i) for i in range(len(prompts))]
