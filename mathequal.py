@@ -245,6 +245,7 @@ def unname(node):
         name, parts, ops = head, parts[:1], ()
     if "in" in ops or (not name and any(map(variables, parts))):
         return "", node
+    parts = [p for p in parts if not variables(p)] or parts  # AOB = 2 ACB = 80
     for p, q, op in zip(parts, parts[1:], ops):
         if not (same_quantity(p, q) or (op == "~" and rounds_to(p, q))):
             return "", node
@@ -367,14 +368,11 @@ def same_region(a, b):
 
 # ---- 6. lists, and the verdict ---------------------------------------------------------------------------------------
 def same_ratio(a, b):
-    """Rule for 2:4 = 1:2 and 3:2 = 1.5."""
-    if a.tag == b.tag == "ratio":
-        pairs = zip(a.kids, b.kids)
-        return len(a.kids) == len(b.kids) and all(same_expr(times(p, b.kids[0]), times(q, a.kids[0])) for p, q in pairs)
-    if "ratio" not in (a.tag, b.tag):
+    """Rule for 1:2:3 = 2:4:6; two parts are a fraction."""
+    if not a.tag == b.tag == "ratio":
         return None
-    ratio, other = (a, b) if a.tag == "ratio" else (b, a)
-    return len(ratio.kids) == 2 and other.tag not in ("seq", "rel", "set") and same_quantity(Node("/", None, ratio.kids), other)
+    pairs = zip(a.kids, b.kids)
+    return len(a.kids) == len(b.kids) and all(same_expr(times(p, b.kids[0]), times(q, a.kids[0])) for p, q in pairs)
 
 
 def vector(node):

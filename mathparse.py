@@ -42,14 +42,14 @@ _RELATIONS = {t: to for to, texts in {
 _SEPARATORS = {t: word for word, texts in {
     "": ", ; \\newline", "and": "and \\land \\wedge", "or": "or \\lor \\vee"}.items() for t in texts.split()}
 _SET_SIGNS = {"\\cup": "\\cup", "U": "\\cup", "\\cap": "\\cap", "\\setminus": "\\setminus", "\\backslash": "\\setminus"}
-_POSTFIX = {"!", "%", "\\deg", "\\degC", "\\degF", "'"}
-_SUM_SIGNS = ("+", "-", "\\pm", "\\mp")
+_POSTFIX, _SUM_SIGNS = {"!", "%", "\\deg", "\\degC", "\\degF", "'"}, {"+", "-", "\\pm", "\\mp"}
 _CLOSERS = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",), "\\langle": ("\\rangle",)}
 _FENCES = {"\\{\\}": "{}", "\\langle\\rangle": "()"}
 _ENDS = {*_SEPARATORS, *_RELATIONS, ")", "]", "}", "\\}", "\\rangle", ".", "\\deg", ""}
-_CONSTANTS = {name: Node("c", c) for c, names in {"pi": "pi", "inf": "infinity inf oo infty"}.items() for name in names.split()}
-_SETS = {"R": "reals", "Z": "integers", "N": "naturals", "Q": "rationals"}
 _EMPTY = Node("seq", ("{", "}", ""))
+_CONSTANTS = {"pi": Node("c", "pi"), **dict.fromkeys("infinity inf oo infty".split(), Node("c", "inf"))}
+_SYMBOLS = {**_CONSTANTS, "R": Node("w", "reals"), "Z": Node("w", "integers"), "N": Node("w", "naturals"),
+            "Q": Node("w", "rationals"), "emptyset": _EMPTY, "varnothing": _EMPTY}
 _ATOMS = {"\\" + c for c in ("frac sqrt binom dbinom tbinom pi infty begin { emptyset varnothing usd eur gbp cny "
                              "R Z N Q").split()} | {"\\" + f for f in FUNCTIONS} | {"\\" + g for g in _GREEK}
 
@@ -89,6 +89,10 @@ def number(text):
 
 
 # ---- 2. parser -------------------------------------------------------------------------------------------------------
+def fail(why):
+    raise Unparsable(why)
+
+
 def negate(a):
     if a.tag == "n":
         return num(-a.data[0], a.data[1])
@@ -122,16 +126,13 @@ class Parser:
         return None
 
     def need(self, *texts):
-        return self.take(*texts) or self.fail(f"expected {' or '.join(texts)}, found {self.toks[self.i][1] or 'the end'!r}")
-
-    def fail(self, why):
-        raise Unparsable(why)
+        return self.take(*texts) or fail(f"expected {' or '.join(texts)}, found {self.toks[self.i][1] or 'the end'!r}")
 
     def deeper(self, parse, *args):
         """Runs a method one level deeper."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
-            self.fail("nested too deeply")
+            fail("nested too deeply")
         node = parse(*args)
         self.depth -= 1
         return node
@@ -141,7 +142,7 @@ class Parser:
         node = self.items()
         while self.take(".", "\\newline", ";", ":"):
             pass
-        return node if self.toks[self.i][0] == "end" else self.fail(f"cannot read {self.toks[self.i][1]!r}")
+        return node if self.toks[self.i][0] == "end" else fail(f"cannot read {self.toks[self.i][1]!r}")
 
     def items(self, opener=""):
         """Relations separated by commas, "and", "or"; one item without brackets is itself."""
@@ -187,7 +188,7 @@ class Parser:
         while self.toks[self.i][1] == ":" and self.toks[self.i + 1][0] != "end" and len(parts) < 9:
             self.i += 1
             parts.append(self.sum())
-        return parts[0] if len(parts) == 1 else Node("ratio", None, tuple(parts))
+        return parts[0] if len(parts) == 1 else Node("/" if len(parts) == 2 else "ratio", None, tuple(parts))
 
     def sum(self):
         return self.deeper(self.terms)
@@ -206,33 +207,40 @@ class Parser:
         return terms[0] if len(terms) == 1 else Node("+", None, tuple(terms))
 
     def quantity(self):
-        """A product; 3 hours 20 minutes is one quantity."""
+        """A product; 3 hours 20 minutes and 3 hours and 20 minutes are one quantity."""
         node = self.term()
-        while node.tag == "q" and self.toks[self.i][0] == "num":
+        while node.tag == "q":
+            start, (kind, text) = self.i, self.toks[self.i]
+            if not (kind == "num" or (text == "and" and self.toks[self.i + 1][0] == "num" and self.toks[self.i + 2][1] in UNITS)):
+                break
+            self.take("and")
             more = self.term()
-            if more.tag != "q" or more.data[1] != node.data[1]:
-                self.fail("two numbers side by side")
+            if more.tag != "q" or more.data[1] != node.data[1] or more.data[0] >= node.data[0]:
+                self.i = start if text == "and" else fail("two numbers side by side")
+                break
             first = times(num(node.data[0] / more.data[0]), node.kids[0])
             node = Node("q", more.data, (Node("+", None, (first, more.kids[0])),))
         return node
 
     def term(self):
         node, n = self.power(), 0
-        while True:
-            if self.take("*", "\\cdot", "\\times", "\\ast"):
+        while (text := self.toks[self.i][1]):
+            if text in ("*", "\\cdot", "\\times", "\\ast"):
+                self.i += 1
                 node = times(node, self.signed())
-            elif n < MAX_DEPTH and self.take("/", "\\div"):
-                n += 1
+            elif n < MAX_DEPTH and text in ("/", "\\div"):
+                self.i, n = self.i + 1, n + 1
                 node = Node("/", None, (node, self.signed()))
             elif unit := self.unit(node):
                 node = Node("q", unit, (node,))
-            elif (scale := SCALES.get(self.toks[self.i][1])) and not variables(node):
+            elif text in SCALES and not variables(node):
                 self.i += 1
-                node = times(node, num(scale))
+                node = times(node, num(SCALES[text]))
             elif self.starts_factor(node):
                 node = times(node, self.power())
             else:
-                return node
+                break
+        return node
 
     def signed(self, mixed=True):
         sign = self.take("-", "+")
@@ -265,7 +273,7 @@ class Parser:
             elif op == "\\deg":
                 node = Node("q", self.degrees(), (node,))
             else:
-                node = Node("v", node.data + "'") if node.tag == "v" else self.fail("stray '")
+                node = Node("v", node.data + "'") if node.tag == "v" else fail("stray '")
         return node
 
     def degrees(self):
@@ -290,7 +298,7 @@ class Parser:
             return Node("f", "abs", (node,))
         if text in _CLOSERS:
             return self.bracket(text)
-        return self.command(text) if kind == "cmd" else self.fail(f"cannot read {text or 'an empty answer'!r}")
+        return self.command(text) if kind == "cmd" else fail(f"cannot read {text or 'an empty answer'!r}")
 
     def bracket(self, opener):
         """( expr ) is expr; several items stay a sequence; {x | x > 5} is what its condition says."""
@@ -318,7 +326,7 @@ class Parser:
             return node
         part = self.command("\\frac")
         top, bottom = (k.data[0] if k.tag == "n" else None for k in part.kids)
-        proper = isinstance(top, int) and isinstance(bottom, int) and 0 < top < bottom
+        proper = isinstance(top, int) and isinstance(bottom, int) and 0 <= top < bottom
         return num(node.data[0] + Fraction(top, bottom)) if proper else times(node, part)
 
     def word(self, w):
@@ -337,7 +345,7 @@ class Parser:
             return Node("v", w)
         prose = kind == "word" and len(nxt) > 1 and nxt not in FUNCTIONS and nxt not in _ENDS
         if len(w) > 3 or not w.islower() or prose:
-            self.fail(f"unknown word {w!r}")
+            fail(f"unknown word {w!r}")
         if nxt in ("^", "_", "'", "!"):  # xy^2 is x times y^2
             self.i -= 1
             self.toks[self.i] = ("word", w[-1])
@@ -400,15 +408,13 @@ class Parser:
             return Node("^", None, (self.atom(mixed=False), Node("/", None, (num(1), index))))
         if name in FUNCTIONS:
             return self.function(FUNCTIONS[name])
-        if name in _CONSTANTS or name in _SETS:
-            return _CONSTANTS.get(name) or Node("w", _SETS[name])
+        if name in _SYMBOLS:
+            return _SYMBOLS[name]
         if name in _GREEK:
             return Node("v", name + self.subscript())
         if command in CURRENCIES:
             return Node("q", UNITS[name], (self.postfix(self.atom()),))
-        if name in ("emptyset", "varnothing"):
-            return _EMPTY
-        return self.matrix() if name == "begin" else self.fail(f"unknown command {command!r}")
+        return self.matrix() if name == "begin" else fail(f"unknown command {command!r}")
 
     def matrix(self):
         """Rows of cells, as a sequence of sequences."""
@@ -426,9 +432,8 @@ class Parser:
         if text in CURRENCIES and self.toks[self.i + 1][1] in _ENDS:  # 1,000.99$
             self.i += not peek
             return UNITS[text[1:]]
-        if kind != "word" or text in SCALES or text == "and" or text.lower() in FUNCTIONS:
-            return None
-        if len(text) < 3 and unit_key(text) not in UNITS and text not in POWER_WORDS:
+        if (kind != "word" or text in SCALES or text == "and" or text.lower() in FUNCTIONS
+                or (len(text) < 3 and unit_key(text) not in UNITS and text not in POWER_WORDS)):
             return None
         j, factor, dims, sign, nouns, numeric = self.i, Fraction(1), Counter(), 1, 0, not variables(left)
         while part := self.unit_part(j, numeric):
@@ -456,9 +461,8 @@ class Parser:
         while (text := self.toks[j][1]) in ("sq", "square", "cu", "cubic"):
             power, j = POWER_WORDS[text], j + 1
         kind, known = self.toks[j][0], unit_key(text) in UNITS and (len(text) > 1 or numeric)
-        if kind != "word" or not (known or (len(text) > 2 and text.lower() not in NO_NOUN)):
-            return None
-        # a noun counts as a unit: 5 apples
+        if kind != "word" or not (known or (len(text) > 2 and not text.isupper() and text.lower() not in NO_NOUN)):
+            return None  # a noun counts as a unit: 5 apples
         f, base = UNITS[unit_key(text)] if known else (Fraction(1), ((re.sub(r"(?<=..)(?:s|\Bes)$", "", text.lower()), 1),))
         j += 1
         if self.toks[j][1] in ("squared", "cubed"):

@@ -64,7 +64,7 @@ def core_text(s):
     s = unwrap(bare(s.partition(" I hope ")[0]))
     s = s if s.isascii() else unicode_plain(re.sub(r"(?<![A-Za-z])([A-J])、(?![A-J]\b)", r"\1: ", s))
     for _ in range(4):
-        m = _PREFIX.match(s[:200])
+        m = _PREFIX.match(s[:200]) if s[:1] not in "-+.([{0123456789" else None
         if not m or not m[0] or _NEGATION.search(m[0]):
             break
         s = unwrap(bare(s[m.end():]))
@@ -108,9 +108,9 @@ def letter_text(t, strict=True):
 _SIGNS = r"""× * · * ⋅ * ∙ * ∗ * ÷ / ⁄ / ∕ / − - – - — - ‐ - ‑ - π \pi √ \sqrt ∛ \sqrt[3] ∞ \infty ° \deg º \deg ˚ \deg
  ≤ \le ≦ \le ⩽ \le ≥ \ge ≧ \ge ⩾ \ge ≠ \ne ≈ \approx ≃ \approx ± \pm ∓ \mp ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ℝ \R ℤ \Z
  θ \theta α \alpha β \beta γ \gamma λ \lambda φ \phi ω \omega μ \mu ∠ \angle ℃ \degC ℉ \degF 。 . 、 , “ " ” " ‘ ' ’ ' ′ ' ″ "
- 【 ( 】 ) ⟨ \langle ⟩ \rangle € \eur £ \gbp ¥ \cny ￥ \cny ⌊ \lfloor ⌋ \rfloor ⌈ \lceil ⌉ \rceil ∣ | ∶ : ～ ~ ∼ ~ ⁣ ,""".split()
+ 【 ( 】 ) ⟨ \langle ⟩ \rangle € \eur £ \gbp ¥ \cny ￥ \cny ∣ | ∶ : ～ ~ ∼ ~""".split()
 _CHARS = {ord(k): v + " " * (v[0] == "\\") for k, v in zip(_SIGNS[::2], _SIGNS[1::2])}
-_CHARS |= dict.fromkeys(map(ord, "△《》\u200b\u200c\u200d\ufeff\u2061\u2062"), "")
+_CHARS |= dict.fromkeys(map(ord, "△《》\u200b\u200c\u200d\ufeff\u2061\u2062"), "") | {0x2063: ","}  # invisible signs
 _SUPER = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ", "0123456789-+nx")
 _SUB = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _HAN_WORDS = """平方 square 立方 cubic 厘米 cm 毫米 mm 千米 km 公里 km 分米 dm 米 m 千克 kg 公斤 kg 克 g 吨 ton 毫升 ml 升 L
@@ -127,12 +127,12 @@ _COMMANDS = {name: to for to, names in {  # commands that are another spelling o
     "|": "lvert rvert vert mid", " and ": "&", "\\{": "lbrace", "\\}": "rbrace", "\\usd ": "$",
 }.items() for name in names.split()} | {" ": " "}
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.S)
-_TEXT_NAMES = (r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox|operatorname|boldsymbol|bm|pmb")
+_TEXT_NAMES = r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox|operatorname|boldsymbol|bm|pmb"
 TEXT = re.compile(r"\\(?:%s)\*?\s*\{([^{}]*)\}" % _TEXT_NAMES)
 _WRAP = re.compile(r"\\(?:%s|overline|overrightarrow|vec|hat|underline|widehat|mathop)\*?\s*\{([^{}]*)\}" % _TEXT_NAMES)
 _BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([A-Z])\s*\}?")
 _MATRIX = re.compile(r"\\(begin|end)\{(?:[a-zA-Z]*matrix|array)\}(?:\{[lcr| ]*\})?")
-_ALIGN = re.compile(r"\\(?:begin|end)\{(?:align|equation|gather|split|math)(?:ed)?\*?\}")
+_ALIGN = re.compile(r"\\(?:begin|end)\{(?:align|equation|gather|split|math|cases)(?:ed)?\*?\}")
 _ANGLE = re.compile(r"m?\\(?:measured)?angle(?![A-Za-z])\s*(?:(?=(\d)))?")
 _DEGREE = re.compile(r"\^\s*\{+\s*\\deg\s*\}+|\^?\s*\\deg(?![A-Za-z])")
 _OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
@@ -165,7 +165,7 @@ def repeating(m):
 def latex_plain(s):
     """LaTeX without layout: environments, text commands, spacing, sizes, synonyms."""
     if "\\end" in s:
-        s = _ALIGN.sub(" ", s)
+        s = _ALIGN.sub(" ", s.replace("\\\\", ", ") if "{cases}" in s else s)
     if _MATRIX.search(s):
         s = _MATRIX.sub(r"\\\1 ", s.replace("\\\\", "\\newline "))
     elif "\\\\" in s or "&" in s:
