@@ -111,7 +111,9 @@ def evaluate(config, device):
     policy, processor = model.load(config.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     with run.for_people():
         records, problems = data.read(config.data, strict=config.strict)
-        records = data.usable(records[: config.limit or None], processor, config.max_prompt_len, problems, config.system_prompt)
+        records = data.usable(
+            records[: config.limit or None], processor, config.max_prompt_len, problems, config.system_prompt
+        )
     if problems:
         say(problems.summary())
     if not records:
@@ -121,8 +123,13 @@ def evaluate(config, device):
     finished = {r["id"] for r in rows}
     todo = [r for r in records if r.id not in finished]
     engine = TorchEngine(policy.hf, processor, policy.banned, config.max_rows)
-    bar = tqdm(total=len(records), initial=len(finished), desc=config.name or Path(config.model).name, leave=False,
-               disable=None if rank == 0 else True)
+    bar = tqdm(
+        total=len(records),
+        initial=len(finished),
+        desc=config.name or Path(config.model).name,
+        leave=False,
+        disable=None if rank == 0 else True,
+    )
     for first in range(0, len(todo), config.chunk):
         mine = todo[first : first + config.chunk][rank::world]
         prompts = [data.encode(r, processor, config.system_prompt) for r in mine]
@@ -133,7 +140,8 @@ def evaluate(config, device):
             for sample, x in enumerate(group):
                 text = processor.tokenizer.decode(x.ids[:-1] if x.finish == "stop" else x.ids)
                 s = reward.score(text, r.answer, r.choices, x.finish == "length")
-                answers.append(dict(id=r.id, sample=sample, source=r.source, problem=r.problem, completion=text, answer=r.answer,
+                answers.append(dict(id=r.id, sample=sample, source=r.source, problem=r.problem, choices=r.choices,
+                                    completion=text, answer=r.answer,
                                     given=s.answer, right=s.correct and s.format_ok, why=s.why, format_ok=s.format_ok,
                                     length=len(x.ids), finish=x.finish))  # fmt: skip
         gathered = [None] * world
@@ -187,7 +195,9 @@ def main(config):
             config.model, config.data = toy.find(config.model), toy.find(config.data)
         report = evaluate(config, device)
         name = config.name or Path(config.model).name
-        lines = [(name, report["all"])] + [(f"{name}: {k}", v) for k, v in report.items() if k != "all" and len(report) > 2]
+        lines = [(name, report["all"])] + [
+            (f"{name}: {k}", v) for k, v in report.items() if k != "all" and len(report) > 2
+        ]
     if run.is_main():
         text = table(lines)
         (Path(config.out) / "table.md").write_text(text + "\n")

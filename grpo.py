@@ -31,7 +31,9 @@ class Config:
     # what to run
     recipe: str = "toy"
     out: str = ""  # folder of the run; "" = named after model and data
-    model: str = ""  # where RL starts: a Hugging Face folder or hub name (Vision-R1-CI); toy:NAME = the toy's, made if missing
+    model: str = (
+        ""  # where RL starts: a Hugging Face folder or hub name (Vision-R1-CI); toy:NAME = the toy's, made if missing
+    )
     data: str = ""  # problems, any format of data.py, or toy:NAME
     strict: bool = False  # stop at the first bad record instead of reporting it
     seed: int = 0
@@ -52,7 +54,9 @@ class Config:
     clip_eps_high: float = 0.0  # 0 = clip_eps; larger = clip-higher
     kl_coef: float = 1e-2  # beta. 0 = no reference model is loaded
     std_norm: bool = True  # divide advantages by the group's std; off = Dr. GRPO
-    loss_mean: str = "sequence"  # sequence: mean over tokens, then over samples; token: over all tokens; fixed: / max_len
+    loss_mean: str = (
+        "sequence"  # sequence: mean over tokens, then over samples; token: over all tokens; fixed: / max_len
+    )
     drop_zero_var: bool = False  # leave groups without an advantage out of the means
     # optimization
     lr: float = 1e-4
@@ -76,7 +80,7 @@ SYSTEM_PROMPT = (  # ours, in the manner of R1-Zero's
     "the final answer inside <answer> </answer>, that is: <think> reasoning here </think><answer> answer here </answer>."
 )
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
-# the paper: eps, beta, stages, no system prompt. EasyR1's defaults, since the paper is silent: lr, batch, temperature, decay, clip
+# the paper's: eps, beta, stages, no system prompt. EasyR1's, where the paper is silent: lr, batch, temperature, decay, clip
 PAPER = dict(questions=512, minibatches=4, lr=1e-6, warmup_steps=0, max_prompt_len=4096, micro_tokens=20480,
              activation_checkpointing=True, save_every=5, keep=20, data="Osilly/Vision-R1-rl")  # fmt: skip
 ZERO = PAPER | dict(model=QWEN, system_prompt=SYSTEM_PROMPT, format_weight=1.0)
@@ -190,7 +194,9 @@ def main(config):
     total = ptst.total_steps(stages)
     say = tqdm.write if rank == 0 else lambda *_: None
     if config.questions % (world * config.minibatches):
-        raise SystemExit(f"--questions {config.questions} must be a multiple of ranks x minibatches = {world} x {config.minibatches}")
+        raise SystemExit(
+            f"--questions {config.questions} must be a multiple of ranks x minibatches = {world} x {config.minibatches}"
+        )
     if config.loss_mean not in ("sequence", "token", "fixed"):
         raise SystemExit(f"--loss_mean {config.loss_mean!r}: one of sequence, token, fixed")
 
@@ -216,8 +222,9 @@ def main(config):
 
     start, progress = run.load_checkpoint(out, policy, optimizer)
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
-    say(f"recipe {config.recipe}: {len(records)} questions, {config.questions} a step; stages {config.stages}; {world} rank(s) on {device.type}; out {out}"
-        + (f"; resumed after step {start}" if start else ""))  # fmt: skip
+    resumed = f"; resumed after step {start}" if start else ""
+    say(f"recipe {config.recipe}: {len(records)} questions, {config.questions} a step; stages {config.stages}")
+    say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
     if note := ptst.budget_note(stages):
         say(note)
     order = question_order(len(records), config.seed)
@@ -233,8 +240,13 @@ def main(config):
             if bar:
                 bar.close()
             done = step - ptst.total_steps(stages[:stage_number])
-            bar = tqdm(total=stage.steps, initial=done, desc=f"stage {stage_number + 1}: {max_len} x {group_size}",
-                       leave=False, disable=None)  # no bar where nobody looks: a log file has the lines
+            bar = tqdm(
+                total=stage.steps,
+                initial=done,
+                desc=f"stage {stage_number + 1}: {max_len} x {group_size}",
+                leave=False,
+                disable=None,
+            )  # no bar where nobody looks: a log file has the lines
             bar.stage = stage_number
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
@@ -273,7 +285,9 @@ def main(config):
         parts, part = [], len(mine) // config.minibatches * group_size
         for first in range(0, len(rollouts), part):
             span = slice(first, first + part)
-            sequences = [(p, r.ids) for p, r in zip([p for p in prompts for _ in range(group_size)][span], rollouts[span])]
+            sequences = [
+                (p, r.ids) for p, r in zip([p for p in prompts for _ in range(group_size)][span], rollouts[span])
+            ]
             weights = token_weights(lengths[span], counted[span], max_len, config.loss_mean).to(device)
             batches = []
             for indices, batch in make_batches(sequences, config.micro_tokens, processor, device):
@@ -281,7 +295,9 @@ def main(config):
                     ref = reference(batch, config.temperature)[0] if reference else None
                     old = policy(batch, config.temperature)[0] if config.minibatches > 1 else None
                 index = (indices + first)[batch.rows]  # (N,) the rollout of each token
-                sampled = torch.tensor([x for i in indices.tolist() for x in rollouts[first + i].logprobs], device=device)
+                sampled = torch.tensor(
+                    [x for i in indices.tolist() for x in rollouts[first + i].logprobs], device=device
+                )
                 batches.append((batch, ref, old, advantages[index], weights[indices][batch.rows], sampled))
             parts.append(batches)
         t_logprob = time.perf_counter() - t_logprob
@@ -290,7 +306,7 @@ def main(config):
         t_update = time.perf_counter()
         sums = dict(tokens=0, entropy=0, kl=0, clip=0, gap=0)
         gap_max, grad_norm = 0.0, 0.0
-        for number, batches in enumerate(parts):
+        for batches in parts:
             for batch, ref, old, advantage, weight, sampled in batches:
                 logprobs, entropy = policy(batch, config.temperature)
                 now = logprobs.detach()
@@ -314,7 +330,7 @@ def main(config):
         sums |= dict(
             n=len(rollouts), reward=rewards.sum().item(), right=right.sum().item(), length=lengths.sum().item(),
             format=sum(s.format_ok for s in scores), cut=cut.sum().item(), length_right=(lengths * right).sum().item(),
-            flat=flat.sum().item(),
+            flat=flat.sum().item(), faults=reward.stats()["timeouts"] + reward.stats()["crashes"],
         )  # fmt: skip
         s = run.all_sum(sums)
         n, nan = s["n"], float("nan")
@@ -326,14 +342,16 @@ def main(config):
             len_wrong=(s["length"] - s["length_right"]) / (n - s["right"]) if s["right"] < n else nan,
             truncated=s["cut"] / n, entropy=s["entropy"] / s["tokens"], kl=s["kl"] / s["tokens"],
             clip_frac=s["clip"] / s["tokens"], grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"],
-            tokens=int(s["tokens"]), zero_var_groups=int(s["flat"]), logprob_gap=s["gap"] / s["tokens"], logprob_gap_max=run.all_max(gap_max),
+            tokens=int(s["tokens"]), zero_var_groups=int(s["flat"]), reward_faults=int(s["faults"]),
+            logprob_gap=s["gap"] / s["tokens"], logprob_gap_max=run.all_max(gap_max),
             t_rollout=t_rollout, t_reward=t_reward, t_logprob=t_logprob, t_update=t_update, t_total=t_total,
             mem_peak=run.peak_memory(),
         ))  # fmt: skip
+        shown = list(zip(asked, text, scores, advantages.tolist(), rollouts))[: config.sample_questions * group_size]
         log.write_samples([
-            dict(step=step + 1, id=a.id, problem=a.problem, answer=a.answer, completion=t, reward=x.reward, why=x.why,
-                 advantage=round(v, 4), length=len(r.ids), finish=r.finish)
-            for a, t, x, v, r in list(zip(asked, text, scores, advantages.tolist(), rollouts))[: config.sample_questions * group_size]
+            dict(step=step + 1, id=a.id, problem=a.problem, answer=a.answer, choices=a.choices, completion=t,
+                 reward=x.reward, why=x.why, advantage=round(v, 4), length=len(r.ids), finish=r.finish)
+            for a, t, x, v, r in shown
         ])  # fmt: skip
         say(f"step {step + 1:4d}/{total}  {max_len}x{group_size}  reward {s['reward'] / n:.3f}  acc {s['right'] / n:.3f}  "
             f"format {s['format'] / n:.2f}  len {s['length'] / n:6.1f}  cut {s['cut'] / n:.2f}  kl {s['kl'] / s['tokens']:.4f}  "
@@ -347,7 +365,9 @@ def main(config):
     if bar:
         bar.close()
     model.export(policy, processor, out / "final")
-    say(f"{'nothing left to do' if start == total else 'done'}: the model is in {out / 'final'}; curves: python ptst.py plot {out}")
+    say(
+        f"{'nothing left to do' if start == total else 'done'}: the model is in {out / 'final'}; curves: python ptst.py plot {out}"
+    )
     dist.destroy_process_group()
 
 

@@ -390,10 +390,22 @@ def serve():
 
 
 # ---- 5. command line -------------------------------------------------------------------------------------------------
+def audit_official(rows):
+    """Released answers with a benchmark's own verdict (gt_answer, correct): agreement, and every disagreement."""
+    given = [str(r.get("prediction", r.get("extracted"))) for r in rows]
+    mine = [is_equiv(text, r["gt_answer"], r.get("choices")) for text, r in zip(given, rows)]
+    differ = [(text, r) for text, r, verdict in zip(given, rows, mine) if verdict != r["correct"]]
+    print(f"{len(rows)} answers, {1 - len(differ) / len(rows):.2%} judged as officially; the others:")
+    for text, r in differ:
+        print(f"  {r['item_id']}: {text!r} against {r['gt_answer']!r}, officially {'right' if r['correct'] else 'wrong'}")
+
+
 def audit(path):
     """Re-scores a samples file; prints the shares of the reasons and the cases that a person should look at."""
     with open(path, encoding="utf-8") as f:
         samples = [json.loads(line) for line in f if line.strip()]
+    if samples and "gt_answer" in samples[0]:
+        return audit_official(samples)
     cut = [s.get("why") == "truncated" or bool(s.get("truncated")) for s in samples]
     new = [score(s.get("completion") or "", str(s.get("answer")), s.get("choices"), t) for s, t in zip(samples, cut)]
     print(f"{len(samples)} samples, mean reward {sum(r.reward for r in new) / max(1, len(new)):.3f}")

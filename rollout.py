@@ -22,9 +22,9 @@ from model import copy_weights, hidden_states
 
 @dataclass
 class Rollout:
-    ids: list[int]          # with the end token, if it was reached
-    logprobs: list[float]   # of the sampled tokens, under the distribution that they were drawn from (top_p aside)
-    finish: str             # "stop": the model ended its turn; "length": cut at max_len
+    ids: list[int]  # with the end token, if it was reached
+    logprobs: list[float]  # of the sampled tokens, under the distribution that they were drawn from (top_p aside)
+    finish: str  # "stop": the model ended its turn; "length": cut at max_len
 
 
 class KVCache:
@@ -33,8 +33,10 @@ class KVCache:
     def __init__(self, config, rows, device, dtype):
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         self.shape = (rows, config.num_key_value_heads, dim)
-        self.kv = [torch.zeros(2, rows, self.shape[1], 0, dim, device=device, dtype=dtype)
-                   for _ in range(config.num_hidden_layers)]  # (2, B, kv, S, d) per layer
+        self.kv = [
+            torch.zeros(2, rows, self.shape[1], 0, dim, device=device, dtype=dtype)
+            for _ in range(config.num_hidden_layers)
+        ]  # (2, B, kv, S, d) per layer
         self.recorded = None  # in prefill: layer -> (k, v), each (1, kv, T, d)
         self.active, self.length, self.where = 0, 0, None
 
@@ -192,7 +194,9 @@ class Sampling:
         out = []
         for r in finished:
             k = int(self.count[r])
-            rollout = Rollout(self.ids[r, :k].tolist(), self.logprobs[r, :k].tolist(), "stop" if stopped[r] else "length")
+            rollout = Rollout(
+                self.ids[r, :k].tolist(), self.logprobs[r, :k].tolist(), "stop" if stopped[r] else "length"
+            )
             out.append((*self.owner[r], rollout))
         left = self.active - len(finished)
         src = (~done[left:]).nonzero()[:, 0].add(left).tolist()

@@ -46,7 +46,9 @@ def for_people():
 def parse_config(config_class, recipes, argv=None):
     """the command line -> a config: defaults of the dataclass < the recipe < flags. an unknown name ends the program"""
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(config_class, description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False)
+    parser = HfArgumentParser(
+        config_class, description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False
+    )
     fields = {f.name for f in dataclasses.fields(config_class)}
     recipe = config_class.recipe
     for i, word in enumerate(argv):  # the recipe comes first, since it sets the defaults of the other flags
@@ -131,7 +133,9 @@ def partition(costs, bins):
 def fewest_bins(lengths, budget):
     """how many lists keep each under `budget` tokens (a longer sequence gets a list alone)"""
     bins = max(1, -(-sum(lengths) // budget))
-    while bins < len(lengths) and any(len(b) > 1 and sum(lengths[i] for i in b) > budget for b in partition(lengths, bins)):
+    while bins < len(lengths) and any(
+        len(b) > 1 and sum(lengths[i] for i in b) > budget for b in partition(lengths, bins)
+    ):
         bins += 1
     return bins
 
@@ -153,8 +157,8 @@ def default_out(stage, model, data):
     if model.startswith("toy:") and data.startswith("toy:"):
         return f"runs/toy/{stage}"
     names = [Path(p.split(",")[0].removeprefix("toy:")) for p in (model, data)]
-    words = [p.parent.name if p.name.split(".")[0] in ("data", "train", "test", "final") else p.name.split(".json")[0].split(".parquet")[0]
-             for p in names]  # fmt: skip
+    plain = lambda p: p.name.split(".json")[0].split(".parquet")[0]
+    words = [p.parent.name if plain(p) in ("data", "train", "test", "final") else plain(p) for p in names]
     return f"runs/{stage}-{'-'.join(w for w in words if w)}"
 
 
@@ -165,7 +169,9 @@ def one_writer(out):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.seek(0)
-        raise SystemExit(f"{out}: another run (process {lock.read().strip()}) is writing to this folder; stop it first") from error
+        raise SystemExit(
+            f"{out}: another run (process {lock.read().strip()}) is writing to this folder; stop it first"
+        ) from error
     lock.truncate(0)
     lock.write(f"{os.getpid()}\n")
     lock.flush()
@@ -205,7 +211,9 @@ def start_over(out):
 
 
 def command_line():
-    launcher = ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "RANK" in os.environ else ["python"]
+    launcher = (
+        ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "RANK" in os.environ else ["python"]
+    )
     return shlex.join(launcher + [os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
@@ -229,7 +237,9 @@ class Log:
             self.sinks.append(lambda row: wb.log(row, step=row["step"]))
         if tensorboard:
             writer = wanted("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(self.out / "tensorboard"))
-            self.sinks.append(lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if is_number(v)])
+            self.sinks.append(
+                lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if is_number(v)]
+            )
 
     def write(self, row):
         """one JSON line; floats keep 6 significant digits, a missing value (no wrong answer to measure) is null"""

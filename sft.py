@@ -29,7 +29,9 @@ class Config:
     recipe: str = "toy"
     out: str = ""  # folder of the run; "" = named after model and data
     model: str = ""  # a Hugging Face folder or hub name; toy:NAME = the toy's, made if missing
-    data: str = ""  # records with a response, any format of data.py (Vision-R1-cold as downloaded, cold_start.py's output)
+    data: str = (
+        ""  # records with a response, any format of data.py (Vision-R1-cold as downloaded, cold_start.py's output)
+    )
     strict: bool = False  # stop at the first bad record instead of reporting it
     seed: int = 0
     # the task
@@ -57,8 +59,16 @@ class Config:
 
 PAPER = dict(activation_checkpointing=True, data="Osilly/Vision-R1-cold")
 RECIPES = {
-    "toy": dict(model="toy:base", data="toy:cold", lr=2e-3, epochs=3, freeze_vision=True, cutoff=1024, micro_tokens=4096,
-                save_every=200),
+    "toy": dict(
+        model="toy:base",
+        data="toy:cold",
+        lr=2e-3,
+        epochs=3,
+        freeze_vision=True,
+        cutoff=1024,
+        micro_tokens=4096,
+        save_every=200,
+    ),
     # App. A: Vision-R1-CI in its three sizes, and the answers-only start of Zero+SFT+PTST
     "vision-r1-ci-7b": PAPER | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/vision-r1-ci-7b"),
     "vision-r1-ci-32b": PAPER | dict(model="Qwen/Qwen2.5-VL-32B-Instruct", out="runs/vision-r1-ci-32b"),
@@ -92,7 +102,9 @@ def encode(records, processor, config, problems):
             prompt = data.encode(record, processor, config.system_prompt)
             ids = response_ids(record, processor, config.drop_chains)
             if len(prompt.ids) + len(ids) > config.cutoff:
-                raise data.BadRow("sequence too long", f"{len(prompt.ids) + len(ids)} tokens, --cutoff is {config.cutoff}")
+                raise data.BadRow(
+                    "sequence too long", f"{len(prompt.ids) + len(ids)} tokens, --cutoff is {config.cutoff}"
+                )
             sequences.append((prompt, ids))
         except data.BadRow as bad:
             problems.add(*bad.args, record.source, None, record.id)
@@ -122,7 +134,9 @@ def main(config):
     if problems:
         say(problems.summary())
     if not records:
-        raise SystemExit(f"{config.data}: no record with a response in it; sft.py needs chains (cold_start.py makes them)")
+        raise SystemExit(
+            f"{config.data}: no record with a response in it; sft.py needs chains (cold_start.py makes them)"
+        )
 
     policy, processor = model.load(config.model, device, freeze_vision=config.freeze_vision)
     model.shard(policy, config.activation_checkpointing)
@@ -133,8 +147,9 @@ def main(config):
     total = config.epochs * per_epoch
     start, _ = run.load_checkpoint(out, policy, optimizer)
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
-    say(f"recipe {config.recipe}: {len(records)} records, {config.epochs} epochs of {per_epoch} steps; {world} rank(s) on {device.type}; out {out}"
-        + (f"; resumed after step {start}" if start else ""))  # fmt: skip
+    resumed = f"; resumed after step {start}" if start else ""
+    say(f"recipe {config.recipe}: {len(records)} records, {config.epochs} epochs of {per_epoch} steps")
+    say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
 
     def prepare(step):
         """this rank's share of a step's sequences; every epoch has an order of its own that follows from the seed"""

@@ -80,7 +80,11 @@ def read_messages(messages):
     """-> (all the text, the cells of the picture or None): what a server would see of an OpenAI-style request"""
     text, cells = [], None
     for message in messages:
-        parts = message["content"] if isinstance(message["content"], list) else [{"type": "text", "text": message["content"]}]
+        parts = (
+            message["content"]
+            if isinstance(message["content"], list)
+            else [{"type": "text", "text": message["content"]}]
+        )
         for part in parts:
             if part["type"] == "text":
                 text.append(part["text"])
@@ -166,10 +170,14 @@ def tokenizer():
     special += ["<|image_pad|>", "<|video_pad|>"]
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated")
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     bpe.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=2000, initial_alphabet=alphabet, special_tokens=special, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=2000, initial_alphabet=alphabet, special_tokens=special, show_progress=False
+    )
     starts = ["<think>", "<answer>", "Add", "Think", "Describe", "The", "user", "assistant", "system"]
     bpe.train_from_iterator([" " + w for w in sorted(set(words.split()))] * 2 + starts * 2, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
@@ -195,8 +203,15 @@ def random_model(path, seed=0, max_pixels=SIDE * SIDE, **text):
                 rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])) | text  # fmt: skip
     vision = dict(depth=2, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=text["hidden_size"],
                   fullatt_block_indexes=[0, 1])  # fmt: skip
-    ids = {f"{name}_token_id": token(f"<|{mark}|>") for name, mark in
-           [("image", "image_pad"), ("video", "video_pad"), ("vision_start", "vision_start"), ("vision_end", "vision_end")]}
+    ids = {
+        f"{name}_token_id": token(f"<|{mark}|>")
+        for name, mark in [
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        ]
+    }
     config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
@@ -257,7 +272,7 @@ def pretrain(out=BASE, steps=1300, batch=64, lr=3e-3, warm=200, seed=1):
     from tqdm import tqdm
 
     from data import encode, pack
-    from model import Policy, encode_images, load
+    from model import encode_images, load
 
     random_model(out, seed)
     policy, processor = load(out)
@@ -311,7 +326,7 @@ def pretrain(out=BASE, steps=1300, batch=64, lr=3e-3, warm=200, seed=1):
 
 
 def find(name):
-    """"toy:ci" -> its path, made first if it is missing; any other name as it is"""
+    """ "toy:ci" -> its path, made first if it is missing; any other name as it is"""
     return ensure(name.removeprefix("toy:")) if name.startswith("toy:") else name
 
 
@@ -332,7 +347,11 @@ def ensure(what, root="runs/toy"):
             print(f"[toy] drawing {n} problems: {path}", flush=True)
             write_parquet(path, problems(n, 0, what.removesuffix("-problems")))
         return str(path)
-    stages = {"cold": ("cold_start.py", "cold/cold.jsonl"), "ci": ("sft.py", "sft/final"), "rl": ("grpo.py", "grpo/final")}
+    stages = {
+        "cold": ("cold_start.py", "cold/cold.jsonl"),
+        "ci": ("sft.py", "sft/final"),
+        "rl": ("grpo.py", "grpo/final"),
+    }
     stage, result = stages[what]
     if not (root / result).exists():
         print(f"[toy] {root / result} is missing: running {stage} --recipe toy first", flush=True)

@@ -1,4 +1,5 @@
 """Shared by the tests: the repository on the path, one thread, a tiny random checkpoint, real problems if they are there."""
+
 import os
 import sys
 from pathlib import Path
@@ -54,6 +55,8 @@ def pictures():
         out = io.BytesIO()
         Image.effect_noise(size, 80).convert("RGB").save(out, "PNG")
         records[i].images = [out.getvalue()]
-    records.append(Record("two", "<image>Add the numbers of<image>both .", "7", [records[0].images[0], records[3].images[0]]))
+    records.append(
+        Record("two", "<image>Add the numbers of<image>both .", "7", [records[0].images[0], records[3].images[0]])
+    )
     records.append(Record("none", "Add 2 and 3 .", "5", []))
     return records

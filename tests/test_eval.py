@@ -1,4 +1,5 @@
 """eval.py: the interval against a closed form, a stopped run against an uninterrupted one."""
+
 import json
 import os
 import subprocess
@@ -14,7 +15,18 @@ from data import write_parquet
 
 
 def run_eval(out, problem_file, ranks=1, **flags):
-    flags = dict(model=ROOT / "assets" / "toy-base", system_prompt=toy.ZERO_PROMPT, data=problem_file, out=out, samples=2, temperature=1.0, chunk=10) | flags
+    flags = (
+        dict(
+            model=ROOT / "assets" / "toy-base",
+            system_prompt=toy.ZERO_PROMPT,
+            data=problem_file,
+            out=out,
+            samples=2,
+            temperature=1.0,
+            chunk=10,
+        )
+        | flags
+    )
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
     words = [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
     return subprocess.run([sys.executable, *launch, str(ROOT / "eval.py"), "--recipe", "toy", *words], capture_output=True, text=True,
@@ -32,7 +44,9 @@ def test_interval_is_the_binomial_one_for_single_answers():
     right = np.random.default_rng(0).random(4000) < 0.3
     low, high = evaluation.interval(right.astype(float), np.arange(4000))
     half = 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 4000)
-    assert low == pytest.approx(right.mean() - half, abs=0.002) and high == pytest.approx(right.mean() + half, abs=0.002)
+    assert low == pytest.approx(right.mean() - half, abs=0.002) and high == pytest.approx(
+        right.mean() + half, abs=0.002
+    )
 
 
 def test_samples_of_one_question_are_not_independent():
@@ -67,6 +81,8 @@ def test_responses_of_another_setting_are_not_mixed_in(problem_file, tmp_path):
 
 
 def test_real_problems(real, tiny, tmp_path):
-    done = run_eval(tmp_path, real / "geometry3k" / "data.jsonl", model=tiny, max_len=24, samples=1, max_prompt_len=2048)
+    done = run_eval(
+        tmp_path, real / "geometry3k" / "data.jsonl", model=tiny, max_len=24, samples=1, max_prompt_len=2048
+    )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "report.json").read_text())["all"]["n"] == 30

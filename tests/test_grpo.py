@@ -1,4 +1,5 @@
 """grpo.py's equations against naive float64 loops; its runs against each other: 1 rank and 2, killed and not."""
+
 import json
 import math
 import os
@@ -109,14 +110,20 @@ def command(out, problem_file, ranks=1, **flags):
     """the base model asked in Zero's way: it answers in the format, often wrongly, so that groups have advantages"""
     flags = dict(model=ROOT / "assets" / "toy-base", data=problem_file, out=out, stages="16x8x3,24x4x3", questions=8,
                  lr=1e-4, save_every=2, seed=1, sample_questions=2) | flags  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
+    launch = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks > 1
+        else [sys.executable]
+    )
     words = [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
     return [*launch, str(ROOT / "grpo.py"), "--recipe", "toy-zero", *words]
 
 
 def run_grpo(out, problem_file, ranks=1, **flags):
     env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command(out, problem_file, ranks, **flags), env=env, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command(out, problem_file, ranks, **flags), env=env, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -148,7 +155,9 @@ def test_log_lines_say_what_happened(one_rank):
         assert r["t_total"] >= r["t_rollout"] + r["t_reward"] + r["t_logprob"] + r["t_update"]
     assert any(r["grad_norm"] > 0 for r in rows) and rows[0]["kl"] == 0 and rows[-1]["kl"] > 0
     samples = [json.loads(line) for line in open(one_rank / "samples.jsonl")]
-    assert len(samples) == 3 * 2 * 8 + 3 * 2 * 4 and {"completion", "reward", "why", "answer", "advantage"} <= set(samples[0])
+    assert len(samples) == 3 * 2 * 8 + 3 * 2 * 4 and {"completion", "reward", "why", "answer", "advantage"} <= set(
+        samples[0]
+    )
     assert json.loads((one_rank / "config.json").read_text())["stages"] == "16x8x3,24x4x3"
     assert "--recipe toy-zero" in (one_rank / "command.txt").read_text()
 
@@ -194,7 +203,10 @@ def test_killed_and_resumed_is_uninterrupted(one_rank, problem_file, tmp_path, r
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 6, "rew')
     said = run_grpo(tmp_path, problem_file)  # a run of two ranks goes on with one
-    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["step-000004", "step-000006"]  # the last two
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == [
+        "step-000004",
+        "step-000006",
+    ]  # the last two
     if ranks == 1:
         assert log_of(tmp_path) == log_of(one_rank)
         assert (tmp_path / "samples.jsonl").read_text() == (one_rank / "samples.jsonl").read_text()
@@ -208,7 +220,16 @@ def test_killed_and_resumed_is_uninterrupted(one_rank, problem_file, tmp_path, r
 
 
 def test_several_updates_per_rollout_batch_use_old_logprobs(problem_file, tmp_path):
-    run_grpo(tmp_path, problem_file, minibatches=4, lr=3e-3, stages="16x8x2", drop_zero_var=True, loss_mean="token", clip_eps_high=0.28)
+    run_grpo(
+        tmp_path,
+        problem_file,
+        minibatches=4,
+        lr=3e-3,
+        stages="16x8x2",
+        drop_zero_var=True,
+        loss_mean="token",
+        clip_eps_high=0.28,
+    )
     rows = log_of(tmp_path)
     assert any(r["clip_frac"] > 0 for r in rows) and all(r["logprob_gap_max"] < 1e-4 for r in rows)
 

@@ -1,4 +1,5 @@
 """model.py and the packing half of data.py, held against transformers and against plain float64."""
+
 import copy
 
 import pytest
@@ -19,7 +20,10 @@ def loaded(tiny):
 def sequences(records, processor, seed=0):
     g = torch.Generator().manual_seed(seed)
     lengths = [5, 1, 17, 9, 30, 3]
-    return [(data.encode(r, processor), torch.randint(10, 400, (n,), generator=g).tolist()) for r, n in zip(records, lengths)]
+    return [
+        (data.encode(r, processor), torch.randint(10, 400, (n,), generator=g).tolist())
+        for r, n in zip(records, lengths)
+    ]
 
 
 def reference_logits(tiny, prompt, ids, processor):
@@ -37,7 +41,9 @@ def test_mrope_positions_are_those_of_transformers(tiny, loaded, pictures):
         p = data.encode(record, processor)
         row = torch.tensor([p.ids])
         grid = p.image_grid if len(p.image_grid) else None
-        positions, delta = policy.hf.model.get_rope_index(row, (row == processor.image_token).int(), image_grid_thw=grid)
+        positions, delta = policy.hf.model.get_rope_index(
+            row, (row == processor.image_token).int(), image_grid_thw=grid
+        )
         assert torch.equal(p.position_ids, positions[:, 0])
         assert p.next_position == delta.item() + len(p.ids)
 

@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data
 from data import Problems, Record, load_image, read, write_jsonl, write_parquet
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"

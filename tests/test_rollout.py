@@ -1,4 +1,5 @@
 """rollout.py against transformers' generate and against the trainer's own recomputation."""
+
 import copy
 
 import pytest
@@ -38,7 +39,9 @@ def test_greedy_tokens_are_those_of_generate(loaded, pictures):
     model.copy_weights(policy, hf)
     for prompt, (mine,) in zip(prompts, got):
         row = torch.tensor([prompt.ids])
-        images = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid) if prompt.record.images else {}
+        images = (
+            dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid) if prompt.record.images else {}
+        )
         want = hf.generate(input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=24, do_sample=False,
                            mm_token_type_ids=(row == processor.image_token).int(), eos_token_id=processor.eos_ids,
                            suppress_tokens=policy.banned.tolist(), pad_token_id=0, **images)  # fmt: skip

@@ -1,4 +1,5 @@
 """run.py: configuration and the log; and that every recipe of every stage is a valid one."""
+
 import dataclasses
 import json
 import random
@@ -21,23 +22,36 @@ def test_every_recipe_parses(stage, recipe):
     config = run.parse_config(stage.Config, stage.RECIPES, ["--recipe", recipe])
     assert config.recipe == recipe and all(getattr(config, k) == v for k, v in stage.RECIPES[recipe].items())
     if stage is grpo:
-        assert ptst.total_steps(ptst.parse(config.stages)) > 0 and config.clip_eps == 0.2 and config.kl_coef == 1e-2  # Eq. 1
+        assert (
+            ptst.total_steps(ptst.parse(config.stages)) > 0 and config.clip_eps == 0.2 and config.kl_coef == 1e-2
+        )  # Eq. 1
 
 
 def test_the_papers_models():
     """App. A, as the table in the paper has it"""
     of = lambda name: run.parse_config(grpo.Config, grpo.RECIPES, ["--recipe", name])
-    assert ptst.parse(of("vision-r1-7b").stages) == ptst.SCHEDULES["vision-r1"] and of("vision-r1-7b").format_weight == 0
-    assert ptst.parse(of("vision-r1-long").stages) == ptst.SCHEDULES["vision-r1-long"] and not of("vision-r1-7b").system_prompt
+    assert (
+        ptst.parse(of("vision-r1-7b").stages) == ptst.SCHEDULES["vision-r1"] and of("vision-r1-7b").format_weight == 0
+    )
+    assert (
+        ptst.parse(of("vision-r1-long").stages) == ptst.SCHEDULES["vision-r1-long"]
+        and not of("vision-r1-7b").system_prompt
+    )
     for zero in ("vision-r1-zero", "zero-ptst", "zero-sft-ptst"):
         assert of(zero).format_weight == 1 and "<think>" in of(zero).system_prompt
         assert ptst.parse(of(zero).stages) == ptst.SCHEDULES[zero]
     assert run.parse_config(sft.Config, sft.RECIPES, ["--recipe", "zero-sft"]).drop_chains
-    assert evaluation.RECIPES["vision-r1"] == {} and evaluation.Config().temperature == 0.6 and evaluation.Config().top_p == 0.95
+    assert (
+        evaluation.RECIPES["vision-r1"] == {}
+        and evaluation.Config().temperature == 0.6
+        and evaluation.Config().top_p == 0.95
+    )
 
 
 def test_flags_have_the_last_word_and_dashes_are_allowed():
-    config = run.parse_config(grpo.Config, grpo.RECIPES, ["--lr", "2e-6", "--recipe=vision-r1-7b", "--max-prompt-len", "99", "--no_resume"])
+    config = run.parse_config(
+        grpo.Config, grpo.RECIPES, ["--lr", "2e-6", "--recipe=vision-r1-7b", "--max-prompt-len", "99", "--no_resume"]
+    )
     assert (config.lr, config.questions, config.max_prompt_len, config.resume) == (2e-6, 512, 99, False)
 
 
@@ -83,7 +97,10 @@ def test_no_flag_is_dead_or_hidden_by_torchrun():
     for stage in [sft, grpo, evaluation]:
         source = open(stage.__file__).read() + open(run.__file__).read()
         for f in dataclasses.fields(stage.Config):
-            assert source.count(f".{f.name}") + source.count(f'"{f.name}"') >= 1 or f.name == "recipe", (stage.__name__, f.name)
+            assert source.count(f".{f.name}") + source.count(f'"{f.name}"') >= 1 or f.name == "recipe", (
+                stage.__name__,
+                f.name,
+            )
 
 
 def test_micro_batches_keep_the_budget_and_lose_nothing():

@@ -1,4 +1,5 @@
 """sft.py: its loss against transformers, its schedule against transformers, its runs against each other."""
+
 import json
 import os
 import signal
@@ -26,7 +27,10 @@ def chains(tmp_path_factory):
     path, records = tmp_path_factory.mktemp("chains") / "chains.parquet", toy.problems(50, 9, "s")
     for r in records:
         url = "data:image/png;base64," + base64.b64encode(r.images[0]).decode()
-        ask = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": f"description {r.problem} Reasoning :"}]
+        ask = [
+            {"type": "image_url", "image_url": {"url": url}},
+            {"type": "text", "text": f"description {r.problem} Reasoning :"},
+        ]
         told = toy.MLLM().chat([{"role": "user", "content": ask}])
         r.response = toy.Reasoner().chat([{"role": "user", "content": f"{told} {r.problem}"}]) + " <answer> 1 </answer>"
     data.write_parquet(path, records)
@@ -34,19 +38,37 @@ def chains(tmp_path_factory):
 
 
 def command(out, chains, ranks=1, **flags):
-    flags = dict(model=ROOT / "assets" / "toy-base", data=chains, out=out, epochs=2, batch_size=8, save_every=3, lr=1e-4) | flags
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else [sys.executable]
-    return [*launch, str(ROOT / "sft.py"), "--recipe", "toy", *[w for k, v in flags.items() for w in (f"--{k}", str(v))]]
+    flags = (
+        dict(model=ROOT / "assets" / "toy-base", data=chains, out=out, epochs=2, batch_size=8, save_every=3, lr=1e-4)
+        | flags
+    )
+    launch = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks > 1
+        else [sys.executable]
+    )
+    return [
+        *launch,
+        str(ROOT / "sft.py"),
+        "--recipe",
+        "toy",
+        *[w for k, v in flags.items() for w in (f"--{k}", str(v))],
+    ]
 
 
 def run_sft(*args, **flags):
-    done = subprocess.run(command(*args, **flags), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(
+        command(*args, **flags), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
 
 def log_of(out):
-    return [{k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "t_total", "mem_peak")} for line in open(out / "log.jsonl")]
+    return [
+        {k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "t_total", "mem_peak")}
+        for line in open(out / "log.jsonl")
+    ]
 
 
 def weights_of(out):
@@ -99,7 +121,9 @@ def test_the_schedule_is_the_cosine_of_transformers():
         theirs.step()  # theirs starts at 0, so that the first update is lost; ours is one warm-up step ahead
         if step < 9:
             assert sft.learning_rate(step, 100, config) == pytest.approx(optimizer.param_groups[0]["lr"])
-    assert sft.learning_rate(10, 100, config) == pytest.approx(3e-4) and sft.learning_rate(55, 100, config) == pytest.approx(1.5e-4)
+    assert sft.learning_rate(10, 100, config) == pytest.approx(3e-4) and sft.learning_rate(
+        55, 100, config
+    ) == pytest.approx(1.5e-4)
     assert sft.learning_rate(99, 100, config) < 3e-6
 
 
@@ -112,7 +136,12 @@ def test_two_ranks_are_one_rank(one_rank, chains, tmp_path):
 
 
 def test_killed_in_mid_epoch_and_resumed_is_uninterrupted(one_rank, chains, tmp_path):
-    p = subprocess.Popen(command(tmp_path, chains), env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    p = subprocess.Popen(
+        command(tmp_path, chains),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     log, deadline = tmp_path / "log.jsonl", time.time() + 120
     while p.poll() is None and time.time() < deadline and not (log.exists() and log.read_bytes().count(b"\n") >= 5):
         time.sleep(0.01)
@@ -133,7 +162,13 @@ def test_answers_without_chains(tiny):
 
 
 def test_vision_r1_cold_as_downloaded_trains(real, tiny, tmp_path):
-    said = run_sft(tmp_path, real / "formats" / "vision_r1_cold" / "vision_r1_mulberry_sft_full.json", model=tiny, batch_size=3, cutoff=900)
+    said = run_sft(
+        tmp_path,
+        real / "formats" / "vision_r1_cold" / "vision_r1_mulberry_sft_full.json",
+        model=tiny,
+        batch_size=3,
+        cutoff=900,
+    )
     assert all(r["loss"] < 8 for r in log_of(tmp_path)) and "records" in said
 
 
@@ -144,4 +179,6 @@ def test_overlong_and_broken_records_are_reported_and_left_out(tiny, pictures):
     pictures[0].images = [pictures[0].images[0][:200]]
     pictures[1].response = "so " * 300
     kept = sft.encode(pictures, processor, sft.Config(cutoff=120), problems)
-    assert {p.id: p.kind for p in problems} == {"t-0": "broken image", "t-1": "sequence too long"} and len(kept) == len(pictures) - 2
+    assert {p.id: p.kind for p in problems} == {"t-0": "broken image", "t-1": "sequence too long"} and len(kept) == len(
+        pictures
+    ) - 2

@@ -1,4 +1,5 @@
 """toy.py: the world follows from its seed, the teachers see only what they should, the shipped base can do what it must."""
+
 import base64
 import re
 
@@ -80,7 +81,9 @@ def test_the_shipped_base_is_small_and_reads_pictures(base):
     records = toy.problems(16, 8, "x")
     for r in records:
         r.problem = "<image>Describe the picture ."
-    groups = engine.generate([data.encode(r, processor) for r in records], 1, 60, [(0, i) for i in range(16)], temperature=0)
+    groups = engine.generate(
+        [data.encode(r, processor) for r in records], 1, 60, [(0, i) for i in range(16)], temperature=0
+    )
     good = 0
     for r, (x,) in zip(records, groups):
         _, cells = toy.read_messages(messages("", r.images[0]))
