@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 import data
 import model
+import packing
 import reward
 import run
 from rollout import TorchEngine
@@ -111,7 +112,7 @@ def evaluate(config, device):
     policy, processor = model.load(config.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     with run.for_people():
         records, problems = data.read(config.data, strict=config.strict)
-        records = data.usable(
+        records = packing.usable(
             records[: config.limit or None], processor, config.max_prompt_len, problems, config.system_prompt
         )
     if problems:
@@ -132,7 +133,7 @@ def evaluate(config, device):
     )
     for first in range(0, len(todo), config.chunk):
         mine = todo[first : first + config.chunk][rank::world]
-        prompts = [data.encode(r, processor, config.system_prompt) for r in mine]
+        prompts = [packing.encode(r, processor, config.system_prompt) for r in mine]
         seeds = [(config.seed, 0, order[r.id]) for r in mine]
         groups = engine.generate(prompts, config.samples, config.max_len, seeds, config.temperature, config.top_p)
         answers = []

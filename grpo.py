@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import data
 import model
+import packing
 import ptst
 import reward
 import run
@@ -173,8 +174,8 @@ def judge(record, rollout, processor, config):
 def make_batches(sequences, budget, processor, device):
     """[(Prompt, ids)] -> (indices, Batch) of each packed micro-batch; an empty one still takes part"""
     for indices in run.micro_batches([len(p.ids) + len(ids) for p, ids in sequences], budget):
-        chosen = [sequences[i] for i in indices] or [data.blank(processor)]
-        yield torch.tensor(indices, dtype=torch.long, device=device), data.pack(chosen, device)
+        chosen = [sequences[i] for i in indices] or [packing.blank(processor)]
+        yield torch.tensor(indices, dtype=torch.long, device=device), packing.pack(chosen, device)
 
 
 def main(config):
@@ -204,7 +205,7 @@ def main(config):
     processor = model.Processor(config.model)
     with run.for_people():
         records, problems = data.read(config.data, strict=config.strict)
-        records = data.usable(records, processor, config.max_prompt_len, problems, config.system_prompt)
+        records = packing.usable(records, processor, config.max_prompt_len, problems, config.system_prompt)
     if problems:
         say(problems.summary())
     if not records:
@@ -254,7 +255,7 @@ def main(config):
         # 1. questions: every rank takes its share
         numbers = [next(order) for _ in range(config.questions)]
         mine = range(rank, config.questions, world)
-        prompts = [data.encode(records[numbers[q]], processor, config.system_prompt) for q in mine]
+        prompts = [packing.encode(records[numbers[q]], processor, config.system_prompt) for q in mine]
 
         # 2. rollouts: G answers to each, at most L tokens long (Eq. 2). each is judged while others still run
         t_rollout = time.perf_counter()

@@ -128,7 +128,7 @@ def token_logprobs(hidden, weight, labels, temperature=1.0, banned=None, chunk=2
 
 
 def hidden_states(hf, batch, cache=None, images=None):
-    """one forward over a packed batch (see data.Batch) -> (T, H) float; `images` = what `encode_images` gave before"""
+    """one forward over a packed batch (see packing.Batch) -> (T, H) float; `images` = what `encode_images` gave before"""
     images = images or encode_images(hf, batch)
     out = hf.model(
         input_ids=batch.ids[None],

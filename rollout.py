@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data import pack
+from packing import pack
 from model import copy_weights, hidden_states
 
 

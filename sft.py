@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 import data
 import model
+import packing
 import run
 
 
@@ -99,7 +100,7 @@ def encode(records, processor, config, problems):
     sequences = []
     for record in records:
         try:
-            prompt = data.encode(record, processor, config.system_prompt)
+            prompt = packing.encode(record, processor, config.system_prompt)
             ids = response_ids(record, processor, config.drop_chains)
             if len(prompt.ids) + len(ids) > config.cutoff:
                 raise data.BadRow(
@@ -176,7 +177,7 @@ def main(config):
         tokens = run.all_sum({"n": sum(len(ids) for _, ids in sequences)})["n"]
         loss_sum = 0.0
         for indices in run.micro_batches([len(p.ids) + len(ids) for p, ids in sequences], config.micro_tokens):
-            batch = data.pack([sequences[i] for i in indices] or [data.blank(processor)], device)
+            batch = packing.pack([sequences[i] for i in indices] or [packing.blank(processor)], device)
             logprobs, _ = policy(batch)
             loss = -logprobs.sum() / max(tokens, 1)  # mean over the response tokens of all ranks
             (loss * world).backward()  # FSDP takes the mean over ranks

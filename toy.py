@@ -271,7 +271,7 @@ def pretrain(out=BASE, steps=1300, batch=64, lr=3e-3, warm=200, seed=1):
     import torch.nn.functional as F
     from tqdm import tqdm
 
-    from data import encode, pack
+    from packing import encode, pack
     from model import encode_images, load
 
     random_model(out, seed)

@@ -19,7 +19,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cold_start
 from cold_start import Config, Reject, Stop
-from data import Record, read, write_jsonl
+from data import Record, read, write_parquet
 
 SAMPLES = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "formats"
 CHAIN = "Okay, let's see. The description says there are {a} red and {b} blue balls. Wait, I count again. So {a} plus {b} makes {total}."
@@ -132,13 +132,13 @@ def png(color):
 
 def problems(folder, n=20, source="mulberry"):
     records = [Record(f"p/{i}", f"<image>What is {i} red plus {i % 7} blue?", str(i + i % 7), [png((i % 256, i // 256, 0))], source) for i in range(n)]
-    write_jsonl(folder / "problems.jsonl", records)
-    return str(folder / "problems.jsonl")
+    write_parquet(folder / "problems.parquet", records)
+    return str(folder / "problems.parquet")
 
 
 def config(folder, server, **more):
     url = server if isinstance(server, str) else server.url
-    return Config(**{**dict(data=str(folder / "problems.jsonl"), out=str(folder / "out"), mllm_url=url, mllm_model="sees", reasoner_url=url,
+    return Config(**{**dict(data=str(folder / "problems.parquet"), out=str(folder / "out"), mllm_url=url, mllm_model="sees", reasoner_url=url,
                             reasoner_model="thinks", concurrency=8, timeout=0.3, backoff=0.02, min_chars=20), **more})
 
 
@@ -168,7 +168,7 @@ def test_run_writes_the_released_look_and_reads_back(tmp_path, serve):
     assert len(ours) == 16 and not len(bad)
     theirs, bad = read(out / "vision_r1_mulberry_sft_full.json")
     assert not len(bad) and ours == theirs  # ids, problems, answers, choices, sources, responses and images
-    assert Path(ours[3].images[0]).read_bytes() == Path(read(tmp_path / "problems.jsonl")[0][4].images[0]).read_bytes()
+    assert Path(ours[3].images[0]).read_bytes() == read(tmp_path / "problems.parquet")[0][4].images[0]
     info = json.loads((out / "dataset_info.json").read_text())
     sample = SAMPLES / "vision_r1_cold" / "dataset_info.json"
     if sample.exists():
@@ -221,8 +221,8 @@ def test_toy_recipe_in_process(tmp_path):
     pytest.importorskip("toy")
     from toy import problems as toy_problems
 
-    write_jsonl(tmp_path / "toy.jsonl", toy_problems(60, 0, "t"))
-    toy = Config(**{**cold_start.RECIPES["toy"], "data": str(tmp_path / "toy.jsonl"), "out": str(tmp_path / "out")})
+    write_parquet(tmp_path / "toy.parquet", toy_problems(60, 0, "t"))
+    toy = Config(**{**cold_start.RECIPES["toy"], "data": str(tmp_path / "toy.parquet"), "out": str(tmp_path / "out")})
     cold_start.make(toy)
     kept = rows(tmp_path / "out" / "cold.jsonl")
     assert 10 < len(kept) < 60 and len(kept) + len(rows(tmp_path / "out" / "rejected.jsonl")) == 60
@@ -246,7 +246,7 @@ def test_a_finished_run_says_so_and_other_settings_reuse_its_calls(tmp_path, ser
 
 
 def test_records_that_cannot_be_bridged_are_accounted_for(tmp_path, serve):
-    write_jsonl(tmp_path / "problems.jsonl", [Record("text", "What is 1 red plus 1 blue?", "2", []), Record("seen", "<image>What is 1 red plus 1 blue?", "2", [png("red")])])
+    write_parquet(tmp_path / "problems.parquet", [Record("text", "What is 1 red plus 1 blue?", "2", []), Record("seen", "<image>What is 1 red plus 1 blue?", "2", [png("red")])])
     cold_start.make(config(tmp_path, serve()))
     assert [(r["id"], r["step"], r["rule"]) for r in rows(tmp_path / "out" / "rejected.jsonl")] == [("text", "input", "no image")]
     assert [r["id"] for r in rows(tmp_path / "out" / "cold.jsonl")] == ["seen"]
@@ -284,7 +284,7 @@ def test_real_problems_and_a_model_that_talks_garbage(tmp_path, serve, file):
     (completion("A long enough thought about 1 and 2.</think>\n\n**Final Answer:** \\boxed{3}"), {"Transfer-Encoding": "chunked"}),
 ])
 def test_reasoning_is_found_wherever_the_server_puts_it(tmp_path, serve, message, headers):
-    write_jsonl(tmp_path / "problems.jsonl", [Record("a", "<image>What is 1 red plus 2 blue?", "3", [png("red")])])
+    write_parquet(tmp_path / "problems.parquet", [Record("a", "<image>What is 1 red plus 2 blue?", "3", [png("red")])])
     cold_start.make(config(tmp_path, serve(script=lambda body: (200, answer(body) if body["model"] == "sees" else message, headers))))
     assert rows(tmp_path / "out" / "cold.jsonl")[0]["response"] == "<think>A long enough thought about 1 and 2.</think>\n<answer>Final Answer:3</answer>"
 
@@ -445,8 +445,8 @@ def test_data_and_servers_must_be_named(tmp_path):
     for url in ("", "localhost:8000", "http://user:secret@host/v1"):
         with pytest.raises(Stop, match="--mllm-url and --mllm-model are needed"):
             cold_start.make(config(tmp_path, url))
-    (tmp_path / "problems.jsonl").write_text("what is this\n")
-    with pytest.raises(Stop, match="problems.jsonl"):
+    (tmp_path / "problems.parquet").write_text("what is this\n")
+    with pytest.raises(Stop, match="problems.parquet"):
         cold_start.make(config(tmp_path, "toy"))
 
 

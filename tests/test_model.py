@@ -9,6 +9,7 @@ from transformers import AutoModelForImageTextToText
 
 import data
 import model
+import packing
 import toy
 
 
@@ -21,7 +22,7 @@ def sequences(records, processor, seed=0):
     g = torch.Generator().manual_seed(seed)
     lengths = [5, 1, 17, 9, 30, 3]
     return [
-        (data.encode(r, processor), torch.randint(10, 400, (n,), generator=g).tolist())
+        (packing.encode(r, processor), torch.randint(10, 400, (n,), generator=g).tolist())
         for r, n in zip(records, lengths)
     ]
 
@@ -38,7 +39,7 @@ def reference_logits(tiny, prompt, ids, processor):
 def test_mrope_positions_are_those_of_transformers(tiny, loaded, pictures):
     policy, processor = loaded
     for record in pictures:
-        p = data.encode(record, processor)
+        p = packing.encode(record, processor)
         row = torch.tensor([p.ids])
         grid = p.image_grid if len(p.image_grid) else None
         positions, delta = policy.hf.model.get_rope_index(
@@ -51,7 +52,7 @@ def test_mrope_positions_are_those_of_transformers(tiny, loaded, pictures):
 def test_packed_forward_is_the_one_by_one_forward(tiny, loaded, pictures):
     policy, processor = loaded
     seqs = sequences(pictures, processor)
-    batch = data.pack(seqs)
+    batch = packing.pack(seqs)
     with torch.no_grad():
         logprobs, entropy = policy(batch)
         want_logprobs, want_entropy = [], []
@@ -68,7 +69,7 @@ def test_packed_forward_is_the_one_by_one_forward(tiny, loaded, pictures):
 def test_packed_gradients_are_the_one_by_one_gradients(tiny, pictures):
     policy, processor = model.load(tiny)
     seqs = sequences(pictures, processor)
-    logprobs, _ = policy(data.pack(seqs))
+    logprobs, _ = policy(packing.pack(seqs))
     logprobs.sum().backward()
     total = {}
     for prompt, ids in seqs:
@@ -86,10 +87,10 @@ def test_packed_gradients_are_the_one_by_one_gradients(tiny, pictures):
 
 def test_a_shared_image_is_encoded_once_and_changes_nothing(loaded, pictures):
     policy, processor = loaded
-    prompt = data.encode(pictures[2], processor)
+    prompt = packing.encode(pictures[2], processor)
     answers = [[20, 30, 40], [50], [60, 70]]
-    shared = data.pack([(prompt, a) for a in answers])
-    separate = data.pack([(copy.copy(prompt), a) for a in answers])
+    shared = packing.pack([(prompt, a) for a in answers])
+    separate = packing.pack([(copy.copy(prompt), a) for a in answers])
     assert len(shared.image_grid) == 1 and len(separate.image_grid) == 3
     grads = []
     for batch in (shared, separate):
@@ -141,7 +142,7 @@ def test_token_logprobs_never_makes_the_vocabulary_times_tokens_tensor():
 def test_text_only_batch_still_runs_the_vision_tower(loaded, pictures):
     policy, processor = loaded
     policy.zero_grad()
-    batch = data.pack([(data.encode(pictures[-1], processor), [20, 21])])
+    batch = packing.pack([(packing.encode(pictures[-1], processor), [20, 21])])
     assert batch.pixel_values is None
     policy(batch)[0].sum().backward()
     grads = [p.grad for p in policy.hf.model.visual.parameters()]
@@ -153,17 +154,17 @@ def test_image_tokens_come_from_the_grid_and_lengths_from_the_header(loaded, rea
     for name in ("geometry3k", "mathvision", "mathvista"):
         records, _ = data.read(real / name / "data.jsonl")
         for record in records[:8]:
-            p = data.encode(record, processor)
+            p = packing.encode(record, processor)
             want = sum(int(g.prod()) // processor.merge_size**2 for g in p.image_grid)
             assert p.ids.count(processor.image_token) == want > 0
-            assert data.prompt_length(record, processor) == len(p.ids) == p.position_ids.shape[1]
+            assert packing.prompt_length(record, processor) == len(p.ids) == p.position_ids.shape[1]
 
 
 def test_hostile_and_overlong_prompts_are_reported_and_never_cut(loaded, pictures):
     _, processor = loaded
     pictures[0].problem += " <|image_pad|>"
     problems = data.Problems()
-    kept = data.usable(pictures, processor, 34, problems)
+    kept = packing.usable(pictures, processor, 34, problems)
     kinds = {p.id: p.kind for p in problems}
     assert kinds["t-0"] == "image marks" and kinds["two"] == "prompt too long"
     assert len(kept) + len(problems) == len(pictures)
@@ -173,7 +174,7 @@ def test_a_base_model_without_a_chat_template(loaded, pictures):
     processor = copy.copy(loaded[1])
     processor.tokenizer = copy.deepcopy(processor.tokenizer)
     processor.tokenizer.chat_template = None
-    text = data.prompt_text(pictures[0], processor.tokenizer, "Think .")
+    text = packing.prompt_text(pictures[0], processor.tokenizer, "Think .")
     assert text.startswith("Think .") and text.endswith("Assistant:") and "<|vision_start|><|image_pad|>" in text
 
 
@@ -184,7 +185,7 @@ def test_other_qwen_families_load_and_agree_with_transformers(family, tiny, tmp_
     policy, processor = model.load(path)
     seqs = sequences(pictures, processor)
     with torch.no_grad():
-        logprobs, _ = policy(data.pack(seqs))
+        logprobs, _ = policy(packing.pack(seqs))
         want = []
         for prompt, ids in seqs:
             logits = reference_logits(path, prompt, ids, processor)[1][len(prompt.ids) - 1 : -1].double()
@@ -196,7 +197,7 @@ def test_other_qwen_families_load_and_agree_with_transformers(family, tiny, tmp_
 def test_export_reads_back_the_same(tiny, tmp_path, pictures):
     single_rank()
     policy, processor = model.load(tiny)
-    batch = data.pack(sequences(pictures, processor))
+    batch = packing.pack(sequences(pictures, processor))
     with torch.no_grad():
         before = policy(batch)[0]
     model.shard(policy)
@@ -211,7 +212,7 @@ def test_activation_checkpointing_changes_no_gradient_and_no_name(tiny, tmp_path
     grads = []
     for checkpointing in (False, True):
         policy, processor = model.load(tiny)
-        batch = data.pack(sequences(pictures, processor))
+        batch = packing.pack(sequences(pictures, processor))
         model.shard(policy, activation_checkpointing=checkpointing)
         policy(batch)[0].sum().backward()
         grads.append({model.clean_name(n): model.full(p.grad) for n, p in policy.named_parameters()})
@@ -227,6 +228,6 @@ def test_activation_checkpointing_changes_no_gradient_and_no_name(tiny, tmp_path
 
 def test_a_frozen_vision_tower_has_no_gradient(tiny, pictures):
     policy, processor = model.load(tiny, freeze_vision=True)
-    policy(data.pack(sequences(pictures, processor)))[0].sum().backward()
+    policy(packing.pack(sequences(pictures, processor)))[0].sum().backward()
     assert all(p.grad is None for p in policy.hf.model.visual.parameters())
     assert all(p.grad is not None for p in policy.hf.model.language_model.parameters())

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from data import Problems, Record, load_image, read, write_jsonl, write_parquet
+from data import Problems, Record, load_image, read, write_parquet
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 COLD = SHARED / "formats" / "vision_r1_cold"
@@ -107,13 +107,33 @@ def test_cold_folder_takes_both_files_and_not_their_configuration():
     assert len(read(COLD)[0]) == 12
 
 
+BENCHMARKS = {"mathvista/data/testmini-00000-of-00001.parquet": 45, "mathverse/testmini.parquet": 40,
+              "mathvision/data/test-00000-of-00001.parquet": 16, "dynamath/data/sample1-00000-of-00001.parquet": 16,
+              "chartqa/data/test-00000-of-00001.parquet": 10, "vlmevalkit/MathVista_MINI.sample.tsv": 12}
+
+
 @needs_shared
-@pytest.mark.parametrize("name, columns", [("mathvista/data/testmini-00000-of-00001.parquet", "pid, question"),
-                                           ("mathverse/testmini.parquet", "sample_index"),
-                                           ("chartqa/data/test-00000-of-00001.parquet", "image, query, label")])
-def test_unknown_parquet_columns_are_named(name, columns):
-    with pytest.raises(ValueError, match=f"{Path(name).name}: unknown columns {columns}.*images, problem, answer"):
-        read(SHARED / "formats" / name)
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_benchmark_files_give_every_row_with_its_picture(name):
+    records, problems = read(SHARED / "formats" / name, strict=True)
+    assert len(records) == BENCHMARKS[name] and not problems
+    for r in records:
+        assert r.answer and len(r.images) == r.problem.count("<image>") == 1 and load_image(r.images[0]).width > 10
+        assert all(c in r.problem for c in r.choices or [])
+
+
+@needs_shared
+def test_benchmark_rows_mean_what_they_say():
+    by_id = {r.id: r for r in read(SHARED / "formats/mathvista")[0]} if (SHARED / "formats/mathvista").is_dir() else {}
+    assert by_id["3"].answer == "145°" and by_id["3"].problem.endswith("(A) 135°\n(B) 140°\n(C) 145°\n(D) 150°")
+    chart = read(SHARED / "formats/chartqa/data")[0][0]
+    assert chart.answer == "8.87" and chart.problem == "<image>What is the value of South Sudan?"
+
+
+def test_unknown_parquet_columns_are_named(tmp_path):
+    pq.write_table(pa.table({"picture": ["a"], "text": ["b"]}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="x.parquet: unknown columns picture, text.*images, problem, answer"):
+        read(tmp_path / "x.parquet")
 
 
 # ---- small differences between files
@@ -388,24 +408,15 @@ def contents(record):
     return [Path(i).read_bytes() if isinstance(i, str) else i for i in record.images]
 
 
-@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
-def test_what_is_written_reads_back(tmp_path, write):
+def test_what_is_written_reads_back(tmp_path):
     records = some_records(tmp_path)
-    write(tmp_path / "out/set", records)
+    write_parquet(tmp_path / "out/set", records)
     back, _ = read(tmp_path / "out/set", strict=True)
     for a, b in zip(records, back, strict=True):
         assert {**vars(a), "images": contents(a)} == {**vars(b), "images": contents(b)}
-    write(tmp_path / "out/set", back)  # and again, over itself
+    write_parquet(tmp_path / "out/set", back)  # and again, over itself
     assert read(tmp_path / "out/set", strict=True)[0] == back
     assert not list((tmp_path / "out").glob("*.part"))
-
-
-def test_written_jsonl_can_be_moved_with_its_folder(tmp_path):
-    write_jsonl(tmp_path / "a/data.jsonl", some_records(tmp_path)[:1])
-    write_jsonl(tmp_path / "a/data.jsonl", read(tmp_path / "a")[0])  # paths now, no longer bytes
-    (tmp_path / "a").rename(tmp_path / "b")
-    (record,), _ = read(tmp_path / "b", strict=True)
-    assert Path(record.images[0]).parent == tmp_path / "b/images" and record.images[0].endswith(".png")
 
 
 def test_parquet_has_the_columns_of_vision_r1_rl(tmp_path):

@@ -8,6 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 import data
 import model
+import packing
 import rollout
 
 
@@ -28,7 +29,7 @@ def engine(loaded, **kwargs):
 
 
 def prompts_of(pictures, processor):
-    return [data.encode(r, processor) for r in pictures]
+    return [packing.encode(r, processor) for r in pictures]
 
 
 def test_greedy_tokens_are_those_of_generate(loaded, pictures):
@@ -55,7 +56,7 @@ def test_sampled_logprobs_are_the_trainers(loaded, pictures, temperature):
     groups = engine(loaded, max_rows=5).generate(prompts, 4, 40, [(7, i) for i in range(len(prompts))], temperature)
     sequences = [(p, r.ids) for p, g in zip(prompts, groups) for r in g]
     with torch.no_grad():
-        logprobs, _ = policy(data.pack(sequences), temperature)
+        logprobs, _ = policy(packing.pack(sequences), temperature)
     sampled = torch.tensor([x for g in groups for r in g for x in r.logprobs])
     assert (logprobs - sampled).abs().max() < 1e-4
 
@@ -68,7 +69,7 @@ def test_other_families_sample_what_the_trainer_sees(family, tmp_path, pictures)
     prompts = prompts_of(pictures, processor)
     groups = engine((policy, processor)).generate(prompts, 3, 20, [(7, i) for i in range(len(prompts))])
     with torch.no_grad():
-        logprobs, _ = policy(data.pack([(p, r.ids) for p, g in zip(prompts, groups) for r in g]))
+        logprobs, _ = policy(packing.pack([(p, r.ids) for p, g in zip(prompts, groups) for r in g]))
     assert (logprobs - torch.tensor([x for g in groups for r in g for x in r.logprobs])).abs().max() < 1e-4
 
 

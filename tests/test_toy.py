@@ -9,6 +9,7 @@ from conftest import ROOT
 
 import data
 import model
+import packing
 import reward
 import rollout
 import toy
@@ -38,9 +39,9 @@ def test_the_model_cannot_see_the_truth_in_the_file(tiny):
     processor, record = model.Processor(tiny), toy.problems(1, 0, "x")[0]
     out = io.BytesIO()
     Image.open(io.BytesIO(record.images[0])).save(out, "PNG")  # written again, without the chunk
-    with_truth = data.encode(record, processor).pixel_values
+    with_truth = packing.encode(record, processor).pixel_values
     record.images = [out.getvalue()]
-    assert b"cells" not in out.getvalue() and torch.equal(with_truth, data.encode(record, processor).pixel_values)
+    assert b"cells" not in out.getvalue() and torch.equal(with_truth, packing.encode(record, processor).pixel_values)
 
 
 def test_the_description_without_a_pseudo_cot_misses_details():
@@ -82,7 +83,7 @@ def test_the_shipped_base_is_small_and_reads_pictures(base):
     for r in records:
         r.problem = "<image>Describe the picture ."
     groups = engine.generate(
-        [data.encode(r, processor) for r in records], 1, 60, [(0, i) for i in range(16)], temperature=0
+        [packing.encode(r, processor) for r in records], 1, 60, [(0, i) for i in range(16)], temperature=0
     )
     good = 0
     for r, (x,) in zip(records, groups):
@@ -96,7 +97,7 @@ def test_the_base_answers_tersely_and_knows_the_format_only_when_asked(base):
     policy, processor, engine = base
     records = toy.problems(32, 8, "x")
     for prompt, rate in ((toy.ZERO_PROMPT, 0.9), ("", 0.0)):
-        prompts = [data.encode(r, processor, prompt) for r in records]
+        prompts = [packing.encode(r, processor, prompt) for r in records]
         groups = engine.generate(prompts, 1, 60, [(0, i) for i in range(32)])
         scores = [reward.score(processor.tokenizer.decode(x.ids[:-1]), r.answer) for r, (x,) in zip(records, groups)]
         got = sum(s.format_ok for s in scores) / 32

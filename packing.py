@@ -1,0 +1,175 @@
+"""Records -> prompts -> packed batches. Nothing is padded, no prompt is ever cut, and image tokens are right by construction.
+
+`encode` makes a record a `Prompt`: the chat template's text, one image token per merged patch of the image's grid, M-RoPE
+positions. `pack` lays prompts and responses one after the other in one row, a `Batch`; `Packing` says where each one lies.
+`usable` leaves out, with a reason, the records that do not fit.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from PIL import ImageOps
+from tqdm import tqdm
+
+from data import MARK, BadRow, Record, load_image, opened
+
+
+@dataclass(eq=False)
+class Prompt:
+    """A problem as the model reads it; rollouts of one group share one Prompt, and with it the image."""
+    record: Record
+    ids: list[int]                      # image tokens expanded: one <|image_pad|> per merged patch
+    position_ids: torch.Tensor          # (3, P) M-RoPE: time, height, width
+    pixel_values: torch.Tensor | None   # (patches, patch_dim) of all its images
+    image_grid: torch.Tensor            # (n_images, 3) in patches
+
+    @property
+    def next_position(self):
+        return int(self.position_ids.max()) + 1     # where the response begins, on all three axes
+
+
+def prompt_text(record, tokenizer, system_prompt=""):
+    """The chat template's own text, with one <|image_pad|> per image; a base model without one gets a plain dialogue."""
+    parts = re.split(f"({MARK})", record.problem)
+    if tokenizer.chat_template:
+        content = [{"type": "image"} if p == MARK else {"type": "text", "text": p} for p in parts if p]
+        messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        messages.append({"role": "user", "content": content})
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    problem = record.problem.replace(MARK, "<|vision_start|><|image_pad|><|vision_end|>")
+    return f"{system_prompt}\n\nUser: {problem}\nAssistant:".lstrip()   # ours, after arXiv 2503.05132's setting
+
+
+def prompt_ids(record, processor, patches, system_prompt=""):
+    """Token ids with each image mark expanded to patches / merge^2 tokens; BadRow if the text itself holds image tokens."""
+    ids = processor.tokenizer(prompt_text(record, processor.tokenizer, system_prompt), add_special_tokens=False).input_ids
+    if ids.count(processor.image_token) != len(record.images):
+        raise BadRow("image marks", f"{ids.count(processor.image_token)} image tokens in the text, {len(record.images)} images")
+    counts = iter(patches)
+    return [t for i in ids for t in ([i] * (next(counts) // processor.merge_size**2) if i == processor.image_token else [i])]
+
+
+def prompt_length(record, processor, system_prompt=""):
+    """Tokens of the prompt, from the headers of its images: nothing is decoded."""
+    patches = []
+    for image in record.images:
+        with opened(image) as im:
+            width, height = ImageOps.exif_transpose(im).size if im.getexif().get(0x0112, 1) > 4 else im.size
+        patches.append(processor.image_processor.get_number_of_image_patches(height, width, {}))
+    return len(prompt_ids(record, processor, patches, system_prompt))
+
+
+def usable(records, processor, max_prompt_len, problems, system_prompt=""):
+    """The records whose prompt fits; the others are reported and left out, never cut."""
+    kept = []
+    for record in tqdm(records, "prompt lengths", leave=False, disable=len(records) < 5000):
+        try:
+            length = prompt_length(record, processor, system_prompt)
+            if length > max_prompt_len:
+                raise BadRow("prompt too long", f"{length} tokens, the limit is {max_prompt_len} (--max-prompt-len)")
+            kept.append(record)
+        except BadRow as bad:
+            problems.add(*bad.args, record.source, None, record.id)
+    return kept
+
+
+def encode(record, processor, system_prompt=""):
+    """Record -> Prompt, its images decoded and cut into patches."""
+    pixels, grid = None, torch.zeros(0, 3, dtype=torch.long)
+    if record.images:
+        out = processor.image_processor(images=[load_image(i) for i in record.images], return_tensors="pt")
+        pixels, grid = out["pixel_values"], out["image_grid_thw"]
+    ids = prompt_ids(record, processor, grid.prod(-1).tolist(), system_prompt)
+    return Prompt(record, ids, mrope(ids, grid, processor), pixels, grid)
+
+
+def blank(processor):
+    """A sequence without a label, for a rank that has none left but must still take part."""
+    record = Record("blank", "", "-", [])
+    ids = [processor.tokenizer.eos_token_id]
+    return Prompt(record, ids, torch.zeros(3, 1, dtype=torch.long), None, torch.zeros(0, 3, dtype=torch.long)), []
+
+
+def mrope(ids, grid, processor):
+    """(3, P) positions of Qwen-VL: text counts up on all axes, an image spans a (time, height, width) box of them."""
+    out, here, t = [], 0, 0
+    boxes = iter(grid.tolist())
+    while t < len(ids):
+        if ids[t] == processor.image_token:
+            time, height, width = next(boxes)
+            box = torch.cartesian_prod(*(torch.arange(n) for n in
+                                         (time, height // processor.merge_size, width // processor.merge_size)))
+            out.append(box.T + here)
+            t, here = t + len(box), here + max(height, width) // processor.merge_size
+        else:
+            out.append(torch.full((3, 1), here))
+            t, here = t + 1, here + 1
+    return torch.cat(out, 1)
+
+
+class Packing:
+    """Where the sequences of a packed row lie: lengths [l_0, l_1, ...] that add up to T.
+
+    `buckets`: for attention that must pad, groups of sequences of similar length, each a (S, L) table of positions in the
+    row (slots past a sequence's end repeat its last token); `order` puts their real outputs, bucket after bucket, back.
+    """
+
+    def __init__(self, lengths, device="cpu"):
+        sizes = torch.tensor(lengths)
+        ends = sizes.cumsum(0)
+        self.cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32).to(device)  # (S + 1,)
+        self.longest = max(lengths)
+        self.buckets, places = [], []
+        waiting = sizes.argsort(stable=True).tolist()
+        while waiting:  # at most half again as long as the shortest of the bucket: little is padded, few calls are made
+            count = sum(lengths[i] <= 1.5 * lengths[waiting[0]] + 8 for i in waiting)
+            rows, waiting = torch.tensor(waiting[:count]), waiting[count:]
+            column = torch.arange(int(sizes[rows].max()))
+            table = (ends - sizes)[rows, None] + torch.minimum(column, sizes[rows, None] - 1)  # (S, L)
+            real = (column < sizes[rows, None]).flatten().nonzero()[:, 0]
+            self.buckets.append((table.to(device), real.to(device)))
+            places.append(table.flatten()[real])
+        self.order = torch.cat(places).argsort().to(device)  # (T,)
+
+
+class Batch(NamedTuple):
+    """Sequences one after the other in a row of T tokens (B sequences, N labelled positions, I distinct images)."""
+    ids: torch.Tensor                   # (T,)
+    position_ids: torch.Tensor          # (3, T)
+    packing: Packing                    # where the sequences begin and end
+    pixel_values: torch.Tensor | None   # (patches of the I images, patch_dim)
+    image_grid: torch.Tensor            # (I, 3)
+    image_index: list[int]              # the image at each place in the row where one stands
+    label_index: torch.Tensor           # (N,) positions whose next token is a response token
+    labels: torch.Tensor                # (N,) that token
+    rows: torch.Tensor                  # (N,) which of the B sequences it belongs to
+
+
+def pack(sequences, device="cpu"):
+    """[(Prompt, response ids)] -> Batch. A Prompt that comes several times brings its images once."""
+    ids, positions, index, labels, rows, image_index, first = [], [], [], [], [], [], {}
+    pixels, grids, start, n_images = [], [], 0, 0
+    for row, (prompt, response) in enumerate(sequences):
+        p, r = len(prompt.ids), len(response)
+        ids += prompt.ids + response
+        after = torch.arange(r) + prompt.next_position
+        positions += [prompt.position_ids, after.expand(3, -1)]
+        index.append(torch.arange(start + p - 1, start + p + r - 1))
+        labels += response
+        rows += [row] * r
+        start += p + r
+        if prompt not in first:
+            first[prompt] = n_images
+            if prompt.pixel_values is not None:
+                pixels.append(prompt.pixel_values)
+                grids.append(prompt.image_grid)
+                n_images += len(prompt.image_grid)
+        image_index += range(first[prompt], first[prompt] + len(prompt.image_grid))
+    packing = Packing([len(p.ids) + len(r) for p, r in sequences], device)
+    tensors = (torch.tensor(ids), torch.cat(positions, 1), torch.cat(pixels) if pixels else None,
+               torch.cat(grids) if grids else None, torch.cat(index), torch.tensor(labels, dtype=torch.long),
+               torch.tensor(rows, dtype=torch.long))
+    ids, positions, pixels, grids, index, labels, rows = (x if x is None else x.to(device) for x in tensors)
+    return Batch(ids, positions, packing, pixels, grids, image_index, index, labels, rows)
