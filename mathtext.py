@@ -221,7 +221,7 @@ _HAN_DIGIT = dict(zip("零一二三四五六七八九两", [*range(10), 2]))
 
 def number_words(text):
     """`twenty-one` -> 21, `three quarters` -> 3/4, `five apples` -> 5 apples, `二十` -> 20; other texts unchanged."""
-    if m := re.fullmatch("([一二三四五六七八九]?)十([一二三四五六七八九]?)", text):
+    if "十" in text and (m := re.fullmatch("([一二三四五六七八九]?)十([一二三四五六七八九]?)", text)):
         return str(10 * _HAN_DIGIT.get(m[1], 1) + _HAN_DIGIT.get(m[2], 0))
     if text in _HAN_DIGIT or not text[:1].isalpha():
         return str(_HAN_DIGIT.get(text, text))
@@ -299,11 +299,20 @@ _NUMERIC_DATES = [(re.compile(r"(\d{4})[-/年.](\d{1,2})[-/月.](\d{1,2})日?"),
                   (re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})"), (3, 1, 2))]
 
 
+_LAYOUT = re.compile(r"\\[a-zA-Z]+|[{}$*_\"]")
+_CLASS_A = re.compile(r"(?<=\S) A(?![a-z])")
+_HYPHEN = re.compile(r"(?<=[a-z]{2})-(?=[a-z]{2})")
+_APOSTROPHE = re.compile(r"(?<=\w)'s\b|'")
+_POINT = re.compile(r"(?<=[a-z])\.(?=[a-z]\b)")
+
+
 def words(t):
     """Words without case, articles, punctuation: what names and phrases are compared by."""
-    t = re.sub(r"(?<=\S) A(?![a-z])", " \u00c0", re.sub(r"\\[a-zA-Z]+|[{}$*_\"]", " ", t)).lower()  # Class A: no article
-    t = re.sub(r"(?<=\w)'s\b|'", "", re.sub(r"(?<=[a-z]{2})-(?=[a-z]{2})", " ", t.replace("&", " and ")))
-    t = re.sub(r"(?<=[a-z])\.(?=[a-z]\b)", "", t)  # p.m. -> pm.
+    t = _LAYOUT.sub(" ", t)
+    t = _CLASS_A.sub(" \u00c0", t).lower() if " A" in t else t.lower()  # Class A: no article
+    t = _HYPHEN.sub(" ", t.replace("&", " and ")) if "-" in t else t.replace("&", " and ")
+    t = _APOSTROPHE.sub("", t) if "'" in t else t
+    t = _POINT.sub("", t) if "." in t else t  # p.m. -> pm.
     out = [w.strip(".,;:!?()[]") for w in t.split()]
     out = [_SAME_WORD.get(w, w) for w in out if w]
     out = " ".join([w for w in out if w not in ("a", "an", "the")] or out)
@@ -340,7 +349,7 @@ def same_clock(a, b):
 
 def date(t):
     """(year or 0, month, day) of a written date; None if it is none."""
-    if len(t) > 40 or not _DATEISH.search(t):
+    if len(t) > 40 or t.isalpha() or not _DATEISH.search(t):
         return None
     for pattern, order in _NUMERIC_DATES:
         if m := pattern.fullmatch(t):
