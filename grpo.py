@@ -182,6 +182,7 @@ def main(config):
     device = run.start_ranks()
     rank, world = dist.get_rank(), dist.get_world_size()
     config.out = config.out or run.default_out("grpo", config.model, config.data)
+    borrowed = config.recipe == "toy" and not config.model.startswith("toy:")
     out = Path(config.out)
     if "toy:" in config.model + config.data:
         import toy
@@ -226,6 +227,8 @@ def main(config):
     resumed = f"; resumed after step {start}" if start else ""
     say(f"recipe {config.recipe}: {len(records)} questions, {config.questions} a step; stages {config.stages}")
     say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
+    if borrowed:
+        say(f"note: these are the toy's settings (lr {config.lr}, frozen vision tower): a real model wants another --recipe")
     if note := ptst.budget_note(stages):
         say(note)
     order = question_order(len(records), config.seed)
