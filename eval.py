@@ -20,9 +20,8 @@ from tqdm import tqdm
 import data
 import model
 import packing
-import reward
 import run
-from rollout import TorchEngine
+from rollout import TorchEngine, judge
 
 
 @dataclass
@@ -139,8 +138,7 @@ def evaluate(config, device):
         answers = []
         for r, group in zip(mine, groups):
             for sample, x in enumerate(group):
-                text = processor.tokenizer.decode(x.ids[:-1] if x.finish == "stop" else x.ids)
-                s = reward.score(text, r.answer, r.choices, x.finish == "length")
+                text, s = judge(r, x, processor)
                 answers.append(dict(id=r.id, sample=sample, source=r.source, problem=r.problem, choices=r.choices,
                                     completion=text, answer=r.answer,
                                     given=s.answer, right=s.correct and s.format_ok, why=s.why, format_ok=s.format_ok,

@@ -24,7 +24,7 @@ import packing
 import ptst
 import reward
 import run
-from rollout import TorchEngine
+from rollout import TorchEngine, judge
 
 
 @dataclass
@@ -164,13 +164,6 @@ def question_order(n, seed):
         epoch += 1
 
 
-def judge(record, rollout, processor, config):
-    """-> the completion's text and its reward.Score"""
-    text = processor.tokenizer.decode(rollout.ids[:-1] if rollout.finish == "stop" else rollout.ids)
-    cut = rollout.finish == "length"
-    return text, reward.reward_batch([text], [record.answer], [record.choices], [cut], config.format_weight)[0]
-
-
 def make_batches(sequences, budget, processor, device):
     """[(Prompt, ids)] -> (indices, Batch) of each packed micro-batch; an empty one still takes part"""
     for indices in run.micro_batches([len(p.ids) + len(ids) for p, ids in sequences], budget):
@@ -213,7 +206,7 @@ def main(config):
         raise SystemExit(f"{config.data}: no usable problem in it")
 
     # the policy, its frozen start as the reference, and a whole replica to sample from
-    policy, processor = model.load(config.model, device, freeze_vision=config.freeze_vision)
+    policy, _ = model.load(config.model, device, freeze_vision=config.freeze_vision)
     reference = None
     if config.kl_coef:
         reference = model.shard(model.load(config.model, device, freeze_vision=True)[0].requires_grad_(False).eval())
@@ -265,7 +258,7 @@ def main(config):
         engine.sync(policy)
         seeds = [(config.seed, step, q) for q in mine]
         verdicts = {}
-        done = lambda p, s, r: verdicts.update({(p, s): judges.submit(judge, prompts[p].record, r, processor, config)})
+        done = lambda p, s, r: verdicts.update({(p, s): judges.submit(judge, prompts[p].record, r, processor, config.format_weight)})
         groups = engine.generate(prompts, group_size, max_len, seeds, config.temperature, config.top_p, done)
         rollouts = [r for group in groups for r in group]
         t_rollout = time.perf_counter() - t_rollout

@@ -185,9 +185,7 @@ class Processor:
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         token = self.tokenizer.convert_tokens_to_ids
-        self.image_token, self.vision_start, self.vision_end = (
-            token(t) for t in ("<|image_pad|>", "<|vision_start|>", "<|vision_end|>")
-        )
+        self.image_token = token("<|image_pad|>")
         self.merge_size = self.image_processor.merge_size
         # where a rollout ends: the turn marker of a chat model, the text's end of a base model
         self.eos_ids = sorted({self.tokenizer.eos_token_id, token("<|im_end|>"), token("<|endoftext|>")} - {None})

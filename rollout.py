@@ -16,8 +16,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from packing import pack
+import reward
 from model import copy_weights, hidden_states
+from packing import pack
 
 
 @dataclass
@@ -27,14 +28,21 @@ class Rollout:
     finish: str  # "stop": the model ended its turn; "length": cut at max_len
 
 
+def judge(record, rollout, processor, format_weight=0.0):
+    """-> the completion's text without the end token, and its reward.Score; what may be slow is judged by a worker"""
+    cut = rollout.finish == "length"
+    text = processor.tokenizer.decode(rollout.ids if cut else rollout.ids[:-1])
+    return text, reward.reward_batch([text], [record.answer], [record.choices], [cut], format_weight)[0]
+
+
 class KVCache:
     """keys and values of up to `rows` sequences, each filled from the left; grows along the length as needed"""
 
     def __init__(self, config, rows, device, dtype):
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        self.shape = (rows, config.num_key_value_heads, dim)
+        heads = config.num_key_value_heads
         self.kv = [
-            torch.zeros(2, rows, self.shape[1], 0, dim, device=device, dtype=dtype)
+            torch.zeros(2, rows, heads, 0, dim, device=device, dtype=dtype)
             for _ in range(config.num_hidden_layers)
         ]  # (2, B, kv, S, d) per layer
         self.recorded = None  # in prefill: layer -> (k, v), each (1, kv, T, d)
@@ -125,7 +133,7 @@ class Sampling:
         for p, group in groupby(new, key=lambda sample: sample[0]):
             samples = [s for _, s in group]
             here = slice(self.active, self.active + len(samples))
-            kv, logits, to_come = self.encoded[p]
+            kv, logits, _ = self.encoded[p]
             length = len(self.prompts[p].ids)
             self.cache.reserve(length)
             for layer, stored in zip(self.cache.kv, kv):
