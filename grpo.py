@@ -13,6 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -41,7 +42,8 @@ class Config:
     # PTST, Eq. 2
     stages: str = "64x16x60,128x8x40"  # (max_len, group_size, steps), e.g. 4Kx16x100,8Kx8x100
     questions: int = 16  # questions per step, over all ranks
-    minibatches: int = 1  # optimizer steps per rollout batch; with more than one, pi_old of Eq. 1 is computed first
+    minibatches: int = 1  # parts of a rollout batch, an optimizer step each
+    epochs: int = 1  # times that a rollout batch is gone through; with several steps a batch, pi_old of Eq. 1 is computed first
     # rollouts
     temperature: float = 1.0
     top_p: float = 1.0
@@ -65,8 +67,12 @@ class Config:
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     micro_tokens: int = 16384  # tokens of a packed micro-batch on one rank
-    freeze_vision: bool = False
+    freeze_vision: bool = False  # then each image is encoded once a step
+    # memory and speed, for real models
     activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of the blocks
+    offload: str = "none"  # to the CPU: none, reference, all (weights, gradients and optimizer too)
+    shard_size: int = 0  # ranks that share one copy of the weights, e.g. those of a node (HSDP); 0 = all ranks
     # the run
     save_every: int = 20  # steps; the last one is always saved
     keep: int = 2  # checkpoints
@@ -164,11 +170,20 @@ def question_order(n, seed):
         epoch += 1
 
 
-def make_batches(sequences, budget, processor, device):
-    """[(Prompt, ids)] -> (indices, Batch) of each packed micro-batch; an empty one still takes part"""
-    for indices in run.micro_batches([len(p.ids) + len(ids) for p, ids in sequences], budget):
-        chosen = [sequences[i] for i in indices] or [packing.blank(processor)]
-        yield torch.tensor(indices, dtype=torch.long, device=device), packing.pack(chosen, device)
+class Sample(NamedTuple):
+    """a rollout as the update needs it"""
+
+    ids: list[int]
+    logprobs: list[float]  # the engine's
+    advantage: float
+    weight: float  # of each of its tokens in the means of Eq. 1
+
+
+def make_batches(pairs, budget, width, processor, device):
+    """[(Prompt, Sample)] -> (samples, Batch) of each packed micro-batch; an empty one still takes part"""
+    for part in packing.micro_batches([len(p.ids) + len(s.ids) for p, s in pairs], budget, width):
+        chosen = [(p, s.ids) for p, s in pairs[part]] or [packing.blank(processor)]
+        yield [s for _, s in pairs[part]], packing.pack(chosen, device)
 
 
 def main(config):
@@ -192,8 +207,10 @@ def main(config):
         raise SystemExit(
             f"--questions {config.questions} must be a multiple of ranks x minibatches = {world} x {config.minibatches}"
         )
-    if config.loss_mean not in ("sequence", "token", "fixed"):
-        raise SystemExit(f"--loss_mean {config.loss_mean!r}: one of sequence, token, fixed")
+    several = config.minibatches * config.epochs > 1  # then pi moves on while pi_old stays
+    for name, values in dict(loss_mean=("sequence", "token", "fixed"), offload=("none", "reference", "all")).items():
+        if getattr(config, name) not in values:
+            raise SystemExit(f"--{name} {getattr(config, name)!r}: one of {', '.join(values)}")
 
     # the questions
     processor = model.Processor(config.model)
@@ -206,11 +223,28 @@ def main(config):
         raise SystemExit(f"{config.data}: no usable problem in it")
 
     # the policy, its frozen start as the reference, and a whole replica to sample from
-    policy, _ = model.load(config.model, device, freeze_vision=config.freeze_vision)
+    policy = model.load_sharded(
+        config.model,
+        device,
+        freeze_vision=config.freeze_vision,
+        offload=config.offload == "all",
+        shard_size=config.shard_size,
+        activation_checkpointing=config.activation_checkpointing,
+        compile=config.compile,
+    )
     reference = None
-    if config.kl_coef:
-        reference = model.shard(model.load(config.model, device, freeze_vision=True)[0].requires_grad_(False).eval())
-    model.shard(policy, config.activation_checkpointing)
+    if config.kl_coef:  # in bf16 on a GPU: its matmuls round to it anyway
+        low = torch.bfloat16 if device.type == "cuda" else torch.float32
+        reference = model.load_sharded(
+            config.model,
+            device,
+            low,
+            freeze_vision=True,
+            offload=config.offload != "none",
+            shard_size=config.shard_size,
+        )
+        reference.requires_grad_(False).eval()
+    width = policy.hf.config.get_text_config().hidden_size
     engine = TorchEngine(model.replica(policy), processor, policy.banned, config.max_rows)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
@@ -221,13 +255,22 @@ def main(config):
     say(f"recipe {config.recipe}: {len(records)} questions, {config.questions} a step; stages {config.stages}")
     say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
     if borrowed:
-        say(f"note: these are the toy's settings (lr {config.lr}, frozen vision tower): a real model wants another --recipe")
+        say(
+            f"note: these are the toy's settings (lr {config.lr}, frozen vision tower): a real model wants another --recipe"
+        )
     if note := ptst.budget_note(stages):
         say(note)
     order = question_order(len(records), config.seed)
     for _ in range(progress["cursor"] if progress else 0):
         next(order)
     judges, bar = ThreadPoolExecutor(4), None
+
+    def encode(numbers):
+        """{number of a question in its step: Prompt}, images included"""
+        prompts = {q: packing.encode(records[asked[q]], processor, config.system_prompt) for q in numbers}
+        if config.freeze_vision:
+            model.encode_once(policy, prompts.values(), device)
+        return prompts
 
     for step in range(start, total):  # counted from 0 here, from 1 in the log
         began = time.perf_counter()
@@ -249,61 +292,71 @@ def main(config):
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
 
         # 1. questions: every rank takes its share
-        numbers = [next(order) for _ in range(config.questions)]
+        asked = [next(order) for _ in range(config.questions)]
         mine = range(rank, config.questions, world)
-        prompts = [packing.encode(records[numbers[q]], processor, config.system_prompt) for q in mine]
+        prompts = encode(mine)
 
         # 2. rollouts: G answers to each, at most L tokens long (Eq. 2). each is judged while others still run
         t_rollout = time.perf_counter()
         engine.sync(policy)
         seeds = [(config.seed, step, q) for q in mine]
         verdicts = {}
-        done = lambda p, s, r: verdicts.update({(p, s): judges.submit(judge, prompts[p].record, r, processor, config.format_weight)})
-        groups = engine.generate(prompts, group_size, max_len, seeds, config.temperature, config.top_p, done)
-        rollouts = [r for group in groups for r in group]
+        done = lambda p, s, r: verdicts.update(
+            {(p, s): judges.submit(judge, records[asked[mine[p]]], r, processor, config.format_weight)}
+        )
+        answers = engine.generate(
+            [*prompts.values()], group_size, max_len, seeds, config.temperature, config.top_p, done
+        )
+        rollouts = [r for group in answers for r in group]
         t_rollout = time.perf_counter() - t_rollout
 
         # 3. rewards: format AND answer (Sec. 3.4)
         t_reward = time.perf_counter()
-        text, scores = zip(*(verdicts[p, s].result() for p in range(len(prompts)) for s in range(group_size)))
-        asked = [p.record for p in prompts for _ in range(group_size)]
+        text, scores = zip(*(verdicts[p, s].result() for p in range(len(mine)) for s in range(group_size)))
         rewards = torch.tensor([s.reward for s in scores]).view(-1, group_size)  # (questions of this rank, G)
         t_reward = time.perf_counter() - t_reward
 
         # 4. advantages within each group (Eq. 1)
-        advantages = group_advantages(rewards, config.std_norm).flatten().to(device)
+        advantages = group_advantages(rewards, config.std_norm).flatten()  # (sequences,)
         flat = (rewards == rewards[:, :1]).all(1)
         counted = ~flat if config.drop_zero_var else torch.ones_like(flat)
         counted = counted.repeat_interleave(group_size).float()  # (sequences,)
         lengths = torch.tensor([float(len(r.ids)) for r in rollouts])
 
-        # 5. log-probabilities of the reference, and of pi_old where pi will have moved on before they are used
+        # 5. balance: each optimizer step's groups change ranks, whole, until every rank has nearly the same work
+        parts = []
+        for first in range(0, len(mine), len(mine) // config.minibatches):
+            here = range(first, first + len(mine) // config.minibatches)
+            span = slice(here.start * group_size, here.stop * group_size)
+            weights = token_weights(lengths[span], counted[span], max_len, config.loss_mean)
+            samples = [Sample(r.ids, r.logprobs, a, w) for r, a, w in
+                       zip(rollouts[span], advantages[span].tolist(), weights.tolist())]  # fmt: skip
+            groups = {mine[i]: samples[(i - first) * group_size :][:group_size] for i in here}
+            costs = {q: sum(packing.work(len(prompts[q].ids) + len(s.ids), width) for s in groups[q]) for q in groups}
+            parts.append(packing.exchange(groups, costs))
+            prompts |= encode(q for q in parts[-1] if q not in prompts)
+
+        # 6. log-probabilities of the reference, and of pi_old where pi will have moved on before they are used
         t_logprob = time.perf_counter()
-        parts, part = [], len(mine) // config.minibatches * group_size
-        for first in range(0, len(rollouts), part):
-            span = slice(first, first + part)
-            sequences = [
-                (p, r.ids) for p, r in zip([p for p in prompts for _ in range(group_size)][span], rollouts[span])
-            ]
-            weights = token_weights(lengths[span], counted[span], max_len, config.loss_mean).to(device)
+        updates = []
+        for groups in parts:
+            pairs = [(prompts[q], s) for q in sorted(groups) for s in groups[q]]
             batches = []
-            for indices, batch in make_batches(sequences, config.micro_tokens, processor, device):
+            for samples, batch in make_batches(pairs, config.micro_tokens, width, processor, device):
                 with torch.no_grad():
                     ref = reference(batch, config.temperature)[0] if reference else None
-                    old = policy(batch, config.temperature)[0] if config.minibatches > 1 else None
-                index = (indices + first)[batch.rows]  # (N,) the rollout of each token
-                sampled = torch.tensor(
-                    [x for i in indices.tolist() for x in rollouts[first + i].logprobs], device=device
-                )
-                batches.append((batch, ref, old, advantages[index], weights[indices][batch.rows], sampled))
-            parts.append(batches)
+                    old = policy(batch, config.temperature)[0] if several else None
+                of_each = lambda values: torch.tensor(values, device=device)[batch.rows]  # (samples,) -> (N,)
+                batches.append((batch, ref, old, of_each([s.advantage for s in samples]), of_each([s.weight for s in samples]),
+                                torch.tensor([x for s in samples for x in s.logprobs], device=device)))  # fmt: skip
+            updates.append(batches)
         t_logprob = time.perf_counter() - t_logprob
 
-        # 6. update: the clipped loss with the k3 penalty (Eq. 1)
+        # 7. update: the clipped loss with the k3 penalty (Eq. 1)
         t_update = time.perf_counter()
         sums = dict(tokens=0, entropy=0, kl=0, clip=0, gap=0)
         gap_max, grad_norm = 0.0, 0.0
-        for batches in parts:
+        for batches in updates * config.epochs:
             for batch, ref, old, advantage, weight, sampled in batches:
                 logprobs, entropy = policy(batch, config.temperature)
                 now = logprobs.detach()
@@ -316,12 +369,12 @@ def main(config):
                 sums["clip"] += clipped.sum().item()
                 sums["gap"] += gap.sum().item()
                 gap_max = max(gap_max, gap.max().item() if len(gap) else 0)
-            grad_norm += model.full(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)).item() / len(parts)
+            grad_norm += model.full(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)).item()
             optimizer.step()
             optimizer.zero_grad()
         t_update = time.perf_counter() - t_update
 
-        # 7. what happened, summed over ranks
+        # 8. what happened, summed over ranks
         right = torch.tensor([float(s.correct and s.format_ok) for s in scores])
         cut = torch.tensor([float(r.finish == "length") for r in rollouts])
         sums |= dict(
@@ -338,13 +391,16 @@ def main(config):
             len_correct=s["length_right"] / s["right"] if s["right"] else nan,
             len_wrong=(s["length"] - s["length_right"]) / (n - s["right"]) if s["right"] < n else nan,
             truncated=s["cut"] / n, entropy=s["entropy"] / s["tokens"], kl=s["kl"] / s["tokens"],
-            clip_frac=s["clip"] / s["tokens"], grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"],
-            tokens=int(s["tokens"]), zero_var_groups=int(s["flat"]), reward_faults=int(s["faults"]),
+            clip_frac=s["clip"] / s["tokens"], grad_norm=grad_norm / (config.minibatches * config.epochs), lr=optimizer.param_groups[0]["lr"],
+            tokens=int(s["length"]), zero_var_groups=int(s["flat"]), reward_faults=int(s["faults"]),
             logprob_gap=s["gap"] / s["tokens"], logprob_gap_max=run.all_max(gap_max),
             t_rollout=t_rollout, t_reward=t_reward, t_logprob=t_logprob, t_update=t_update, t_total=t_total,
             mem_peak=run.peak_memory(),
         ))  # fmt: skip
-        shown = list(zip(asked, text, scores, advantages.tolist(), rollouts))[: config.sample_questions * group_size]
+        records_of = [records[asked[q]] for q in mine for _ in range(group_size)]
+        shown = list(zip(records_of, text, scores, advantages.tolist(), rollouts))[
+            : config.sample_questions * group_size
+        ]
         log.write_samples([
             dict(step=step + 1, id=a.id, problem=a.problem, answer=a.answer, choices=a.choices, completion=t,
                  reward=x.reward, why=x.why, advantage=round(v, 4), length=len(r.ids), finish=r.finish)

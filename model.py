@@ -8,17 +8,23 @@ result back in the Hugging Face layout. No forward here pads: sequences lie one 
 """
 
 import copy
+from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
+from huggingface_hub import snapshot_download
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AttentionInterface, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import rename_source_key
 
 # -----------------------------------------------------------------------------------------------------------------
 # attention over packed rows
@@ -37,7 +43,9 @@ def packed_attention(module, q, k, v, attention_mask, scaling=None, packing=None
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=decode_mask, scale=scaling)
         return out.reshape(q.shape[0], 1, -1, q.shape[-1]), None
     if q.is_cuda and q.dtype != torch.float32:
-        from torch.nn.attention.varlen import varlen_attn  # flash attention that ships with torch
+        from torch.nn.attention.varlen import (
+            varlen_attn,  # flash attention that ships with torch
+        )
 
         flat = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]  # (T, h, d)
         cu, longest = packing.cu_seqlens, packing.longest
@@ -54,8 +62,20 @@ def packed_attention(module, q, k, v, attention_mask, scaling=None, packing=None
     return torch.cat(outs)[packing.order][None], None  # (1, T, h, d)
 
 
-# registered without a mask function, so that transformers builds no (T, T) mask
-AttentionInterface.register("packed", packed_attention)
+def vision_attention(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+    """the vision tower's on a GPU, q, k, v (1, h, T, d): every patch sees its own image (or window) in both directions"""
+    from torch.nn.attention.varlen import varlen_attn
+
+    flat = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]  # (T, h, d)
+    cu, longest = cu_seq_lens_q.to(torch.int32), int(max_length_q)
+    return varlen_attn(*flat, cu, cu, longest, longest, scale=scaling)[None], None
+
+
+# registered without a mask function, so that transformers builds no (T, T) mask. compiled blocks leave attention as it is:
+# it is one kernel already, and the lengths of a packed row would make it compile again and again
+AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
+# "flash" in the name: transformers then gives the whole row, else it would call once per image
+AttentionInterface.register("packed_flash", torch.compiler.disable(vision_attention))
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -127,40 +147,62 @@ def token_logprobs(hidden, weight, labels, temperature=1.0, banned=None, chunk=2
 # the policy
 
 
-def hidden_states(hf, batch, cache=None, images=None):
-    """one forward over a packed batch (see packing.Batch) -> (T, H) float; `images` = what `encode_images` gave before"""
-    images = images or encode_images(hf, batch)
+def hidden_states(hf, batch, cache=None):
+    """one forward over a packed batch (see packing.Batch) -> (T, H) float"""
+    images = encode_images(hf, batch)
     out = hf.model(
         input_ids=batch.ids[None],
         position_ids=batch.position_ids[:, None],  # (3, 1, T): M-RoPE's time, height, width
-        mm_encoder_outputs={"image": images} if len(batch.image_index) else None,
+        mm_encoder_outputs={"image": images} if batch.image_index else None,
         past_key_values=cache,
         use_cache=cache is not None,
         packing=batch.packing,
     )
     hidden = out.last_hidden_state[0]
-    if images is not None and not len(batch.image_index):
-        # every rank must run the vision tower in every forward, or FSDP's collectives wait for it for ever
+    if images is not None and not batch.image_index:
+        # every rank must run a sharded vision tower in every forward, or FSDP's collectives wait for it for ever
         hidden = hidden + 0.0 * images.pooler_output[0].sum().to(hidden.dtype)
     return hidden
 
 
 def encode_images(hf, batch):
-    """the vision tower, once per distinct image; repeated for each place where the image stands in the packed row"""
-    with torch.set_grad_enabled(torch.is_grad_enabled() and any(p.requires_grad for p in hf.model.visual.parameters())):
-        pixels, grid = batch.pixel_values, batch.image_grid
-        if pixels is None:  # a text-only batch: the smallest image there is, see hidden_states
-            vision = hf.config.vision_config
-            merge = vision.spatial_merge_size
-            grid = torch.tensor([[1, merge, merge]], device=batch.ids.device)
-            size = 3 * vision.temporal_patch_size * vision.patch_size**2
-            pixels = torch.zeros(merge * merge, size, device=batch.ids.device)
-        out = hf.model.get_image_features(pixels, grid, return_dict=True)
-    if pixels is not None and len(batch.image_index):
-        out.pooler_output = [out.pooler_output[i] for i in batch.image_index]
-        if getattr(out, "deepstack_features", None):  # Qwen3-VL feeds vision features into its first layers too
-            out.deepstack_features = [[level[i] for i in batch.image_index] for level in out.deepstack_features]
-    return out
+    """the vision tower, once per distinct image; repeated for each place where the image stands in the packed row.
+
+    what transformers' models take as `mm_encoder_outputs`; None when there is nothing to look at and nobody to wait for.
+    """
+    features, trained = batch.features, is_trained(hf.model.visual)
+    if features is None:
+        if batch.pixel_values is None and not trained:
+            return None
+        pixels, grid = (
+            (batch.pixel_values, batch.image_grid) if batch.image_index else smallest_image(hf, batch.ids.device)
+        )
+        with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
+            features = image_features(hf, pixels, grid)
+    places = batch.image_index or [0]
+    image, *levels = zip(*(features[i] for i in places))
+    return SimpleNamespace(pooler_output=list(image), deepstack_features=[list(level) for level in levels])
+
+
+def image_features(hf, pixels, grid):
+    """-> per image a tuple: its (tokens, H) embedding, and Qwen3-VL's further levels for the first layers of the text model"""
+    out = hf.model.get_image_features(pixels, grid, return_dict=True)
+    return list(zip(out.pooler_output, *(getattr(out, "deepstack_features", None) or [])))
+
+
+def smallest_image(hf, device):
+    vision = hf.config.vision_config
+    merge = vision.spatial_merge_size
+    size = 3 * vision.temporal_patch_size * vision.patch_size**2
+    return torch.zeros(merge * merge, size, device=device), torch.tensor([[1, merge, merge]], device=device)
+
+
+@torch.no_grad()
+def encode_once(policy, prompts, device):
+    """a frozen vision tower sees each image once a step: its output stays with the Prompt for every later pass"""
+    for prompt in prompts:
+        if prompt.pixel_values is not None and prompt.features is None:
+            prompt.features = image_features(policy.hf, prompt.pixel_values.to(device), prompt.image_grid.to(device))
 
 
 class Policy(nn.Module):
@@ -202,48 +244,111 @@ class Processor:
 
 
 def load(path, device="cpu", dtype=torch.float32, freeze_vision=False):
-    """a Hugging Face directory or hub name -> (Policy, Processor); float32 master weights unless told otherwise"""
+    """a Hugging Face directory or hub name -> (Policy, Processor), whole on this device: to sample from, and for tests"""
     hf = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype)
-    return wrap(hf, path, device, freeze_vision)
+    policy, processor = wrap(hf, path, device, freeze_vision)
+    return policy.to(device), processor
 
 
-def wrap(hf, path, device="cpu", freeze_vision=False):
-    """an HF model that is in memory + the folder of its tokenizer -> (Policy, Processor)"""
+def wrap(hf, path, device, freeze_vision=False):
+    """an HF model (its weights may still be missing) + the folder of its tokenizer -> (Policy, Processor)"""
     if not hasattr(hf.model, "visual") or not hasattr(hf.model, "language_model"):
         raise ValueError(f"{path}: {type(hf).__name__} has no vision tower that this code can place (Qwen-VL family)")
     processor = Processor(path)
     hf.model.language_model.config._attn_implementation = "packed"
+    if torch.device(device).type == "cuda":
+        hf.model.visual.config._attn_implementation = "packed_flash"
     hf.model.visual.requires_grad_(not freeze_vision)
     vocab_size = hf.get_output_embeddings().weight.shape[0]
-    return Policy(hf, processor.banned_ids(vocab_size)).to(device), processor
+    return Policy(hf, processor.banned_ids(vocab_size)), processor
+
+
+def load_sharded(path, device, dtype=torch.float32, freeze_vision=False, offload=False, **knobs):
+    """as `load`, but spread over the ranks by `shard` before a weight is read -> Policy.
+
+    the model is made without memory (meta device); then every rank reads the slices of the safetensors that it keeps.
+    `offload`: weights, gradients and with them the optimizer's state live in the CPU's memory, and visit the GPU block by block.
+    """
+    folder = path
+    if not Path(path).is_dir():
+        folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+    with torch.device("meta"):
+        hf = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+    policy, processor = wrap(hf, folder, device, freeze_vision)
+    shard(policy, device, offload=offload, **knobs)
+    policy.to_empty(device="cpu" if offload else device)
+    if freeze_vision:
+        hf.model.visual.to_empty(device=device)
+    for module in hf.modules():  # what no checkpoint holds: the frequencies of the rotary embeddings
+        if module._buffers:
+            module.to(device)
+            hf._init_weights(module)
+    policy.banned = processor.banned_ids(hf.get_output_embeddings().weight.shape[0]).to(device)
+    read_weights(policy, folder)
+    return policy
+
+
+@torch.no_grad()
+def read_weights(policy, folder):
+    """the values of a Hugging Face folder into the weights of a sharded policy (a collective)"""
+    reader = HuggingFaceStorageReader(folder)
+    names = {clean_name(n): p for n, p in policy.hf.named_parameters()}
+    rules = get_model_conversion_mapping(policy.hf)  # checkpoints of Qwen2.5-VL carry older names than its modules
+    wanted = {}
+    for key in reader.read_metadata().state_dict_metadata:
+        name, _ = rename_source_key(key, rules, [], policy.hf.base_model_prefix, names)
+        if name in names:
+            wanted[key] = names.pop(name).data
+    if names:
+        raise ValueError(
+            f"{folder}: {len(names)} weights are not in its *.safetensors, e.g. {', '.join(list(names)[:3])}"
+        )
+    dcp.load(wanted, storage_reader=reader)
 
 
 def blocks(policy):
-    """the repeated layers of text and vision: the units of sharding and of activation checkpointing"""
-    return [*policy.hf.model.language_model.layers, *policy.hf.model.visual.blocks]
+    """the repeated layers: the units of sharding, activation checkpointing and compilation; a frozen vision tower has none"""
+    visual = policy.hf.model.visual
+    return [*policy.hf.model.language_model.layers, *(visual.blocks if is_trained(visual) else [])]
 
 
-def shard(policy, activation_checkpointing=False):
-    """FSDP2 over all ranks: every block its own unit, the rest (embeddings, head, merger) with the root.
+def is_trained(module):
+    return any(p.requires_grad for p in module.parameters())
 
+
+def shard(policy, device, activation_checkpointing=False, shard_size=0, offload=False, compile=False):
+    """FSDP2: every block its own unit, the rest (embeddings, head, merger) with the root.
+
+    `shard_size` ranks share one copy of the weights (HSDP: one node's, say), 0 = all of them. a frozen vision tower stays whole
+    on each rank (0.7B weights at most): then its features can be had without the other ranks.
     on a GPU the matmuls run in bf16 over float32 master weights and gradients are reduced in float32; on the CPU
     everything is float32. gradients come out as the mean over ranks (FSDP2's default): scale a summed loss by the
     number of ranks.
     """
-    device = next(policy.parameters()).device.type
+    device, world = torch.device(device).type, dist.get_world_size()
     if activation_checkpointing:
         units = set(blocks(policy))
         apply_activation_checkpointing(policy, check_fn=lambda m: m in units)
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
-    precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device == "cuda" else MixedPrecisionPolicy()
+    mesh = init_device_mesh(device, (world,))
+    if shard_size and shard_size < world:
+        mesh = init_device_mesh(device, (world // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+    visual = policy.hf.model.visual
+    options = dict(
+        mesh=mesh,
+        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device == "cuda" else MixedPrecisionPolicy(),
+        ignored_params=set() if is_trained(visual) else set(visual.parameters()),
+        offload_policy=CPUOffloadPolicy() if offload and device == "cuda" else OffloadPolicy(),
+    )
     for block in blocks(policy):
-        fully_shard(block, mesh=mesh, mp_policy=precision)
-    return fully_shard(policy, mesh=mesh, mp_policy=precision)
+        if compile:
+            block.compile(dynamic=True)
+        fully_shard(block, **options)
+    return fully_shard(policy, **options)
 
 
 def full(tensor):
     """a sharded tensor as a whole one (a collective: every rank must call it)"""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def clean_name(name):
@@ -267,12 +372,15 @@ def copy_weights(policy, replica):
         target[clean_name(name)].copy_(full(p))
 
 
+@torch.no_grad()
 def export(policy, processor, path):
-    """write the whole model in the Hugging Face layout, bf16 on a GPU run, float32 on the CPU (rank 0 writes)"""
-    state = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    """write the whole model in the Hugging Face layout, bf16 on a GPU run, float32 on the CPU; gathered weight by weight"""
+    state = {}
+    for name, p in policy.hf.named_parameters():
+        whole = full(p)
+        if dist.get_rank() == 0:
+            state[clean_name(name)] = (whole.bfloat16() if whole.is_cuda else whole.clone()).cpu()
     if dist.get_rank() == 0:
-        on_gpu = next(policy.parameters()).is_cuda
-        state = {clean_name(k).removeprefix("hf."): v.bfloat16() if on_gpu else v for k, v in state.items()}
         policy.hf.save_pretrained(path, state_dict=state)
         processor.save(path)
     dist.barrier()

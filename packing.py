@@ -10,9 +10,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from PIL import ImageOps
 from tqdm import tqdm
 
+import run
 from data import MARK, BadRow, Record, load_image, opened
 
 
@@ -24,6 +26,7 @@ class Prompt:
     position_ids: torch.Tensor          # (3, P) M-RoPE: time, height, width
     pixel_values: torch.Tensor | None   # (patches, patch_dim) of all its images
     image_grid: torch.Tensor            # (n_images, 3) in patches
+    features: list | None = None        # per image what a frozen vision tower made of it (model.encode_once)
 
     @property
     def next_position(self):
@@ -64,7 +67,7 @@ def prompt_length(record, processor, system_prompt=""):
 def usable(records, processor, max_prompt_len, problems, system_prompt=""):
     """The records whose prompt fits; the others are reported and left out, never cut."""
     kept = []
-    for record in tqdm(records, "prompt lengths", leave=False, disable=len(records) < 5000):
+    for record in tqdm(records, "prompt lengths", leave=False, disable=True if len(records) < 5000 else None):
         try:
             length = prompt_length(record, processor, system_prompt)
             if length > max_prompt_len:
@@ -140,8 +143,9 @@ class Batch(NamedTuple):
     position_ids: torch.Tensor          # (3, T)
     packing: Packing                    # where the sequences begin and end
     pixel_values: torch.Tensor | None   # (patches of the I images, patch_dim)
-    image_grid: torch.Tensor            # (I, 3)
+    image_grid: torch.Tensor | None     # (I, 3)
     image_index: list[int]              # the image at each place in the row where one stands
+    features: list | None               # of the I images, if they were encoded before: then there are no pixels
     label_index: torch.Tensor           # (N,) positions whose next token is a response token
     labels: torch.Tensor                # (N,) that token
     rows: torch.Tensor                  # (N,) which of the B sequences it belongs to
@@ -150,7 +154,7 @@ class Batch(NamedTuple):
 def pack(sequences, device="cpu"):
     """[(Prompt, response ids)] -> Batch. A Prompt that comes several times brings its images once."""
     ids, positions, index, labels, rows, image_index, first = [], [], [], [], [], [], {}
-    pixels, grids, start, n_images = [], [], 0, 0
+    pixels, grids, features, start, n_images = [], [], [], 0, 0
     for row, (prompt, response) in enumerate(sequences):
         p, r = len(prompt.ids), len(response)
         ids += prompt.ids + response
@@ -162,14 +166,88 @@ def pack(sequences, device="cpu"):
         start += p + r
         if prompt not in first:
             first[prompt] = n_images
-            if prompt.pixel_values is not None:
+            n_images += len(prompt.image_grid)
+            if prompt.features is not None:
+                features += prompt.features
+            elif prompt.pixel_values is not None:
                 pixels.append(prompt.pixel_values)
                 grids.append(prompt.image_grid)
-                n_images += len(prompt.image_grid)
         image_index += range(first[prompt], first[prompt] + len(prompt.image_grid))
+    assert not (features and pixels), "some images of this batch are encoded, others not: encode_once takes all of a step"
     packing = Packing([len(p.ids) + len(r) for p, r in sequences], device)
     tensors = (torch.tensor(ids), torch.cat(positions, 1), torch.cat(pixels) if pixels else None,
                torch.cat(grids) if grids else None, torch.cat(index), torch.tensor(labels, dtype=torch.long),
                torch.tensor(rows, dtype=torch.long))
     ids, positions, pixels, grids, index, labels, rows = (x if x is None else x.to(device) for x in tensors)
-    return Batch(ids, positions, packing, pixels, grids, image_index, index, labels, rows)
+    return Batch(ids, positions, packing, pixels, grids, image_index, features or None, index, labels, rows)
+
+
+# -----------------------------------------------------------------------------------------------------------------
+# who computes what
+
+
+def work(tokens, width):
+    """what a sequence costs, in tokens: a layer's matrix products take 24 width^2 FLOPs a token, its causal attention 4 width
+    for each token before it, 2 width tokens on average; so that attention doubles the price at 12 width tokens"""
+    return tokens * (1 + tokens / (12 * width))
+
+
+def rebalance(costs, owners, ranks):
+    """costs of groups and the ranks where they are -> the ranks where they should be; few move, and no two runs differ"""
+    owners, load = list(owners), [0.0] * ranks
+    for cost, owner in zip(costs, owners):
+        load[owner] += cost
+    while True:
+        high, low = load.index(max(load)), load.index(min(load))
+        gap = load[high] - load[low]
+        there = [i for i, owner in enumerate(owners) if owner == high]
+        best = min(there, key=lambda i: abs(gap - 2 * costs[i]), default=None)  # what brings the two closest together
+        if best is None or abs(gap - 2 * costs[best]) > 0.9 * gap or gap < 0.02 * max(load):
+            return owners
+        owners[best] = low
+        load[high] -= costs[best]
+        load[low] += costs[best]
+
+
+def exchange(groups, costs):
+    """{number: a group's samples} of this rank, {number: cost} -> the same, after groups changed ranks (a collective).
+
+    only what moves is sent; a group stays together, so that its image is encoded where its rollouts are.
+    """
+    if dist.get_world_size() == 1:
+        return groups
+    rank, everywhere = dist.get_rank(), [None] * dist.get_world_size()
+    dist.all_gather_object(everywhere, costs)
+    known = [(number, cost, owner) for owner, part in enumerate(everywhere) for number, cost in part.items()]
+    numbers, costs, owners = zip(*sorted(known))
+    goal = dict(zip(numbers, rebalance(costs, owners, len(everywhere))))
+    dist.all_gather_object(everywhere, {n: g for n, g in groups.items() if goal[n] != rank})
+    arriving = {n: g for part in everywhere for n, g in part.items()}
+    return {n: g for n, g in (groups | arriving).items() if goal[n] == rank}
+
+
+def cut(lengths, costs, budget, limit):
+    """slices of consecutive sequences of at most `budget` tokens and `limit` cost (a longer sequence gets one alone)"""
+    out, first, tokens, cost = [], 0, 0, 0
+    for i, (n, c) in enumerate(zip(lengths, costs)):
+        if i > first and (tokens + n > budget or cost + c > limit):
+            out.append(slice(first, i))
+            first, tokens, cost = i, 0, 0
+        tokens, cost = tokens + n, cost + c
+    return out + [slice(first, len(lengths))]
+
+
+def micro_batches(lengths, budget, width):
+    """slices of this rank's sequences: as few as the token budget allows, of nearly equal work; one may be empty.
+
+    consecutive, so that the rollouts of one image stay together. every rank gets the same number (a collective): FSDP's
+    collectives in forward and backward must meet.
+    """
+    costs = [work(n, width) for n in lengths]
+    count = int(run.all_max(len(cut(lengths, costs, budget, float("inf")))))
+    low, high = max(costs, default=0), sum(costs)
+    for _ in range(30):  # the smallest limit that needs no more than `count` slices
+        middle = (low + high) / 2
+        low, high = (low, middle) if len(cut(lengths, costs, budget, middle)) <= count else (middle, high)
+    out = cut(lengths, costs, budget, high)
+    return out + [slice(0, 0)] * (count - len(out))

@@ -7,7 +7,6 @@ A stage's configuration is a dataclass; a recipe is a dict of its fields; the co
 import dataclasses
 import difflib
 import fcntl
-import heapq
 import importlib
 import json
 import os
@@ -118,34 +117,6 @@ def all_max(value):
     total = torch.tensor(float(value), dtype=torch.float64, device=device)
     dist.all_reduce(total, op=dist.ReduceOp.MAX)
     return total.item()
-
-
-def partition(costs, bins):
-    """indices in `bins` lists of nearly the same total cost: the dearest first, each to the lightest list"""
-    heap, out = [(0, b) for b in range(bins)], [[] for _ in range(bins)]
-    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
-        total, b = heapq.heappop(heap)
-        out[b].append(i)
-        heapq.heappush(heap, (total + costs[i], b))
-    return out
-
-
-def fewest_bins(lengths, budget):
-    """how many lists keep each under `budget` tokens (a longer sequence gets a list alone)"""
-    bins = max(1, -(-sum(lengths) // budget))
-    while bins < len(lengths) and any(
-        len(b) > 1 and sum(lengths[i] for i in b) > budget for b in partition(lengths, bins)
-    ):
-        bins += 1
-    return bins
-
-
-def micro_batches(lengths, budget):
-    """indices of this rank's sequences in balanced lists of at most `budget` tokens; a list may be empty.
-
-    the same number of lists on every rank (a collective): FSDP's collectives in forward and backward must meet.
-    """
-    return partition(lengths, int(all_max(fewest_bins(lengths, budget))))
 
 
 # -----------------------------------------------------------------------------------------------------------------

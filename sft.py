@@ -49,7 +49,11 @@ class Config:
     max_grad_norm: float = 1.0
     micro_tokens: int = 16384  # tokens of a packed micro-batch on one rank
     freeze_vision: bool = False
+    # memory and speed, for real models
     activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of the blocks
+    offload: bool = False  # weights, gradients and optimizer live in the CPU's memory
+    shard_size: int = 0  # ranks that share one copy of the weights, e.g. those of a node (HSDP); 0 = all ranks
     # the run
     save_every: int = 500  # steps; the last one is always saved
     keep: int = 1  # checkpoints
@@ -114,6 +118,15 @@ def encode(records, processor, config, problems):
     return sequences
 
 
+def cost(record, processor, config, width):
+    """the work of a sequence, known without decoding its images; nothing for one that encode() will leave out"""
+    try:
+        prompt = packing.prompt_length(record, processor, config.system_prompt)
+        return packing.work(prompt + len(response_ids(record, processor, config.drop_chains)), width)
+    except (data.BadRow, ValueError):
+        return 0
+
+
 def main(config):
     device = run.start_ranks()
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -139,8 +152,17 @@ def main(config):
             f"{config.data}: no record with a response in it; sft.py needs chains (cold_start.py makes them)"
         )
 
-    policy, processor = model.load(config.model, device, freeze_vision=config.freeze_vision)
-    model.shard(policy, config.activation_checkpointing)
+    processor = model.Processor(config.model)
+    policy = model.load_sharded(
+        config.model,
+        device,
+        freeze_vision=config.freeze_vision,
+        offload=config.offload,
+        shard_size=config.shard_size,
+        activation_checkpointing=config.activation_checkpointing,
+        compile=config.compile,
+    )
+    width = policy.hf.config.get_text_config().hidden_size
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
 
@@ -153,12 +175,15 @@ def main(config):
     say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
 
     def prepare(step):
-        """this rank's share of a step's sequences; every epoch has an order of its own that follows from the seed"""
+        """this rank's share of a step's sequences, about as much work as the others'; every epoch has an order of its own that follows from the seed"""
         epoch, place = divmod(step, per_epoch)
         order = torch.randperm(len(records), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
-        chosen = order[place * config.batch_size :][: config.batch_size][rank::world].tolist()
+        chosen = [records[i] for i in order[place * config.batch_size :][: config.batch_size].tolist()]
+        owners = [i % world for i in range(len(chosen))]
+        if world > 1:
+            owners = packing.rebalance([cost(r, processor, config, width) for r in chosen], owners, world)
         bad = data.Problems(config.strict)
-        return encode([records[i] for i in chosen], processor, config, bad), bad
+        return encode([r for r, owner in zip(chosen, owners) if owner == rank], processor, config, bad), bad
 
     ahead = ThreadPoolExecutor(1)  # images of the next step are read while this one computes
     upcoming = ahead.submit(prepare, start) if start < total else None
@@ -176,8 +201,9 @@ def main(config):
 
         tokens = run.all_sum({"n": sum(len(ids) for _, ids in sequences)})["n"]
         loss_sum = 0.0
-        for indices in run.micro_batches([len(p.ids) + len(ids) for p, ids in sequences], config.micro_tokens):
-            batch = packing.pack([sequences[i] for i in indices] or [packing.blank(processor)], device)
+        lengths = [len(p.ids) + len(ids) for p, ids in sequences]
+        for part in packing.micro_batches(lengths, config.micro_tokens, width):
+            batch = packing.pack(sequences[part] or [packing.blank(processor)], device)
             logprobs, _ = policy(batch)
             loss = -logprobs.sum() / max(tokens, 1)  # mean over the response tokens of all ranks
             (loss * world).backward()  # FSDP takes the mean over ranks

@@ -1,6 +1,7 @@
 """model.py and the packing half of data.py, held against transformers and against plain float64."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -194,13 +195,80 @@ def test_other_qwen_families_load_and_agree_with_transformers(family, tiny, tmp_
     assert (logprobs - torch.cat(want)).abs().max() < 3e-5
 
 
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
+@pytest.mark.parametrize("freeze_vision", [False, True])
+def test_sharded_loading_is_transformers_loading(family, freeze_vision, tiny, tmp_path, pictures):
+    """from meta tensors and slices of safetensors: weights, buffers and log-probabilities are from_pretrained's, bit by bit"""
+    single_rank()
+    path = tiny if family == "qwen2_5_vl" else toy.random_relative(tmp_path / family, family)
+    hf = AutoModelForImageTextToText.from_pretrained(path)
+    policy = model.load_sharded(path, "cpu", freeze_vision=freeze_vision)
+    mine = dict(policy.hf.named_parameters())
+    assert mine.keys() == {n for n, _ in hf.named_parameters()}
+    assert all(torch.equal(p, model.full(mine[n])) for n, p in hf.named_parameters())
+    buffers = dict(policy.hf.named_buffers())
+    assert buffers.keys() == {n for n, _ in hf.named_buffers()}
+    assert all(torch.equal(b, buffers[n]) for n, b in hf.named_buffers())
+    whole, processor = model.load(path)
+    batch = packing.pack(sequences(pictures, processor))
+    with torch.no_grad():
+        assert torch.equal(policy(batch)[0], whole(batch)[0])
+
+
+def test_a_folder_without_all_weights_is_refused(tiny, tmp_path):
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    single_rank()
+    shutil.copytree(tiny, tmp_path / "m")
+    state = load_file(tmp_path / "m" / "model.safetensors")
+    lost = [k for k in state if "layers.1" in k]
+    save_file({k: v for k, v in state.items() if k not in lost}, tmp_path / "m" / "model.safetensors")
+    with pytest.raises(ValueError, match=f"{len(lost)} weights are not in its"):
+        model.load_sharded(tmp_path / "m", "cpu")
+
+
+@pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
+def test_a_frozen_vision_tower_sees_an_image_once_and_nothing_changes(family, tiny, tmp_path, pictures):
+    path = tiny if family == "qwen2_5_vl" else toy.random_relative(tmp_path / family, family)
+    policy, processor = model.load(path, freeze_vision=True)
+    seqs = sequences(pictures, processor)
+    with torch.no_grad():
+        want, _ = policy(packing.pack(seqs))
+    calls = []
+    policy.hf.model.visual.register_forward_hook(lambda *_: calls.append(1))
+    model.encode_once(policy, [p for p, _ in seqs], "cpu")
+    model.encode_once(policy, [p for p, _ in seqs], "cpu")
+    assert len(calls) == sum(bool(p.record.images) for p, _ in seqs)
+    with torch.no_grad():
+        for part in (seqs, seqs[::-1], seqs[:1] * 3, [s for s in seqs if not s[0].record.images]):
+            got, _ = policy(packing.pack(part))
+            assert len(got) == sum(len(ids) for _, ids in part)
+        assert (policy(packing.pack(seqs))[0] - want).abs().max() < 1e-5
+    assert len(calls) == sum(bool(p.record.images) for p, _ in seqs)
+
+
+def test_compiled_blocks_change_no_gradient(tiny, pictures, monkeypatch):
+    """traced and cut around attention; the code generator is left out, it takes a minute and is PyTorch's to test"""
+    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    single_rank()
+    grads = []
+    for compiled in (False, True):
+        policy = model.load_sharded(tiny, "cpu", freeze_vision=True, compile=compiled)
+        policy(packing.pack(sequences(pictures, model.Processor(tiny))))[0].sum().backward()
+        grads.append({n: model.full(p.grad) for n, p in policy.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys()
+    assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-4, rtol=1e-4) for n in grads[0])
+
+
 def test_export_reads_back_the_same(tiny, tmp_path, pictures):
     single_rank()
     policy, processor = model.load(tiny)
     batch = packing.pack(sequences(pictures, processor))
     with torch.no_grad():
         before = policy(batch)[0]
-    model.shard(policy)
+    model.shard(policy, "cpu")
     model.export(policy, processor, tmp_path / "out")
     again, _ = model.load(tmp_path / "out")
     with torch.no_grad():
@@ -213,7 +281,7 @@ def test_activation_checkpointing_changes_no_gradient_and_no_name(tiny, tmp_path
     for checkpointing in (False, True):
         policy, processor = model.load(tiny)
         batch = packing.pack(sequences(pictures, processor))
-        model.shard(policy, activation_checkpointing=checkpointing)
+        model.shard(policy, "cpu", activation_checkpointing=checkpointing)
         policy(batch)[0].sum().backward()
         grads.append({model.clean_name(n): model.full(p.grad) for n, p in policy.named_parameters()})
     assert grads[0].keys() == grads[1].keys()

@@ -2,10 +2,8 @@
 
 import dataclasses
 import json
-import random
 
 import pytest
-from conftest import single_rank
 
 import cold_start
 import eval as evaluation
@@ -101,17 +99,3 @@ def test_no_flag_is_dead_or_hidden_by_torchrun():
                 stage.__name__,
                 f.name,
             )
-
-
-def test_micro_batches_keep_the_budget_and_lose_nothing():
-    single_rank()
-    rng = random.Random(0)
-    for _ in range(200):
-        lengths = [rng.randint(1, 100) for _ in range(rng.randint(0, 40))]
-        budget = rng.randint(50, 400)
-        lists = run.micro_batches(lengths, budget)
-        assert sorted(i for b in lists for i in b) == list(range(len(lengths))) and len(lists) >= 1
-        assert all(len(b) <= 1 or sum(lengths[i] for i in b) <= budget for b in lists)
-        if len(lengths) > 4 * len(lists):  # balanced: no list is dearer than another by more than a long sequence
-            sums = [sum(lengths[i] for i in b) for b in lists]
-            assert max(sums) - min(sums) <= max(lengths)
