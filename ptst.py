@@ -6,6 +6,7 @@ suppresses overthinking, and is then allowed to think longer; L_s x G_s stays at
   stages = parse("4Kx16x100,8Kx8x100")                 the same as text, K = 1024 tokens
   python ptst.py [NAME or STAGES ...] [--questions N]  schedules with their token budgets
   python ptst.py plot RUN... [--out FILE.png]          length, accuracy and reward over the steps, stages shaded
+  python ptst.py cost --recipe vision-r1-7b --gpus 8   tokens, FLOPs and GPU hours of a recipe, before it is run
 """
 import argparse
 import difflib
@@ -251,7 +252,41 @@ def _shade(ax, spans: list[tuple]):
             ax.annotate(f"{tokens(length)} × {group}", ((first + last) / 2, 1), (0, 4), ("data", "axes fraction"),
                         textcoords="offset points", ha="center", fontsize=9, color=GREY)
 
+def cost(argv: list[str]):
+    """The cost subcommand: the stages of a recipe of grpo.py, priced by budget.py. Both are imported here: they need torch."""
+    import dataclasses
+
+    import budget
+    import grpo
+
+    parser = argparse.ArgumentParser(prog="ptst.py cost", description=budget.cost.__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--recipe", default="vision-r1-7b", choices=list(grpo.RECIPES), metavar="NAME", help="of grpo.py (default vision-r1-7b)")
+    parser.add_argument("--model", help="folder or name that tells the shape (default: the recipe's)")
+    parser.add_argument("--gpus", type=int, default=8, metavar="N")
+    parser.add_argument("--gpu", default="H100", metavar="NAME", help=f"one of {', '.join(g.name for g in budget.GPUS)}")
+    parser.add_argument("--questions", type=int, metavar="N", help="questions per step (default: the recipe's)")
+    parser.add_argument("--mfu", type=float, default=0.45, help="model FLOPs utilization of the passes (default 0.45)")
+    parser.add_argument("--bandwidth-share", type=float, default=0.6, help="of the memory's bandwidth, in generation (default 0.6)")
+    parser.add_argument("--mean-fill", type=float, default=0.5, help="mean length of an answer over its limit (default 0.5)")
+    parser.add_argument("--image-tokens", type=int, default=512)
+    parser.add_argument("--prompt-tokens", type=int, default=128, help="of text (default 128)")
+    args = parser.parse_args(argv)
+    recipe = dataclasses.asdict(grpo.Config()) | grpo.RECIPES[args.recipe]
+    device, questions = budget.gpu(args.gpu), args.questions or recipe["questions"]
+    if device is None:
+        parser.error(f"--gpu {args.gpu}: its peak is not known here; known are {', '.join(g.name for g in budget.GPUS)}")
+    config, source = budget.find_config(args.model or recipe["model"])
+    shape = budget.shape(config)
+    own = {k: recipe[k] for k in ("minibatches", "kl_coef", "micro_tokens", "activation_checkpointing")}
+    assumed = {k: getattr(args, k) for k in ("mfu", "bandwidth_share", "mean_fill", "image_tokens", "prompt_tokens")}
+    print(f"{args.recipe}: {source}, {shape.params / 1e9:.2f} G parameters; {args.gpus} x {device.name}; {questions} questions a step")
+    print("assumed: " + ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in assumed.items()))
+    print(budget.report(shape, parse(recipe["stages"]), device, args.gpus, questions=questions, frozen_vision=recipe["freeze_vision"],
+                        **own, **assumed))
+
 def main(argv: list[str]):
+    if argv[:1] == ["cost"]:
+        return cost(argv[1:])
     parser = argparse.ArgumentParser(prog="ptst.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     if argv[:1] == ["plot"]:
         parser.prog += " plot"
