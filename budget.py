@@ -261,11 +261,12 @@ def activations(s, tokens, patches=0, cuda=True, activation_checkpointing=False,
 
 
 def memory(s, tokens, patches=0, *, world=1, shard_size=None, cuda=True, activation_checkpointing=False, frozen_vision=False,
-           reference="float32", offload_optimizer=False, replica=False, rows=0, row_tokens=0, vllm_bytes=0, chunk=256):
+           reference="float32", offload=False, replica=False, rows=0, row_tokens=0, vllm_bytes=0, chunk=256):
     """bytes on each GPU -> [Item]; `peak` adds them up.
 
     tokens, patches: of the largest micro-batch. shard_size: ranks that share one copy of the policy (HSDP; None = all of
-    `world`). reference: "float32" or "bfloat16" (sharded alike), "cpu", or "" for none (beta 0). replica: TorchEngine's
+    `world`). reference: "float32" or "bfloat16" (sharded alike), "cpu", or "" for none (beta 0). offload: weights, gradients
+    and optimizer live in the CPU's memory. a vision tower that is not trained stays whole on each rank. replica: TorchEngine's
     whole copy for sampling, with a KV cache of `rows` x `row_tokens` (prompt + limit; it grows by doubling, and may come
     to nearly twice that). vllm_bytes: what vLLM may take
     while it is awake. on a GPU the master weights are float32 and layers are gathered in bf16; on the CPU all is float32.
@@ -284,20 +285,24 @@ def memory(s, tokens, patches=0, *, world=1, shard_size=None, cuda=True, activat
     micro = "" if activation_checkpointing else "activation_checkpointing, or "
     micro += f"micro_tokens (now {tokens}; as many as the longest sequence at least)"
     items = [
-        Item("master weights, float32", 4 * s.params / n, "always", sharded),
-        Item("gradients, float32", 4 * trained / n, "training", sharded + ("" if frozen_vision else ", freeze_vision")),
         Item(f"activations of {tokens} tokens", kept, "training", micro),
         Item(f"logits of {chunk} tokens", logits, "training", "a smaller chunk in token_logprobs"),
         Item("the head's gradient, whole", (4 + e) * s.head_matrix, "training", "nothing but a smaller model"),
     ]
-    if not offload_optimizer:
-        items += [Item("AdamW's m and v", 8 * trained / n, "always", f"offload the optimizer to the CPU, or {sharded}")]
+    if not offload:
+        sharded += ", or --offload to the CPU"
+        items += [Item("master weights, float32", 4 * trained / n, "always", sharded),
+                  Item("gradients, float32", 4 * trained / n, "training", sharded + ("" if frozen_vision else ", --freeze_vision")),
+                  Item("AdamW's m and v", 8 * trained / n, "always", sharded)]  # fmt: skip
+    if frozen_vision:
+        items += [Item("frozen vision tower, whole", e * s.vision_params, "always", "nothing but a smaller model")]
     if cuda:
         gathered = 4 * (s.root_params + 2 * block) + 4 * max(s.root_params, block)
         items += [Item("gathered layers and their gradients", gathered, "training", "nothing but a smaller model")]
     if reference in ("float32", "bfloat16"):
-        size = (4 if reference == "float32" else 2) * s.params / n + (2 * s.root_params if cuda else 0)
-        items += [Item(f"reference, {reference}", size, "always", "kl_coef 0 (none), a bf16 one, or offload it to the CPU")]
+        text = s.params - s.vision_params
+        size = (4 if reference == "float32" else 2) * text / n + e * s.vision_params + (2 * s.root_params if cuda else 0)
+        items += [Item(f"reference, {reference}", size, "always", "--kl_coef 0 (none), or --offload reference (to the CPU)")]
     if replica:
         cache = 2 * e * s.text.num_hidden_layers * s.kv * rows * row_tokens
         items += [Item("replica to sample from", e * s.params, "always", "vLLM, which sleeps while training runs"),

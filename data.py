@@ -46,6 +46,7 @@ class Record:
     source: str = ""
     response: str | None = None         # chain + answer, for SFT
     choices: list[str] | None = None
+    prompt_tokens: int = 0              # once packing.usable has counted them
 
 class Problem(NamedTuple):
     file: str

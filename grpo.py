@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import budget
 import data
 import model
 import packing
@@ -73,6 +74,7 @@ class Config:
     compile: bool = False  # torch.compile of the blocks
     offload: str = "none"  # to the CPU: none, reference, all (weights, gradients and optimizer too)
     shard_size: int = 0  # ranks that share one copy of the weights, e.g. those of a node (HSDP); 0 = all ranks
+    preflight: bool = True  # first print what the memory will hold, and try a step at the greatest length
     # the run
     save_every: int = 20  # steps; the last one is always saved
     keep: int = 2  # checkpoints
@@ -186,6 +188,29 @@ def make_batches(pairs, budget, width, processor, device):
         yield [s for _, s in pairs[part]], packing.pack(chosen, device)
 
 
+def preflight(config, stages, records, policy, reference, optimizer, processor, device, say):
+    """memory on paper, then one step at the greatest length: too little of it shows now, with the knob to turn"""
+    prompt = packing.encode(max(records, key=lambda r: r.prompt_tokens), processor, config.system_prompt)
+    longest = len(prompt.ids) + max(s.max_len for s in stages)
+    rollouts = config.questions * max(s.group_size for s in stages) // dist.get_world_size()
+    fits = max(1, min(config.micro_tokens // longest, rollouts))
+    cuda = device.type == "cuda"
+    stored = {"none": "bfloat16" if cuda else "float32"}.get(config.offload, "cpu") if reference else ""
+    items = budget.memory(
+        budget.shape(policy.hf.config), fits * longest, int(prompt.image_grid.prod(-1).sum()), cuda=cuda,
+        world=dist.get_world_size(), shard_size=config.shard_size or None, frozen_vision=config.freeze_vision,
+        activation_checkpointing=config.activation_checkpointing, reference=stored, offload=config.offload == "all",
+        replica=True, rows=min(config.max_rows, rollouts), row_tokens=longest,
+    )  # fmt: skip
+    capacity = torch.cuda.get_device_properties(device).total_memory if cuda else None
+    say(budget.preflight(items, capacity))
+    run.explain(torch.OutOfMemoryError, lambda error: budget.explain_oom(error, items, capacity))
+    if config.freeze_vision:
+        model.encode_once(policy, [prompt], device)
+    answer = [processor.eos_ids[0]] * (longest - len(prompt.ids))
+    model.rehearse(policy, optimizer, packing.pack([(prompt, answer)] * fits, device), config.temperature, reference)
+
+
 def main(config):
     device = run.start_ranks()
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -249,6 +274,8 @@ def main(config):
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
 
+    if config.preflight:
+        preflight(config, stages, records, policy, reference, optimizer, processor, device, say)
     start, progress = run.load_checkpoint(out, policy, optimizer)
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
     resumed = f"; resumed after step {start}" if start else ""

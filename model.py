@@ -250,7 +250,7 @@ def load(path, device="cpu", dtype=torch.float32, freeze_vision=False):
     return policy.to(device), processor
 
 
-def wrap(hf, path, device, freeze_vision=False):
+def wrap(hf, path, device="cpu", freeze_vision=False):
     """an HF model (its weights may still be missing) + the folder of its tokenizer -> (Policy, Processor)"""
     if not hasattr(hf.model, "visual") or not hasattr(hf.model, "language_model"):
         raise ValueError(f"{path}: {type(hf).__name__} has no vision tower that this code can place (Qwen-VL family)")
@@ -344,6 +344,22 @@ def shard(policy, device, activation_checkpointing=False, shard_size=0, offload=
             block.compile(dynamic=True)
         fully_shard(block, **options)
     return fully_shard(policy, **options)
+
+
+def rehearse(policy, optimizer, batch, temperature=1.0, reference=None):
+    """one step that is thrown away: what runs out of memory at the greatest length does so now, and not after a night"""
+    if reference is not None:
+        with torch.no_grad():
+            reference(batch, temperature)
+    (0 * policy(batch, temperature)[0].sum()).backward()
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()  # makes AdamW's moments; they are zero, and no weight changes
+    for group, lr in zip(optimizer.param_groups, rates):
+        group["lr"] = lr
+    optimizer.zero_grad()
+    optimizer.state.clear()
 
 
 def full(tensor):

@@ -69,9 +69,9 @@ def usable(records, processor, max_prompt_len, problems, system_prompt=""):
     kept = []
     for record in tqdm(records, "prompt lengths", leave=False, disable=True if len(records) < 5000 else None):
         try:
-            length = prompt_length(record, processor, system_prompt)
-            if length > max_prompt_len:
-                raise BadRow("prompt too long", f"{length} tokens, the limit is {max_prompt_len} (--max-prompt-len)")
+            record.prompt_tokens = prompt_length(record, processor, system_prompt)
+            if record.prompt_tokens > max_prompt_len:
+                raise BadRow("prompt too long", f"{record.prompt_tokens} tokens, the limit is {max_prompt_len} (--max-prompt-len)")
             kept.append(record)
         except BadRow as bad:
             problems.add(*bad.args, record.source, None, record.id)

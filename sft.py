@@ -7,6 +7,7 @@ Sequences are packed without padding, the loss counts the response alone, the le
 that was stopped goes on where it stopped, in the middle of an epoch too.
 """
 
+import copy
 import math
 import re
 import time
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import budget
 import data
 import model
 import packing
@@ -54,6 +56,7 @@ class Config:
     compile: bool = False  # torch.compile of the blocks
     offload: bool = False  # weights, gradients and optimizer live in the CPU's memory
     shard_size: int = 0  # ranks that share one copy of the weights, e.g. those of a node (HSDP); 0 = all ranks
+    preflight: bool = True  # first print what the memory will hold, and try a step at the greatest length
     # the run
     save_every: int = 500  # steps; the last one is always saved
     keep: int = 1  # checkpoints
@@ -127,6 +130,24 @@ def cost(record, processor, config, width):
         return 0
 
 
+def preflight(config, records, policy, optimizer, processor, device, say):
+    """memory on paper, then one step at the cutoff: too little of it shows now, with the knob to turn"""
+    sequences = encode(records[:20], processor, config, data.Problems()) or [packing.blank(processor)]
+    prompt = max((p for p, _ in sequences), key=lambda p: len(p.ids))
+    fits = max(1, min(config.micro_tokens // config.cutoff, config.batch_size // dist.get_world_size()))
+    cuda = device.type == "cuda"
+    items = budget.memory(
+        budget.shape(policy.hf.config), fits * config.cutoff, fits * int(prompt.image_grid.prod(-1).sum()), cuda=cuda,
+        world=dist.get_world_size(), shard_size=config.shard_size or None, frozen_vision=config.freeze_vision,
+        activation_checkpointing=config.activation_checkpointing, reference="", offload=config.offload,
+    )  # fmt: skip
+    capacity = torch.cuda.get_device_properties(device).total_memory if cuda else None
+    say(budget.preflight(items, capacity))
+    run.explain(torch.OutOfMemoryError, lambda error: budget.explain_oom(error, items, capacity))
+    response = [processor.eos_ids[0]] * (config.cutoff - len(prompt.ids))
+    model.rehearse(policy, optimizer, packing.pack([(copy.copy(prompt), response) for _ in range(fits)], device))
+
+
 def main(config):
     device = run.start_ranks()
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -168,6 +189,8 @@ def main(config):
 
     per_epoch = -(-len(records) // config.batch_size)
     total = config.epochs * per_epoch
+    if config.preflight:
+        preflight(config, records, policy, optimizer, processor, device, say)
     start, _ = run.load_checkpoint(out, policy, optimizer)
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
     resumed = f"; resumed after step {start}" if start else ""

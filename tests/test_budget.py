@@ -207,7 +207,7 @@ def test_sharding_and_offload():
     for name in ("master weights, float32", "gradients, float32", "AdamW's m and v"):
         assert one[name] == 8 * eight[name]
     assert memory(world=16, shard_size=8) == eight | {}  # HSDP: a replica per node
-    assert "AdamW's m and v" not in memory(offload_optimizer=True) and "reference, float32" not in memory(reference="cpu")
+    assert "AdamW's m and v" not in memory(offload=True) and "reference, float32" not in memory(reference="cpu")
     assert memory(reference="bfloat16")["reference, bfloat16"] < memory()["reference, float32"]
     frozen = memory(frozen_vision=True)
     assert one["gradients, float32"] - frozen["gradients, float32"] == 4 * SEVEN.vision_params

@@ -299,3 +299,14 @@ def test_a_frozen_vision_tower_has_no_gradient(tiny, pictures):
     policy(packing.pack(sequences(pictures, processor)))[0].sum().backward()
     assert all(p.grad is None for p in policy.hf.model.visual.parameters())
     assert all(p.grad is not None for p in policy.hf.model.language_model.parameters())
+
+
+def test_a_rehearsed_step_leaves_nothing_behind(tiny, pictures):
+    single_rank()
+    policy = model.load_sharded(tiny, "cpu")
+    before = {n: model.full(p).clone() for n, p in policy.named_parameters()}
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, weight_decay=0.1)
+    model.rehearse(policy, optimizer, packing.pack(sequences(pictures, model.Processor(tiny))), reference=policy)
+    assert all(torch.equal(before[n], model.full(p)) for n, p in policy.named_parameters())
+    assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1
+    assert all(p.grad is None for p in policy.parameters())
