@@ -6,9 +6,9 @@ products alone to compare with. Peers join the table when they are installed (th
 pip install --no-deps liger-kernel cut-cross-entropy
 
 Each run is a process of its own, in turn, so that peaks do not mix; where something is compiled, a second pass is
-timed. Seconds are the CPU's, or with a GPU the wall's. The peak is what was needed on top of the inputs; it counts the gradients of hidden and weight, which nobody can
-avoid, and the column after it does not. The error is the largest of log-probabilities and of hidden's gradients
-against float64 on the first 64 tokens.
+timed. Seconds are the CPU's, or with a GPU the wall's. The peak is what was needed on top of the inputs; it counts the
+gradients of hidden and weight, which nobody can avoid, and the column after it does not. The error is the largest of
+log-probabilities and of hidden's gradients against float64 on the first 64 tokens.
 """
 
 import argparse
