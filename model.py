@@ -2,9 +2,8 @@
 
 `load` reads a checkpoint (Qwen2-VL, Qwen2.5-VL, Qwen3-VL: whatever AutoModelForImageTextToText knows that places
 images by M-RoPE), `shard` spreads it with FSDP2, `Policy.forward` turns a packed batch into the log-probabilities of
-its labels, `token_logprobs` does so without ever making the (tokens x vocabulary) tensor, and `export` writes the
-result back in the Hugging Face layout. No forward here pads: sequences lie one after the other in one row (T,), and
-`packed_attention` keeps them apart.
+its labels, and `export` writes the result back in the Hugging Face layout. No forward here pads: sequences lie one
+after the other in one row (T,), and `packed_attention` keeps them apart.
 """
 
 import copy
@@ -25,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from transformers import AttentionInterface, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
+
+from logprobs import token_logprobs
 
 # -----------------------------------------------------------------------------------------------------------------
 # attention over packed rows
@@ -76,71 +77,6 @@ def vision_attention(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_
 AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
 # "flash" in the name: transformers then gives the whole row, else it would call once per image
 AttentionInterface.register("packed_flash", torch.compiler.disable(vision_attention))
-
-
-# -----------------------------------------------------------------------------------------------------------------
-# log-probabilities straight from hidden states
-
-
-def head_logits(hidden, weight, temperature, banned):
-    """(n, H), (V, H) -> (n, V) float32 logits over temperature, with the banned ids out of reach"""
-    if hidden.is_cuda and hidden.dtype != torch.float32:
-        logits = torch.mm(hidden, weight.t(), out_dtype=torch.float32)  # rounding to bf16 here costs 1e-2 in log-prob
-    else:
-        logits = hidden.float() @ weight.float().t()
-    if temperature != 1.0:
-        logits /= temperature
-    if banned is not None:
-        logits[:, banned] = -1e30  # not -inf: p * logit must stay 0 in the entropy
-    return logits
-
-
-class TokenLogprobs(torch.autograd.Function):
-    """chunks of tokens; the backward pass makes each chunk's logits again instead of keeping them"""
-
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, temperature, banned, chunk):
-        lse = torch.empty(len(hidden), device=hidden.device, dtype=torch.float32)
-        logprobs, entropy = torch.empty_like(lse), torch.empty_like(lse)
-        for i in range(0, len(hidden), chunk):
-            rows = slice(i, i + chunk)
-            logits = head_logits(hidden[rows], weight, temperature, banned)  # (c, V)
-            lse[rows] = logits.logsumexp(-1)
-            logits -= lse[rows, None]  # now log p
-            logprobs[rows] = logits.gather(1, labels[rows, None])[:, 0]
-            entropy[rows] = -logits.exp().mul_(logits).sum(-1)
-        ctx.save_for_backward(hidden, weight, labels, lse)
-        ctx.temperature, ctx.banned, ctx.chunk = temperature, banned, chunk
-        ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
-
-    @staticmethod
-    def backward(ctx, grad, _):
-        hidden, weight, labels, lse = ctx.saved_tensors
-        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for i in range(0, len(hidden), ctx.chunk):
-            rows = slice(i, i + ctx.chunk)
-            g = head_logits(hidden[rows], weight, ctx.temperature, ctx.banned)
-            scale = grad[rows, None] / ctx.temperature
-            g = g.sub_(lse[rows, None]).exp_().mul_(-scale)  # d logprob / d logit = onehot - p
-            g.scatter_add_(1, labels[rows, None], scale)
-            g = g.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[rows] = g @ weight
-            if grad_weight is not None:
-                grad_weight.addmm_(g.t().float(), hidden[rows].float())
-        return grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype), None, None, None, None
-
-
-def token_logprobs(hidden, weight, labels, temperature=1.0, banned=None, chunk=256):
-    """log-probability of each label and the entropy of each distribution, softmax(hidden @ weight.T / temperature).
-
-    hidden (N, H), weight (V, H), labels (N,) -> logprobs (N,), entropy (N,), both float32, in nats.
-    `banned` (K,) ids have probability 0: the policy is the softmax over the tokens that it may sample.
-    memory: chunk x V floats at a time, forward and backward. the entropy carries no gradient: no loss here needs it.
-    """
-    return TokenLogprobs.apply(hidden, weight, labels, temperature, banned, chunk)
 
 
 # -----------------------------------------------------------------------------------------------------------------
