@@ -261,7 +261,7 @@ def activations(s, tokens, patches=0, cuda=True, activation_checkpointing=False,
 
 
 def memory(s, tokens, patches=0, *, world=1, shard_size=None, cuda=True, activation_checkpointing=False, frozen_vision=False,
-           reference="float32", offload=False, replica=False, rows=0, row_tokens=0, vllm_bytes=0, chunk=256):
+           reference="float32", offload=False, replica=False, rows=0, row_tokens=0, vllm_bytes=0):
     """bytes on each GPU -> [Item]; `peak` adds them up.
 
     tokens, patches: of the largest micro-batch. shard_size: ranks that share one copy of the policy (HSDP; None = all of
@@ -280,14 +280,15 @@ def memory(s, tokens, patches=0, *, world=1, shard_size=None, cuda=True, activat
     e = 2 if cuda else 4
     block = s.text_matrices / s.text.num_hidden_layers  # a text layer: larger than a vision block
     sharded = f"more GPUs to a shard (now {n})"
-    logits = chunk * s.vocab * (10 if cuda else 8)  # float32 logits, and their exponentials or gradient
+    # token_logprobs: float32 logits of so many columns at a time, on a GPU their bf16 gradient beside them
+    tile = min(tokens * s.vocab, max(2**27, 2048 * tokens) if cuda else max(2**22, 1024 * tokens)) * (6 if cuda else 4)
     kept = activations(s, tokens, patches, cuda, activation_checkpointing, frozen_vision)
     micro = "" if activation_checkpointing else "activation_checkpointing, or "
     micro += f"micro_tokens (now {tokens}; as many as the longest sequence at least)"
     items = [
         Item(f"activations of {tokens} tokens", kept, "training", micro),
-        Item(f"logits of {chunk} tokens", logits, "training", "a smaller chunk in token_logprobs"),
-        Item("the head's gradient, whole", (4 + e) * s.head_matrix, "training", "nothing but a smaller model"),
+        Item("a tile of logits", tile, "training", "a smaller width in token_logprobs"),
+        Item("the head's gradient, whole", e * s.head_matrix, "training", "nothing but a smaller model"),
     ]
     if not offload:
         sharded += ", or --offload to the CPU"
