@@ -66,17 +66,17 @@ def read_rows(path):
 
 
 def find_records(source, wanted):
-    """the problems file that the run read -> ({id: Record, or what is wrong with it}, its name or why it cannot be read)"""
+    """the problems file that the run read -> ({id: Record, or what is wrong with it}, why any other id has none)"""
     if not source:
-        return {}, "the problems: no config.json beside the rollouts says where they are; give --data"
+        return {}, "no config.json beside the rollouts says where the problems are; give --data"
     if not os.path.exists(source) and (HERE / source).exists():  # the run was started here, the viewer somewhere else
         source = str(HERE / source)
     try:
         records, problems = data.read(source, check_images=False)
     except (ValueError, FileNotFoundError) as error:
-        return {}, f"the problems, which are not where the run had them; give --data ({error})"
+        return {}, f"the problems are not where the run had them; give --data ({error})"
     bad = {p.id: f"{p.kind} {p.detail}" for p in problems if p.id in wanted}
-    return bad | {r.id: r for r in records if r.id in wanted}, source
+    return bad | {r.id: r for r in records if r.id in wanted}, f"its id is not in {source}"
 
 
 def shrink(image, room):
@@ -131,13 +131,13 @@ def number(value, digits=4):
     return round(value, digits) if good else None
 
 
-def pack_problem(row, record, looked, pictures):
+def pack_problem(row, record, absent, pictures):
     """-> (id, source, problem, answer, choices, places of its pictures, why one is missing)"""
     note = ""
     if not isinstance(record, data.Record):
-        record, note = None, record or f"{row['id']} is not in {looked}"
+        record, note = None, record or absent
     elif record.problem != row["problem"]:
-        record, note = None, f"{looked} has another problem under this id"
+        record, note = None, "another problem has this id now"
     places = [pictures.place(image) for image in (record.images if record else [])]
     note = next((why for _, why in places if why), note if "<image>" in row["problem"] else "")
     choices = [str(c) for c in row["choices"]] if isinstance(row.get("choices"), list) else []
@@ -159,14 +159,14 @@ def build(path, source="", image_mb=24.0):
     rows, wrong = read_rows(path)
     config = path.with_name("config.json")
     config = json.loads(config.read_text()) if config.is_file() else {}
-    records, looked = find_records(source or config.get("data", ""), {row["id"] for row in rows})
+    records, absent = find_records(source or config.get("data", ""), {row["id"] for row in rows})
     pictures = Pictures([image for r in records.values() for image in getattr(r, "images", [])], int(image_mb * 1e6))
     problems, places, groups = [], {}, {}
     for row in rows:
         question, step = (row["id"], row["problem"]), number(row.get("step"), 0) or 0
         if question not in places:
             places[question] = len(problems)
-            problems.append(pack_problem(row, records.get(row["id"]), looked, pictures))
+            problems.append(pack_problem(row, records.get(row["id"]), absent, pictures))
             if problems[-1][-1]:
                 wrong.append(f"{row['id']}: no picture: {problems[-1][-1]}")
         limit = number(row.get("max_len", config.get("max_len")))
