@@ -3,6 +3,7 @@
   python eval.py view runs/toy/grpo                      samples.jsonl of grpo.py      -> runs/toy/grpo/view.html
   python eval.py view runs/eval/responses.jsonl          responses.jsonl of eval.py    -> runs/eval/view.html
   python eval.py view RUN --data FILE --out FILE.html    where the problems have moved; another place for the page
+  python viewer.py RUN                                   the same, without waiting for torch to be imported
 
 The page holds everything (pictures too, made smaller) and asks for nothing from anywhere: it can be mailed, and opened from
 disk. A run's rows hold no pictures: they are found by id in the problems that the run's config.json names. The page is
