@@ -2,12 +2,14 @@
 
   python eval.py                                              the toy: base, CI and Vision-R1 side by side
   torchrun --nproc_per_node 8 eval.py --model runs/vision-r1-7b/final --data problems.jsonl --out runs/eval --samples 4
+  python eval.py view RUN_OR_FILE                             rollouts or answers as one HTML page (viewer.py)
 
 Accuracy counts the hard format (Sec. 3.4): exactly one <think> and one <answer> block, the answer right. Every response
 goes to responses.jsonl; a run that was stopped goes on where it stopped. Benchmarks with rules of their own: not yet.
 """
 
 import json
+import sys
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -205,4 +207,8 @@ def main(config):
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["view"]:
+        import viewer
+
+        sys.exit(viewer.main(sys.argv[2:]))
     main(run.parse_config(Config, RECIPES))

@@ -429,8 +429,8 @@ def main(config):
             : config.sample_questions * group_size
         ]
         log.write_samples([
-            dict(step=step + 1, id=a.id, problem=a.problem, answer=a.answer, choices=a.choices, completion=t,
-                 reward=x.reward, why=x.why, advantage=round(v, 4), length=len(r.ids), finish=r.finish)
+            dict(step=step + 1, max_len=max_len, id=a.id, source=a.source, problem=a.problem, answer=a.answer, choices=a.choices,
+                 completion=t, reward=x.reward, why=x.why, advantage=round(v, 4), length=len(r.ids), finish=r.finish)
             for a, t, x, v, r in shown
         ])  # fmt: skip
         say(f"step {step + 1:4d}/{total}  {max_len}x{group_size}  reward {s['reward'] / n:.3f}  acc {s['right'] / n:.3f}  "

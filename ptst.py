@@ -5,11 +5,13 @@ suppresses overthinking, and is then allowed to think longer; L_s x G_s stays at
   stages = [(4096, 16, 100), (8192, 8, 100)]           as grpo.py has it: (max_len, group_size, steps)
   stages = parse("4Kx16x100,8Kx8x100")                 the same as text, K = 1024 tokens
   python ptst.py [NAME or STAGES ...] [--questions N]  schedules with their token budgets
-  python ptst.py plot RUN... [--out FILE.png]          length, accuracy and reward over the steps, stages shaded
+  python ptst.py plot RUN... [--out FILE.png]          Fig. 1: lengths and accuracy over steps and tokens, right and wrong chains
   python ptst.py cost --recipe vision-r1-7b --gpus 8   tokens, FLOPs and GPU hours of a recipe, before it is run
 """
 import argparse
+import contextlib
 import difflib
+import itertools
 import json
 import math
 import re
@@ -137,10 +139,10 @@ def print_table(names: list[str], questions: int):
     if any(row[3].endswith("*") for row in rows):
         print("* L x G is not constant over the stages (Sec. 3.4 keeps it, at 64K).")
 
-# ---- curves: the miniature of the paper's Fig. 1 (C)-(E)
+# ---- curves: the miniature of the paper's Fig. 1
 
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]  # Okabe and Ito: safe for colour-blind eyes
-GREY = "#555555"
+GREY, RIGHT, WRONG = "#555555", COLOURS[2], COLOURS[1]
 
 def read_log(run: str) -> list[dict]:
     """The steps in RUN/log.jsonl in order; of a step logged twice (after a resume) the last. ValueError if there are none."""
@@ -154,10 +156,10 @@ def read_log(run: str) -> list[dict]:
         except ValueError:  # the run is writing it just now, or was killed while it did
             print(f"{path}:{n}: skipped a half-written line", file=sys.stderr)
             continue
-        if isinstance(row, dict) and {"step", "stage", "max_len", "group_size", "len_mean"} <= row.keys():
+        if isinstance(row, dict) and {"step", "stage", "max_len", "group_size", "len_mean", "tokens"} <= row.keys():
             steps[row["step"]] = row
         elif row:
-            found = f"no line has step, stage, max_len, group_size, len_mean (line {n}: {str(list(row))[1:-1]}); is it a grpo.py run?"
+            found = f"no line has step, stage, max_len, group_size, len_mean, tokens (line {n}: {str(list(row))[1:-1]}); is it a grpo.py run?"
     if not steps:
         raise ValueError(f"{path}: {found}")
     return [steps[step] for step in sorted(steps)]
@@ -171,86 +173,114 @@ def _smooth(values: list[float], width: int) -> list[float]:
     windows = [[v for v in values[max(0, i - width // 2):i + width // 2 + 1] if v == v] for i in range(len(values))]
     return [sum(w) / len(w) if w else math.nan for w in windows]
 
-def _spans(rows: list[dict]) -> list[tuple]:
-    """(first step, last step, max_len, group_size) of each stage in the log."""
-    spans = []
-    for row in rows:
-        setting = (row["stage"], row["max_len"], row["group_size"])
-        if spans and spans[-1][0] == setting:
-            spans[-1][2] = row["step"]
-        else:
-            spans.append([setting, row["step"], row["step"]])
-    return [(first, last, length, group) for (_, length, group), first, last in spans]
+def read_chains(run: str) -> tuple[list, list]:
+    """Lengths of the right and of the wrong answers in samples.jsonl (grpo.py) or responses.jsonl (eval.py), none if there is neither.
+
+    A chain cut at the limit is a wrong one, as in the reward. samples.jsonl holds a few questions of each step, not all."""
+    folder, lengths = Path(run) if Path(run).is_dir() else Path(run).parent, ([], [])
+    path = folder / ("responses.jsonl" if (folder / "responses.jsonl").is_file() else "samples.jsonl")
+    for line in path.read_bytes().splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError):  # half-written
+            row = json.loads(line)
+            lengths[not row.get("right", row.get("why") == "ok")].append(row["length"])
+    return lengths
+
+def _spans(rows: list[dict], xs: list) -> list[tuple]:
+    """(begin, end, max_len, group_size) of each stage in the log, on the axis whose values are xs."""
+    edges = [xs[0] - 0.5, *((a + b) / 2 for a, b in zip(xs, xs[1:])), xs[-1] + 0.5]
+    begins = [i for i, row in enumerate(rows) if i == 0 or any(row[k] != rows[i - 1][k] for k in ("stage", "max_len", "group_size"))]
+    return [(edges[i], edges[j], rows[i]["max_len"], rows[i]["group_size"]) for i, j in zip(begins, [*begins[1:], len(rows)])]
 
 def plot(runs: list[str], out: str | None = None) -> Path:
-    """Draws RUN/log.jsonl of one or more runs; returns the path of the PNG (RUN/curves.png of the first by default)."""
+    """Fig. 1 of one or more runs: length, accuracy and reward over the steps of log.jsonl; length and accuracy over the tokens
+    sampled until then, the fair axis between group sizes; lengths of right and wrong chains (Fig. 1 A), also of eval.py's runs.
+
+    Returns the path of the PNG (RUN/curves.png of the first by default)."""
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    logs = [read_log(run) for run in runs]
     names = [Path(run).resolve().parent.name if Path(run).is_file() else Path(run).resolve().name for run in runs]
-    if len(set(names)) < len(names):
-        names = runs
-    spans = [_spans(log) for log in logs]
-    longest = max(spans, key=lambda own: own[-1][1])
-    alike = all(_settings(own) == _settings(longest)[:len(own)] for own in spans)
-    if not alike:
-        names = [f"{name} ({', '.join(f'{tokens(s[2])} × {s[3]}' for s in own)})" for name, own in zip(names, spans)]
-    width = max(map(len, logs)) // 40 * 2 + 1  # a twentieth of the run, odd; runs under 40 steps stay as they are
+    names = runs if len(set(names)) < len(names) else names
+    chains = [read_chains(run) for run in runs]
+    logs = [[] if (Path(run) / "responses.jsonl").is_file() else read_log(run) for run in runs]  # an evaluation has no steps
     plt.rcParams.update({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": GREY,
                          "xtick.color": GREY, "ytick.color": GREY, "axes.titleweight": "bold", "axes.titlelocation": "left"})
-    fig, axes = plt.subplots(1, 3, figsize=(11, 3.5), dpi=160, layout="constrained")
-    panels = [("len_mean", "Mean length (tokens)", 1), ("accuracy", "Accuracy (%)", 100), ("reward", "Reward", 1)]
-    for ax, (key, title, scale) in zip(axes, panels):
-        for i, (log, name) in enumerate(zip(logs, names)):
-            steps, values, style = [row["step"] for row in log], _column(log, key, scale), ["-", "--", ":"][i // len(COLOURS) % 3]
-            colour = COLOURS[i % len(COLOURS)]
-            if width > 1:  # the raw steps, pale, behind their mean
-                ax.plot(steps, values, color=colour, lw=0.8, alpha=0.3)
-            ax.plot(steps, _smooth(values, width), style, color=colour, lw=2.2, label=name if len(runs) > 1 else "all answers",
-                    marker="o" if len(log) < 20 else None, ms=4, zorder=3)
-        if key == "len_mean" and len(runs) == 1:
-            for extra, label, colour in (("len_correct", "right answers", COLOURS[2]), ("len_wrong", "wrong answers", COLOURS[1])):
-                ax.plot(steps, _smooth(_column(log, extra), width), color=colour, lw=1.2, label=label)
-        if key == "len_mean":
-            ax.set_ylim(bottom=0)
-        ax.margins(y=0.12)
-        ax.set_title(title, fontsize=11, pad=22 if alike else 8)
-        ax.set_xlabel("step", color=GREY)
-        ax.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(6, integer=True))
-        ax.yaxis.set_major_formatter(matplotlib.ticker.FuncFormatter(lambda y, _: f"{y:,g}"))
-        ax.grid(axis="y", color="#DDDDDD", lw=0.6)
-        ax.set_axisbelow(True)
-        ax.set_xlim(min(own[0][0] for own in spans) - 0.5, longest[-1][1] + 0.5)
-        if alike:
-            _shade(ax, longest)
-        for i, own in enumerate(spans if not alike else []):  # bands would clash: mark each run's switches instead
-            for first, *_ in own[1:]:
-                ax.axvline(first - 0.5, color=COLOURS[i % len(COLOURS)], lw=1, ls=(0, (2, 3)))
-    handles, labels = axes[0].get_legend_handles_labels()
-    if width > 1:
-        handles.append(plt.Line2D([], [], color=GREY, lw=0.8, alpha=0.5))
-        labels.append(f"single steps (thick: mean of {width})")
-    fig.legend(handles, labels, loc="outside lower center", ncols=2 if len(labels) > 4 else 4, frameon=False)
+    wide = any(logs)
+    fig, axes = plt.subplots(1 + wide, 1 + 2 * wide, figsize=(11, 6.8) if wide else (7, 1.6 + 0.7 * len(runs)), dpi=160, layout="constrained", squeeze=False)
+    panels = [("len_mean", "Mean length (tokens)", 1, "step"), ("accuracy", "Accuracy (%)", 100, "step"), ("reward", "Reward", 1, "step"),
+              ("len_mean", "Mean length (tokens)", 1, "tokens"), ("accuracy", "Accuracy (%)", 100, "tokens")]
+    curves = [(name, log, list(itertools.accumulate(row["tokens"] for row in log)), COLOURS[i % len(COLOURS)], ["-", "--", ":"][i // len(COLOURS) % 3])
+              for i, (name, log) in enumerate(zip(names, logs)) if log]
+    width = max(map(len, logs)) // 40 * 2 + 1  # a twentieth of the run, odd; runs under 40 steps stay as they are
+    for ax, panel in zip(axes.flat, panels if wide else []):
+        _curves(ax, *panel, curves, width, matplotlib.ticker)
+    _chains(axes.flat[-1], names, chains, pad=22 if wide and len(runs) == 1 else 6)  # level with its neighbours'
+    if wide:
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        if width > 1:
+            handles.append(plt.Line2D([], [], color=GREY, lw=0.8, alpha=0.5))
+            labels.append(f"single steps (thick: mean of {width})")
+        fig.legend(handles, labels, loc="outside lower center", ncols=2 if max(map(len, labels)) > 40 else 4, frameon=False)
     path = Path(out) if out else (Path(runs[0]) if Path(runs[0]).is_dir() else Path(runs[0]).parent) / "curves.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path)
     plt.close(fig)
     return path
 
-def _settings(spans: list[tuple]) -> list[tuple]:
-    """What two runs must share to be shaded alike: where each stage begins, its length limit and group size."""
-    return [(first, length, group) for first, _, length, group in spans]
-
-def _shade(ax, spans: list[tuple]):
-    """One band per stage, labelled L x G above the panel where the band is wide enough."""
-    whole = spans[-1][1] - spans[0][0] + 1
-    for i, (first, last, length, group) in enumerate(spans):
-        ax.axvspan(first - 0.5, last + 0.5, color=["#EFF4F9", "#FBF3E6", "#EEF6F0"][i % 3], lw=0, zorder=0)
-        if last - first + 1 >= whole / 6:
-            ax.annotate(f"{tokens(length)} × {group}", ((first + last) / 2, 1), (0, 4), ("data", "axes fraction"),
+def _curves(ax, key: str, title: str, scale: float, axis: str, curves: list[tuple], width: int, ticker):
+    """One field of each run's log over steps or over tokens sampled, with the stages: shaded where all runs share them, else a
+    dotted line in the run's colour where a stage begins."""
+    spans = [_spans(log, xs if axis == "tokens" else [row["step"] for row in log]) for _, log, xs, *_ in curves]
+    longest = max(spans, key=lambda own: own[-1][1])
+    alike = all([(x, *rest) for x, _, *rest in own] == [(x, *rest) for x, _, *rest in longest][:len(own)] for own in spans)
+    for (name, log, xs, colour, style), own in zip(curves, spans):
+        xs, values = xs if axis == "tokens" else [row["step"] for row in log], _column(log, key, scale)
+        if len(curves) > 1 and not alike:
+            name += f" ({', '.join(f'{tokens(s[2])} × {s[3]}' for s in own)})"
+        if width > 1:  # the raw steps, pale, behind their mean
+            ax.plot(xs, values, color=colour, lw=0.8, alpha=0.3)
+        ax.plot(xs, _smooth(values, width), style, color=colour, lw=2.2, label=name if len(curves) > 1 else "all answers",
+                marker="o" if len(log) < 20 else None, ms=4, zorder=3)
+        for begin, *_ in own[1:] if not alike else []:
+            ax.axvline(begin, color=colour, lw=1, ls=(0, (2, 3)))
+        if key == "len_mean" and len(curves) == 1:
+            for extra, label, colour in (("len_correct", "right answers", RIGHT), ("len_wrong", "wrong answers", WRONG)):
+                ax.plot(xs, _smooth(_column(log, extra), width), color=colour, lw=1.2, label=label)
+    if key == "len_mean":
+        ax.set_ylim(bottom=0)
+    ax.margins(y=0.12)
+    ax.set_title(title, fontsize=11, pad=22 if alike else 6)
+    ax.set_xlabel("step" if axis == "step" else "tokens sampled", color=GREY)
+    ax.xaxis.set_major_locator(ticker.MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: _big(int(x)) if axis == "tokens" else f"{x:g}"))
+    ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:,g}"))
+    ax.grid(axis="y", color="#DDDDDD", lw=0.6)
+    ax.set_axisbelow(True)
+    ax.set_xlim(min(own[0][0] for own in spans), longest[-1][1])
+    for i, (begin, end, length, group) in enumerate(longest if alike else []):
+        ax.axvspan(begin, end, color=["#EFF4F9", "#FBF3E6", "#EEF6F0"][i % 3], lw=0, zorder=0)
+        if end - begin >= (longest[-1][1] - longest[0][0]) / 6:
+            ax.annotate(f"{tokens(length)} × {group}", ((begin + end) / 2, 1), (0, 4), ("data", "axes fraction"),
                         textcoords="offset points", ha="center", fontsize=9, color=GREY)
+
+def _chains(ax, names: list[str], chains: list[tuple], pad: int):
+    """Fig. 1 (A): two boxes a run, right above wrong: the middle half with its median, whiskers from 5 to 95 %, the mean as a dot."""
+    alone = len(names) == 1
+    found = [(f"{kind}, {len(lengths):,}" if alone else f"{name}\n{kind}", lengths, colour, kind) for i, (name, run) in enumerate(zip(names, chains))
+             for kind, lengths, colour in zip(("right", "wrong"), run, (RIGHT, WRONG) if alone else [COLOURS[i % len(COLOURS)]] * 2) if lengths]
+    ax.set_title("Right and wrong chains (tokens)", fontsize=11, pad=pad)
+    if not found:
+        ax.text(0.5, 0.5, "no samples.jsonl or responses.jsonl", transform=ax.transAxes, ha="center", color=GREY)
+        return ax.set_axis_off()
+    boxes = ax.boxplot([f[1] for f in found], orientation="horizontal", widths=0.6, whis=(5, 95), showfliers=False, showmeans=True, patch_artist=True,
+                       tick_labels=[f[0] for f in found], medianprops={"color": "black"}, meanprops={"marker": "o", "ms": 5, "mfc": "white", "mec": "black"})
+    for box, (*_, colour, kind) in zip(boxes["boxes"], found):
+        box.set(facecolor=colour, alpha=0.85 if kind == "right" else 0.35)
+    ax.invert_yaxis()
+    ax.set_xlim(left=0)
+    ax.grid(axis="x", color="#DDDDDD", lw=0.6)
+    ax.set_axisbelow(True)
 
 def cost(argv: list[str]):
     """The cost subcommand: the stages of a recipe of grpo.py, priced by budget.py. Both are imported here: they need torch."""
@@ -290,7 +320,7 @@ def main(argv: list[str]):
     parser = argparse.ArgumentParser(prog="ptst.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     if argv[:1] == ["plot"]:
         parser.prog += " plot"
-        parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a grpo.py run, holding log.jsonl")
+        parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a grpo.py run (log.jsonl), or of an eval.py run (responses.jsonl)")
         parser.add_argument("--out", metavar="FILE.png", help="default: curves.png in the first RUN")
         args = parser.parse_args(argv[1:])
         return print(f"wrote {plot(args.runs, args.out)}")

@@ -113,7 +113,8 @@ def log(folder: Path, stages, tail="", **fields) -> str:
         for _ in range(steps):
             step += 1
             rows.append({"step": step, "stage": index, "max_len": length, "group_size": group, "reward": 0.1 + step / 100,
-                         "accuracy": 0.1 + step / 90, "len_mean": length / 2, "len_correct": None, "len_wrong": length / 2, **fields})
+                         "accuracy": 0.1 + step / 90, "len_mean": length / 2, "len_correct": None, "len_wrong": length / 2,
+                         "tokens": length * group, **fields})
     (folder / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows) + tail)
     return str(folder)
 
@@ -121,7 +122,7 @@ def log(folder: Path, stages, tail="", **fields) -> str:
 def colours(path, at_x: float) -> tuple:
     """The background of the first panel at a fraction of the picture's width."""
     im = Image.open(path).convert("RGB")
-    strip = im.crop((int(im.width * at_x), int(im.height * .2), int(im.width * at_x) + 4, int(im.height * .7)))
+    strip = im.crop((int(im.width * at_x), int(im.height * .1), int(im.width * at_x) + 4, int(im.height * .35)))
     return max(strip.getcolors(100_000))[1]
 
 
@@ -130,7 +131,7 @@ def test_plot_shades_the_stages(tmp_path, capsys):
     ptst.main(["plot", run])
     path = tmp_path / "run/curves.png"
     assert str(path) in capsys.readouterr().out
-    assert Image.open(path).size == (1760, 560)
+    assert Image.open(path).size == (1760, 1088)
     first, second = colours(path, 0.10), colours(path, 0.28)
     assert first != second and (255, 255, 255) not in (first, second)
 
@@ -141,6 +142,49 @@ def test_plot_several_runs(tmp_path):
     assert path == tmp_path / "new/two.png" and colours(path, 0.28) == (255, 255, 255)  # different stages: no bands
 
 
+@pytest.fixture
+def figure(monkeypatch):
+    """plot's figure, which it would have closed: figure() gives the axes by title and x label"""
+    kept = []
+    monkeypatch.setattr("matplotlib.pyplot.close", kept.append)
+    return lambda: {(ax.get_title(loc="left"), ax.get_xlabel()): ax for ax in kept[-1].axes}
+
+
+def chains(folder: Path, name: str, rows: list[dict]):
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"why": "ok", "len')
+    return str(folder)
+
+
+def test_plot_over_tokens_sampled(tmp_path, figure):
+    a, b = log(tmp_path / "a", [(64, 4, 3), (128, 2, 2)], tokens=100), log(tmp_path / "b", [(64, 4, 3), (128, 2, 2)], tokens=300)
+    ptst.plot([a, b])
+    axes = figure()
+    lines = [line for line in axes["Mean length (tokens)", "tokens sampled"].lines if line.get_label() in ("a", "b") or len(line.get_xdata()) == 5]
+    assert [list(line.get_xdata()) for line in lines] == [[100, 200, 300, 400, 500], [300, 600, 900, 1200, 1500]]
+    assert [list(line.get_ydata()) for line in lines] == [[32, 32, 32, 64, 64]] * 2
+    borders = [line.get_xdata()[0] for line in axes["Accuracy (%)", "tokens sampled"].lines if len(line.get_xdata()) == 2]
+    assert borders == [350, 1050]  # where each run's second stage begins
+    steps = axes["Mean length (tokens)", "step"]  # the stages are the same over the steps: bands, and no borders
+    assert [text.get_text() for text in steps.texts] == ["64 × 4", "128 × 2"] and all(len(line.get_xdata()) == 5 for line in steps.lines)
+
+
+def test_plot_right_and_wrong_chains(tmp_path, figure):
+    """Fig. 1 (A): quartiles by hand; a truncated chain is a wrong one"""
+    run = log(tmp_path / "run", [(64, 4, 3)])
+    chains(tmp_path / "run", "samples.jsonl", [{"why": "ok", "length": n} for n in range(1, 102)]
+           + [{"why": w, "length": n} for n, w in [(10, "wrong"), (20, "truncated"), (60, "format")]])
+    chains(tmp_path / "ci", "responses.jsonl", [{"right": n % 2 == 0, "why": "", "length": n} for n in range(40)])
+    assert ptst.read_chains(run) == (list(range(1, 102)), [10, 20, 60])
+    ptst.plot([run, str(tmp_path / "ci")])
+    ax = figure()["Right and wrong chains (tokens)", ""]
+    assert [label.get_text() for label in ax.get_yticklabels()] == ["run\nright", "run\nwrong", "ci\nright", "ci\nwrong"]
+    boxes = [(patch.get_path().vertices[:, 0].min(), patch.get_path().vertices[:, 0].max()) for patch in ax.patches]
+    assert boxes[:2] == [(26, 76), (15, 40)] and boxes[2:] == [(9.5, 28.5), (10.5, 29.5)]
+    path = ptst.plot([str(tmp_path / "ci")])  # an evaluation alone: this panel alone
+    assert path == tmp_path / "ci" / "curves.png" and list(figure()) == [("Right and wrong chains (tokens)", "")]
+
+
 def test_half_written_line_is_skipped_with_a_notice(tmp_path, capsys):
     run = log(tmp_path / "run", [(64, 4, 3)], tail='{"step": 4, "sta')
     assert [r["step"] for r in ptst.read_log(run)] == [1, 2, 3]
@@ -149,7 +193,7 @@ def test_half_written_line_is_skipped_with_a_notice(tmp_path, capsys):
 
 def test_a_step_logged_twice_counts_once(tmp_path):
     run = log(tmp_path / "run", [(64, 4, 3)])
-    again = {"step": 2, "stage": 0, "max_len": 64, "group_size": 4, "len_mean": 7.0}
+    again = {"step": 2, "stage": 0, "max_len": 64, "group_size": 4, "len_mean": 7.0, "tokens": 1}
     with open(f"{run}/log.jsonl", "a") as f:
         f.write(json.dumps(again) + "\n")
     assert [(r["step"], r["len_mean"]) for r in ptst.read_log(run)] == [(1, 32), (2, 7), (3, 32)]
