@@ -17,10 +17,11 @@ from mathtext import clean, core_text, letter_text, letters, number_words
 from reward import verdict as reward_verdict
 
 # each repeated part is bounded, so that the search stays linear on hostile text
-_SAYS = re.compile(r"(?:final answer|(?:answer|option|choice|result)(?: to [^.\n]{1,60})?)\*{0,2}\s{0,3}(?:is|are|should be|would be|must be|:|：|=)"
-                   r"[\s:*]{0,6}(?:option|choice|approximately)?\s{0,3}|(?:答案|选项|正确选项)\s{0,3}(?:是|为|：|:)\s{0,3}", re.I)  # fmt: skip
+_KEYS = re.compile(r"answer|option|choice|result|答案|选项", re.I)
+_SAYS = re.compile(r"(?:answer|option|choice|result)(?: to [^.\n]{1,60})?\*{0,2}\s{0,3}(?:is|are|should be|would be|must be|:|：|=)"
+                   r"[\s:*]{0,6}(?:option|choice|approximately)?\s{0,3}|(?:答案|选项)\s{0,3}(?:是|为|：|:)\s{0,3}", re.I)  # fmt: skip
 _MARKED = re.compile(r"\(([A-Ja-j])\)|\*\*([A-J])[.:)]?\*\*|\b(?:[Oo]ption|[Cc]hoice|选)\s{0,3}([A-J])\b")
-NUMBER = re.compile(r"-?(?:\d[\d,]*\.?\d*|\.\d+)(?:[eE][-+]?\d{1,3}(?!\d))?")
+NUMBER = re.compile(r"-?(?:\d[\d,]{0,60}\.?\d{0,60}|\.\d{1,60})(?:[eE][-+]?\d{1,3}(?!\d))?")
 DOUBT = re.compile(r"[<>≤≥≠|]|\\(?:neq?|leq?|geq?|not|pm)\b|±")  # an inequality or two values at once is no number
 SHORT, LONGEST = 80, 20_000  # characters: of what may be an answer as a whole, of what is searched (the end of it)
 
@@ -28,25 +29,31 @@ SHORT, LONGEST = 80, 20_000  # characters: of what may be an answer as a whole, 
 def statements(text):
     """what a response calls its answer, the last one first: after `the answer is`, `Final Answer:` ..., up to the line's end"""
     out = []
-    for m in _SAYS.finditer(text):
-        line = text[m.end() : m.end() + 400].partition("\n")[0]
-        out.append(re.split(r"(?<=[^\d\s])\.\s|\.\s(?=[A-Z])|。", line)[0].strip().rstrip("."))
-    return out[::-1]
+    for tail in (text[-2000:], text):  # most say it at the end; some say it first and explain then
+        for key in _KEYS.finditer(tail):
+            if m := _SAYS.match(tail, key.start()):
+                line = tail[m.end() : m.end() + 400].partition("\n")[0]
+                out.append(re.split(r"(?<=[^\d\s])\.\s|\.\s(?=[A-Z])|。", line)[0].strip().rstrip("."))
+        if out or len(text) <= 2000:
+            break
+    return out[:-20:-1]
 
 
+@functools.lru_cache(16)
 def candidates(text):
     """where the answer may stand, the likeliest first: the text itself if it is short, boxes, statements, the last sentence"""
     text = text.strip()[-LONGEST:]
-    boxed = data.boxes(text)[::-1][:1]
+    boxed = data.boxes(text)[-1:]
     if len(text) <= SHORT and "\n" not in text and not boxed:
         return [*statements(text)[:1], text]
-    lines = [line.strip() for line in text.split("\n") if line.strip()]
-    last = re.split(r"(?<=[^\d\s])[.。]\s*(?=\S)|(?<=\d)[.。]\s+|。", lines[-1])[-1].strip() if lines else ""
+    line = text[-2000:].rpartition("\n")[2]
+    last = re.split(r"(?<=[^\d\s])[.。]\s*(?=\S)|(?<=\d)[.。]\s+|。", line)[-1].strip()
     return [*boxed, *(s for s in statements(text) if s), last]
 
 
 def option_of(text, choices):
     """(number of the one option that a short text names, in words how), or (None, "")"""
+    text = text[-1000:]
     core = core_text(text)
     named = letters(core)
     if named and len(named) == 1 and core.upper() not in (c.upper() for c in choices):
@@ -85,6 +92,8 @@ def find_option(text, choices):
 
 def number_of(text):
     """float of a text that gives one number: `14`, `x = 3`, `$1,234.5`, `3/4`, `45°`, `five apples`; None if it is not one"""
+    if len(text) > 400:
+        return None
     text = core_text(text).replace("\\,", "").replace("\\$", "").replace("\\%", "%")
     text = text.rsplit("=", 1)[-1] if text.count("=") == 1 and not DOUBT.search(text) else text
     text = re.sub(r"\\approx|≈|^\s*approximately", "", text) if not re.search(r"\d.*(\\approx|≈)", text) else text
@@ -97,6 +106,7 @@ def number_of(text):
     return found.pop() if len(found) == 1 else None
 
 
+@functools.lru_cache(16)
 def find_number(text):
     """the number that a response gives as its answer, or None"""
     parts = candidates(text)

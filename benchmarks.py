@@ -146,6 +146,9 @@ def mathverse(text, q, by_text=True):
     multi = q.meta.get("question_type", "").startswith("multi") or bool(options) and letters(gold)
     if not multi:
         return same_meaning(text, gold)
+    if len(letters(gold) or ()) > 1:  # "Choose 2 answers"
+        given = next((found for part in candidates(text) if (found := letters(core_text(part[-1000:])))), None)
+        return UNDECIDED if given is None else Verdict(given == letters(gold), f"{sorted(given)} against {gold!r}", ", ".join(sorted(given)))
     count = max(len(options), 8)
     k, how = find_option(text, options if options else [f"({chr(65 + i)})" for i in range(count)])
     if k is None:

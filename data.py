@@ -29,8 +29,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from mathtext import braced
-
 MARK = "<image>"                  # one per image in Record.problem
 MAX_PIXELS = 64_000_000           # ours: a picture above this is refused before its pixels are decoded
 LFS = b"version https://git-lfs"  # what a clone without git-lfs has in place of a file
@@ -40,10 +38,10 @@ TASK = {"problem", "question", "query", "conversations", "messages"}  # a row wi
 OTHER_NAMES = {"problem": ("question", "query", "query_cot"), "answer": ("ground_truth", "label", "gt_answer"), "choices": ("options",),
                "images": ("decoded_image",), "id": ("pid", "sample_index", "index")}
 # what they say beside a question, kept in Record.meta for benchmarks.py
-META = {"question_type", "answer_type", "precision", "unit", "task", "skills", "category", "answer_option", "query", "query_cot", "label",
+META = ("question_type", "answer_type", "precision", "unit", "task", "skills", "category", "answer_option", "query", "query_cot", "label",
         "problem_index", "problem_version", "question_for_eval", "human_or_machine", "subject", "level", "knowledge_level", "solution",
         "difficult", "year", "knowledge", "l2_category", "l2-category", "question_id", "image_path", "subcategory", "visual_input",
-        "set_id", "figure_id", "index", "filename", "file_name"}
+        "set_id", "figure_id", "index", "filename", "file_name")
 FIELDS = ["id", "images", "image", "problem", "answer", "choices", "source", "response", "conversations", "messages"]
 KNOWN = ("expected our JSONL (image or images, problem, answer), parquet (images, problem, answer, as Vision-R1-rl), "
          "a JSON list (conversations, image or images, as Vision-R1-cold), or a folder of these")
@@ -233,12 +231,21 @@ def _our_names(row: dict) -> dict:
     return row
 
 def boxes(text: str) -> list[str]:
-    """Contents of every closed \\boxed{...}, in order."""
-    found = (braced(text, m.end() - 1) for m in re.finditer(r"\\boxed\s*\{", text))
-    return [inner[0].strip() for inner in found if inner]
+    """Contents of every closed \\boxed{...}, in order, without the boxes inside of boxes. Linear."""
+    opened, closed = [], []
+    for m in re.finditer(r"\\boxed\s{0,9}\{|\\.|[{}]", text, re.S):
+        if m[0] != "}" and m[0][-1] == "{" and m[0] != "\\{":
+            opened.append((m.end(), len(m[0]) > 1))
+        elif m[0] == "}" and opened:
+            start, box = opened.pop()
+            if box:
+                while closed and closed[-1][0] > start:
+                    closed.pop()
+                closed.append((start, m.start()))
+    return [text[start:end].strip() for start, end in closed]
 
 def _meta(row: dict) -> dict:
-    meta = {key: row[key] for key in META & row.keys() if row[key] not in (None, "")}
+    meta = {key: row[key] for key in META if row.get(key) not in (None, "")}
     for nested in (row.get("metadata"), row.get("meta_info"), row.get("meta")):
         if isinstance(nested, str) and nested.startswith("{"):  # the TSV holds it as text
             try:
