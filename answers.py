@@ -21,6 +21,7 @@ _KEYS = re.compile(r"answer|option|choice|result|答案|选项", re.I)
 _SAYS = re.compile(r"(?:answer|option|choice|result)(?: to [^.\n]{1,60})?\*{0,2}\s{0,3}(?:is|are|should be|would be|must be|:|：|=)"
                    r"[\s:*]{0,6}(?:option|choice|approximately)?\s{0,3}|(?:答案|选项)\s{0,3}(?:是|为|：|:)\s{0,3}", re.I)  # fmt: skip
 _MARKED = re.compile(r"\(([A-Ja-j])\)|\*\*([A-J])[.:)]?\*\*|\b(?:[Oo]ption|[Cc]hoice|选)\s{0,3}([A-J])\b")
+_NONE = re.compile(r"\W{0,9}(?:not|none|neither|no)\b", re.I)  # "not (A)", "none of the options"
 NUMBER = re.compile(r"-?(?:\d[\d,]{0,60}\.?\d{0,60}|\.\d{1,60})(?:[eE][-+]?\d{1,3}(?!\d))?")
 DOUBT = re.compile(r"[<>≤≥≠|]|\\(?:neq?|leq?|geq?|not|pm)\b|±")  # an inequality or two values at once is no number
 SHORT, LONGEST = 80, 20_000  # characters: of what may be an answer as a whole, of what is searched (the end of it)
@@ -54,6 +55,8 @@ def candidates(text):
 def option_of(text, choices):
     """(number of the one option that a short text names, in words how), or (None, "")"""
     text = text[-1000:]
+    if _NONE.match(text):
+        return None, ""
     core = core_text(text)
     named = letters(core)
     if named and len(named) == 1 and core.upper() not in (c.upper() for c in choices):
@@ -79,14 +82,11 @@ def find_option(text, choices):
             return k, how
     tail = text[-LONGEST:]
     marked = list(_MARKED.finditer(tail))
-    if marked and (k := ord(next(filter(None, marked[-1].groups())).upper()) - 65) < len(choices):
+    if marked and len(text) > SHORT and (k := ord(next(filter(None, marked[-1].groups())).upper()) - 65) < len(choices):
         return k, "the last letter in brackets"
     last = candidates(text)[-1].lower()
-    held = [
-        k
-        for k, c in enumerate(choices)
-        if c.strip() and re.search(rf"(?<![\w.\\]){re.escape(c.lower())}(?![\w]|\.\d)", last)
-    ]
+    alone = lambda c: re.search(rf"(?<![\w.\\]){re.escape(c.lower())}(?![\w]|\.\d)", last)
+    held = [k for k, c in enumerate(choices) if c.strip() and not _NONE.match(last) and alone(c)]
     return (held[0], "the only option in the last sentence") if len(held) == 1 else (None, "")
 
 
@@ -114,7 +114,9 @@ def find_number(text):
         x = number_of(part)
         if x is not None:
             return x
-    found = NUMBER.findall(parts[-1].rstrip(".")) if len(parts[-1]) > SHORT / 2 and not DOUBT.search(parts[-1]) else []
+    last = parts[-1].rstrip(".")
+    guess = len(last) > SHORT / 2 and not DOUBT.search(last) and not re.search(r"\b(?:n?either|or|not)\b", last)
+    found = NUMBER.findall(last) if guess else []
     return float(found[-1].replace(",", "")) if found and found[-1].replace(",", "") else None
 
 

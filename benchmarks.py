@@ -16,8 +16,8 @@ from typing import NamedTuple
 
 import data
 import report
-from answers import NUMBER, SHORT, can_infer, candidates, find_number, find_option, math_value, nearest, written_choices
-from answers import DOUBT, LONGEST
+from answers import (DOUBT, LONGEST, NUMBER, SHORT, can_infer, candidates, find_number, find_option, math_value, nearest,
+                     written_choices)  # fmt: skip
 from mathparse import Unparsable, parse, variables
 from mathtext import clean, core_text, letters, unwrap
 from reward import verdict as reward_verdict
@@ -40,17 +40,11 @@ def kind(q):
     """(question type, answer type, precision); guessed from the gold where a file does not say"""
     if q.choices:
         return "multi_choice", "text", None
-    gold, given = q.answer.strip(), q.meta.get("answer_type")
-    guess = (
-        "list"
-        if gold.startswith("[")
-        else "integer"
-        if re.fullmatch(r"-?\d+", gold)
-        else "float"
-        if math_value(gold) is not None
-        else "text"
-    )
-    return "free_form", given or guess, int(float(q.meta.get("precision") or len(gold.partition(".")[2])))
+    gold, answer_type = q.answer.strip(), q.meta.get("answer_type")
+    if not answer_type:
+        number = "integer" if re.fullmatch(r"-?\d+", gold) else "float" if math_value(gold) is not None else "text"
+        answer_type = "list" if gold.startswith("[") else number
+    return "free_form", answer_type, int(float(q.meta.get("precision") or len(gold.partition(".")[2])))
 
 
 def mathvista_match(extraction, q):
@@ -60,15 +54,12 @@ def mathvista_match(extraction, q):
     if question_type == "multi_choice":
         bracketed = re.findall(r"\(([a-zA-Z])\)", text)
         letter = bracketed[0].upper() if bracketed else text
-        known = len(letter) == 1 and 0 <= ord(letter) - 65 < len(q.choices)
-        k = (
-            ord(letter) - 65
-            if known
-            else q.choices.index(text)
-            if text in q.choices
-            else nearest(letter[:500], q.choices)
-        )
-        how = "letter" if known else "text of the option" if text in q.choices else "nearest option by edit distance"
+        if len(letter) == 1 and 0 <= ord(letter) - 65 < len(q.choices):
+            k, how = ord(letter) - 65, "letter"
+        elif text in q.choices:
+            k, how = q.choices.index(text), "text of the option"
+        else:
+            k, how = nearest(letter[:500], q.choices), "nearest option by edit distance"
         return Verdict(q.choices[k] == q.answer, f"{how}: option {chr(65 + k)}", q.choices[k])
     try:
         if answer_type == "integer":
@@ -77,28 +68,24 @@ def mathvista_match(extraction, q):
             text = str(round(float(text), precision))
     except (ValueError, OverflowError):
         return Verdict(False, f"{text[:40]!r} is no {answer_type}", text)
-    gold = q.answer
-    return Verdict(text == gold, f"{answer_type}: {text[:60]} against {gold}", text)
+    return Verdict(text == q.answer, f"{answer_type}: {text[:60]} against {q.answer}", text)
 
 
 def mathvista_extract(text, q):
+    """what the authors' language model would take out of a response: a text for mathvista_match, or None"""
     question_type, answer_type, _ = kind(q)
     text = text.strip()
+    short = 0 < len(text) <= SHORT and "\n" not in text
     if question_type == "multi_choice":
-        k, how = (q.choices.index(text), "") if text in q.choices else find_option(text, q.choices)
-        return q.choices[k] if k is not None else text if 0 < len(text) <= SHORT and "\n" not in text else None
+        if text in q.choices:
+            return text
+        k, _ = find_option(text, q.choices)
+        if k is not None:
+            return q.choices[k]
+        return text if short and not letters(core_text(text)) else None  # "A or B" is no answer
     if answer_type in ("integer", "float"):
-        try:
-            return (
-                str(float(text))
-                if len(text) < 40
-                else repr(find_number(text))
-                if find_number(text) is not None
-                else None
-            )
-        except ValueError:
-            x = find_number(text)
-            return None if x is None else repr(x)
+        x = find_number(text)
+        return None if x is None else repr(x)
     if answer_type == "list":
         for part in candidates(text):
             inner = re.findall(r"\[([^\[\]]{1,400})\]", part)
@@ -148,9 +135,12 @@ def mathverse(text, q, by_text=True):
         return same_meaning(text, gold)
     if len(letters(gold) or ()) > 1:  # "Choose 2 answers"
         given = next((found for part in candidates(text) if (found := letters(core_text(part[-1000:])))), None)
-        return UNDECIDED if given is None else Verdict(given == letters(gold), f"{sorted(given)} against {gold!r}", ", ".join(sorted(given)))
-    count = max(len(options), 8)
-    k, how = find_option(text, options if options else [f"({chr(65 + i)})" for i in range(count)])
+        return (
+            UNDECIDED
+            if given is None
+            else Verdict(given == letters(gold), f"{sorted(given)} against {gold!r}", ", ".join(sorted(given)))
+        )
+    k, how = find_option(text, options or [f"({c})" for c in "ABCDEFGH"])
     if k is None:
         return same_meaning(text, gold) if letters(core_text(text)) else UNDECIDED
     if not by_text and "letter" not in how:
@@ -165,10 +155,10 @@ def same_meaning(text, gold):
         right, why = reward_verdict(part, gold)
         if right or why != "unparsable":
             named = [f"{part[:60]!r} {'is' if right else 'is not'} {gold[:60]!r}", part]
-            # a sentence holds more than the answer: only what is short or marked can be called wrong by rule
+            prose = len(part) > SHORT or re.search(r"[a-z]{3,} [a-z]{2,} [a-z]{2,}", part)
             return Verdict(
-                right, *named, right or len(part) <= SHORT and not re.search(r"[a-z]{3,} [a-z]{2,} [a-z]{2,}", part)
-            )
+                right, *named, right or not prose
+            )  # a sentence may hold the answer and more: not wrong by rule
     return UNDECIDED
 
 
@@ -184,7 +174,7 @@ _UNITS = re.compile(
 def mmmath(text, q, tolerance=1e-8):
     """the authors' rule: units off, split at commas, matched in any order; a number may be off by 100 (percent)"""
     solution = q.meta.get("solution", "")
-    golds = [g for g in {", ".join(data.boxes(solution)) or q.answer, q.answer}]
+    golds = dict.fromkeys([", ".join(data.boxes(solution)) or q.answer, q.answer])  # all its boxes, or its last
     given = mmmath_items(text)
     for gold in golds:
         want, left = mmmath_items(gold), list(given)
@@ -394,7 +384,7 @@ def yes_no(text, q):
     gold = {"1": "yes", "0": "no"}.get(q.answer.strip(), q.answer.strip().lower())
     for part in candidates(text):
         found = {w for w in re.findall(r"[a-z]+", part.lower()) if w in ("yes", "no")}
-        if len(found) == 1 or re.match(r"\W*(?:yes|no)\b", part.lower()):
+        if len(found) == 1 or re.match(r"\W*(?:yes|no)\W*[,.;:]", part.lower()):
             said = re.search(r"\b(?:yes|no)\b", part.lower())[0]
             return Verdict(said == gold, f"{said} against {gold}", said)
     return UNDECIDED

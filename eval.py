@@ -163,7 +163,9 @@ def generate(engine, processor, config, mine, order, on_row):
             got[i].sort(key=lambda row: row["sample"])
         attempt, n = attempt + 1, 1
         again = bool(config.bench) and config.temperature > 0
-        todo = [i for i in todo if again and len(got[i]) < DRAWS and not any("</answer>" in r["completion"] for r in got[i])]
+        todo = [
+            i for i in todo if again and len(got[i]) < DRAWS and not any("</answer>" in r["completion"] for r in got[i])
+        ]
     for rows in got:
         for k, row in enumerate(rows[:-1], 1):
             row["more"] = len(rows) - k  # lines of this question that follow: a killed run drops what is not whole
@@ -300,6 +302,8 @@ def agree(*paths):
 
 
 def main(config):
+    if not config.model or bool(config.bench) + bool(config.data) != 1:
+        raise SystemExit("error: say --model, and one of --bench (mathvista, mathverse=FOLDER, ...) and --data")
     device = run.start_ranks()
     config.out = config.out or run.default_out("eval", config.model, config.data or config.bench.replace("=", ","))
     if config.model == "toy:all":

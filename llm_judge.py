@@ -40,38 +40,33 @@ def ask(config, rows, say):
             asked.append((i, "fork_", benchmarks.fork_prediction(r["completion"])))
 
     def one(job):
-        i, which, text = job
-        r = rows[i]
-        prompt = JUDGE.format(
-            question=r["problem"].replace(data.MARK, "")[-4000:], reference=r["answer"], answer=text[-2000:]
-        )
-        name = hashlib.blake2b(f"{config.judge_model}\n{prompt}".encode(), digest_size=16).hexdigest()
-        reply = journal.get(name)
-        if reply is None:
-            try:
-                chat = client.chat.completions.create(model=config.judge_model, temperature=0, max_tokens=16, messages=[{"role": "user", "content": prompt}])  # fmt: skip
-                reply = dict(
-                    text=chat.choices[0].message.content or "", id=r["id"], sample=r["sample"], which=which or "strict"
-                )
-            except openai.OpenAIError as error:
-                failed[f"{type(error).__name__}: {str(error).replace(key, '***')[:200]}"] += 1
-                return None
-        return (
-            name,
-            reply,
-            (i, which, reply["text"].strip()[:1] == "1") if reply["text"].strip()[:1] in ("0", "1") else None,
-        )
+        """-> (its name, the reply), or None when the call fails"""
+        i, which, prompt, name = job
+        try:
+            chat = client.chat.completions.create(
+                model=config.judge_model, temperature=0, max_tokens=16, messages=[{"role": "user", "content": prompt}]
+            )
+        except openai.OpenAIError as error:
+            failed[f"{type(error).__name__}: {str(error).replace(key, '***')[:200]}"] += 1
+            return None
+        text = chat.choices[0].message.content or ""
+        return name, dict(text=text, id=rows[i]["id"], sample=rows[i]["sample"], which=which or "strict")
 
-    verdicts = []
+    jobs = []
+    for i, which, text in asked:
+        r = rows[i]
+        question = r["problem"].replace(data.MARK, "")[-4000:]
+        prompt = JUDGE.format(question=question, reference=r["answer"], answer=text[-2000:])
+        name = hashlib.blake2b(f"{config.judge_model}{which}{r['id']}{r['sample']}{prompt}".encode(), digest_size=16)
+        jobs.append((i, which, prompt, name.hexdigest()))
+    new = [job for job in jobs if job[3] not in journal.places]
     with ThreadPoolExecutor(16) as pool:
-        for got in tqdm(pool.map(one, asked), "judge", len(asked), leave=False, disable=None):
+        for got in tqdm(pool.map(one, new), "judge", len(new), leave=False, disable=None):
             if got:
-                if got[0] not in journal.places:
-                    journal.places[got[0]] = journal.end
-                    journal.add(*got[:2])
-                verdicts += [got[2]] if got[2] else []
-    say(
-        f"judge {config.judge_model}: {len(asked)} undecided, {len(verdicts)} settled"
-        + "".join(f"; {n} x {e}" for e, n in failed.items())
-    )
+                journal.places[got[0]] = journal.end
+                journal.add(*got)
+    replies = [(i, which, (journal.get(name) or {"text": ""})["text"].strip()[:1]) for i, which, _, name in jobs]
+    verdicts = [(i, which, reply == "1") for i, which, reply in replies if reply in ("0", "1")]
+    trouble = "".join(f"; {n} x {error}" for error, n in failed.items())
+    say(f"judge {config.judge_model}: {len(asked)} undecided, {len(verdicts)} settled{trouble}")
     return verdicts
