@@ -15,6 +15,7 @@ Every response goes to responses.jsonl with its verdicts and why; a run that was
 import json
 import re
 import sys
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -68,12 +69,7 @@ RECIPES = {
     "vision-r1": dict(),
 }
 DRAWS = 5  # the paper's fork: one answer, and up to four more while </answer> is missing
-DROPPED = (
-    "bench",
-    "tags",
-    "query",
-    "query_cot",
-)  # of a question's meta, in responses.jsonl: beside it, or in the prompt already
+DROPPED = ("bench", "tags", "query", "query_cot")  # of a question's meta: stands beside it or in the prompt already
 
 
 def make_engine(config, device):
@@ -145,7 +141,10 @@ def generate(engine, processor, config, mine, order, on_row):
     while todo:
         prompts = [packing.encode(mine[i], processor, config.system_prompt) for i in todo]
         # a later draw is seeded by its number, so that it does not depend on who else needed one
-        seeds = [(config.seed, attempt, order[mine[i].id]) for i in todo]
+        number = lambda id: (
+            zlib.crc32(id.encode()) if config.bench else order[id]
+        )  # whatever else --bench and --limit say
+        seeds = [(config.seed, attempt, number(mine[i].id)) for i in todo]
         first, ready = config.samples + attempt - 1 if attempt else 0, set()
 
         def done(p, s, x, todo=todo, first=first, ready=ready):
@@ -179,7 +178,7 @@ def evaluate(config, device):
     out = Path(config.out)
     run.claim(
         config,
-        ("model", "bench", "data", "samples", "temperature", "top_p", "max_len", "system_prompt", "seed", "engine"),
+        ("model", "data", "samples", "temperature", "top_p", "max_len", "system_prompt", "seed", "engine"),
     )
     log = run.Log(out, config, 10**9)
     done = [None]
