@@ -44,6 +44,8 @@ def statements(text):
 def candidates(text):
     """where the answer may stand, the likeliest first: the text itself if it is short, boxes, statements, the last sentence"""
     text = text.strip()[-LONGEST:]
+    if "</answer>" in text:  # in whatever form: the strict one is reward.extract_answer's business
+        text = text[: text.rindex("</answer>")].rpartition("<answer>")[2].strip()
     boxed = data.boxes(text)[-1:]
     if len(text) <= SHORT and "\n" not in text and not boxed:
         return [*statements(text)[:1], text]

@@ -148,7 +148,7 @@ def bootstrap(scores, clusters, seed=0, draws=2000):
 def wilson(right, n, z=1.959964):
     """Wilson's 95 % interval of a proportion"""
     centre, half = (right / n + z * z / 2 / n), z * np.sqrt(right / n * (1 - right / n) / n + z * z / 4 / n / n)
-    return [float((centre - half) / (1 + z * z / n)), float((centre + half) / (1 + z * z / n))]
+    return [max(0.0, float((centre - half) / (1 + z * z / n))), min(1.0, float((centre + half) / (1 + z * z / n)))]
 
 
 def interval(scores, groups, seed=0, draws=2000):

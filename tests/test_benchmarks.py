@@ -113,7 +113,9 @@ def test_verdicts_by_the_authors_rules(bench, q, text, right):
 def test_the_papers_own_rules_differ_where_they_do():
     answer = "<think>x</think><answer> Final Answer:{} </answer>".format
     assert benchmarks.fork_prediction(answer("5")) == "5"
-    assert benchmarks.fork_prediction("<answer>Final Answer: 5</answer>") == "<answer>Final Answer: 5</answer>"  # exactly these spaces
+    assert (
+        benchmarks.fork_prediction("<answer>Final Answer: 5</answer>") == "<answer>Final Answer: 5</answer>"
+    )  # exactly these spaces
     q = question("7", **INTEGER)
     assert fork("mathvista", answer("7.0"), q).right and not fork("mathvista", answer("7.5"), q).right  # no truncation
     q = question("1.5", **FLOAT1)
@@ -121,19 +123,31 @@ def test_the_papers_own_rules_differ_where_they_do():
     assert not fork("mathvista", answer("[1, 2]"), question("[1, 2]", answer_type="list")).right
     assert fork("mathvista", answer("I take option C"), question("145°", ANGLES)).right
     assert fork("mm-math", answer("5.005"), question("5", solution="\\boxed{5}")).right  # 1e-2
-    assert fork("mathvista", "no tags at all, the answer is 7", question("7", **INTEGER)).right  # no penalty for the format
+    assert fork(
+        "mathvista", "no tags at all, the answer is 7", question("7", **INTEGER)
+    ).right  # no penalty for the format
     text = question("B", question_type="multi-choice", question_for_eval="?\nChoices:\nA:It is\nB:It is not")
     v = fork("mathverse", answer("It is not"), text)
     assert not v.right and not v.decided  # goes to the judge there
 
 
 def test_what_rules_cannot_tell_is_undecided_not_guessed():
-    for bench, q in [("mathvista", question("145°", ANGLES)), ("mathverse", question("C", question_type="multi-choice")), ("mme", question("Yes"))]:
-        v = official(bench, "I looked at the picture for long and thought about many things.\nBut I did not come to any conclusion at all, sorry about that.", q)
+    for bench, q in [
+        ("mathvista", question("145°", ANGLES)),
+        ("mathverse", question("C", question_type="multi-choice")),
+        ("mme", question("Yes")),
+    ]:
+        v = official(
+            bench,
+            "I looked at the picture for long and thought about many things.\nBut I did not come to any conclusion at all, sorry about that.",
+            q,
+        )
         assert not v.right and not v.decided and "undecided" in v.why
 
 
-@pytest.mark.parametrize("name, least_extracted, least_response", [("mathvista", 0.98, 0.95), ("mathvision", 0.98, 0.98)])
+@pytest.mark.parametrize(
+    "name, least_extracted, least_response", [("mathvista", 0.98, 0.95), ("mathvision", 0.98, 0.98)]
+)
 def test_released_answers_get_the_official_verdicts(real, name, least_extracted, least_response):
     # MathVista's released answers of one model do not belong to its extractions ("The correct answer is (B)", extracted C)
     rows = [json.loads(line) for line in open(real / "model_responses" / f"{name}.jsonl")]
@@ -155,8 +169,16 @@ def test_mathverse_golds_are_found_in_responses_of_many_forms(real):
         part = [r for r in rows if r["meta"]["question_type"] == type]
         for i, r in enumerate(part):
             q = SimpleNamespace(answer=r["answer"], choices=r["choices"], meta=r["meta"])
-            other = next((o["answer"] for o in part[i + 1 :] + part if o["answer"].strip("$()") != r["answer"].strip("$()")))
-            bare = lambda t: t.replace("\n", " and ") if "\n" in t else t if "$" in t and t.count("$") == 2 and not t.startswith("$") else t.strip("$")
+            other = next(
+                (o["answer"] for o in part[i + 1 :] + part if o["answer"].strip("$()") != r["answer"].strip("$()"))
+            )
+            bare = lambda t: (
+                t.replace("\n", " and ")
+                if "\n" in t
+                else t
+                if "$" in t and t.count("$") == 2 and not t.startswith("$")
+                else t.strip("$")
+            )
             for way in ways:
                 for gold, right in ((r["answer"], True), (other, False)):
                     counts[type][0] += official("mathverse", way.format(bare(gold)), q).right == right
@@ -168,7 +190,9 @@ def test_mathverse_golds_are_found_in_responses_of_many_forms(real):
 def test_a_thousand_answers_in_two_seconds_and_hostile_ones_too():
     rng = random.Random(0)
     chain = "Okay, let's see. " + " ".join(f"The angle {k} is {rng.randint(1, 180)}°." for k in range(400))
-    cases = [(b, q, f"{chain}\nSo the answer is {rng.randint(1, 200)}.{i}") for i in range(20) for b, q, _, _ in CASES][:1000]
+    cases = [(b, q, f"{chain}\nSo the answer is {rng.randint(1, 200)}.{i}") for i in range(20) for b, q, _, _ in CASES][
+        :1000
+    ]
     assert len(cases) == 1000
     start = time.process_time()
     for bench, q, text in cases:
@@ -189,7 +213,16 @@ def test_a_thousand_answers_in_two_seconds_and_hostile_ones_too():
 
 
 def row(bench, i, right, tags=(), sample=0, **meta):
-    return dict(bench=bench, id=f"{bench}-{i}", sample=sample, right=right, fork_right=right, tags=list(tags), meta=meta, given=str(right))
+    return dict(
+        bench=bench,
+        id=f"{bench}-{i}",
+        sample=sample,
+        right=right,
+        fork_right=right,
+        tags=list(tags),
+        meta=meta,
+        given=str(right),
+    )
 
 
 def value(groups):
@@ -200,8 +233,15 @@ def test_mme_is_accuracy_and_accuracy_plus_summed():
     rng, rows, want = random.Random(1), [], 0
     for category in ("count", "OCR", "code_reasoning"):
         answers = {f"{category}/{k}.png": [rng.random() < 0.7, rng.random() < 0.7] for k in range(9)}
-        rows += [row("mme", f"{image}-{j}", a, [category], question_id=image) for image, two in answers.items() for j, a in enumerate(two)]
-        want += 100 * sum(a for two in answers.values() for a in two) / 18 + 100 * sum(all(two) for two in answers.values()) / 9
+        rows += [
+            row("mme", f"{image}-{j}", a, [category], question_id=image)
+            for image, two in answers.items()
+            for j, a in enumerate(two)
+        ]
+        want += (
+            100 * sum(a for two in answers.values() for a in two) / 18
+            + 100 * sum(all(two) for two in answers.values()) / 9
+        )
     m = report.metrics("mme", rows)
     assert value(m["SUM"]) == pytest.approx(want)
     assert value(m["perception"]) + value(m["reasoning"]) == pytest.approx(want)
@@ -210,7 +250,19 @@ def test_mme_is_accuracy_and_accuracy_plus_summed():
 def test_hallusionbench_counts_figures_and_questions():
     rng, rows = random.Random(2), []
     for category, s, f, q in [(c, s, f, q) for c in ("VD", "VS") for s in "012" for f in "012" for q in "01"]:
-        rows.append(row("hallusionbench", len(rows), rng.random() < 0.7, [category], category=category, subcategory="x", set_id=s, figure_id=f, question_id=q))
+        rows.append(
+            row(
+                "hallusionbench",
+                len(rows),
+                rng.random() < 0.7,
+                [category],
+                category=category,
+                subcategory="x",
+                set_id=s,
+                figure_id=f,
+                question_id=q,
+            )
+        )
     get = lambda r: tuple(r["meta"][k] for k in ("category", "set_id", "figure_id", "question_id"))
     figures, pairs = {}, {}
     for r in rows:
@@ -220,21 +272,36 @@ def test_hallusionbench_counts_figures_and_questions():
             figures[c, s, f] = figures.get((c, s, f), True) and r["right"]
     m = report.metrics("hallusionbench", rows)
     want = [np.mean([r["right"] for r in rows]), np.mean(list(figures.values())), np.mean(list(pairs.values()))]
-    assert [value(m[k]) for k in ("aAcc", "fAcc", "qAcc")] == pytest.approx(want) and value(m["mean"]) == pytest.approx(np.mean(want))
-    tsv = [dict(r, meta=dict(index="_".join(("x", r["meta"]["category"], "x", *get(r)[1:])), category=get(r)[0])) for r in rows]
+    assert [value(m[k]) for k in ("aAcc", "fAcc", "qAcc")] == pytest.approx(want) and value(m["mean"]) == pytest.approx(
+        np.mean(want)
+    )
+    tsv = [
+        dict(r, meta=dict(index="_".join(("x", r["meta"]["category"], "x", *get(r)[1:])), category=get(r)[0]))
+        for r in rows
+    ]
     assert [report.place(r)[1:] for r in tsv] == [report.place(r)[1:] for r in rows]
 
 
 def test_dynamath_worst_case_is_over_the_variants_of_a_seed():
     rng = random.Random(3)
     right = {(s, v): rng.random() < 0.9 for s in range(20) for v in range(10)}
-    m = report.metrics("dynamath", [row("dynamath", f"{s}-v{v}", x, ["algebra"], seed=str(s), variant=v) for (s, v), x in right.items()])
+    m = report.metrics(
+        "dynamath",
+        [row("dynamath", f"{s}-v{v}", x, ["algebra"], seed=str(s), variant=v) for (s, v), x in right.items()],
+    )
     assert value(m["average"]) == pytest.approx(np.mean(list(right.values())))
     assert value(m["worst case"]) == pytest.approx(np.mean([all(right[s, v] for v in range(10)) for s in range(20)]))
 
 
 def test_mathverse_is_the_mean_over_five_versions_and_text_only_stands_beside():
-    share = {"Text Dominant": 4, "Text Lite": 3, "Vision Intensive": 2, "Vision Dominant": 1, "Vision Only": 0, "Text Only": 4}
+    share = {
+        "Text Dominant": 4,
+        "Text Lite": 3,
+        "Vision Intensive": 2,
+        "Vision Dominant": 1,
+        "Vision Only": 0,
+        "Text Only": 4,
+    }
     rows = [row("mathverse", f"{v}-{k}", k < n, [v], problem_index=str(k)) for v, n in share.items() for k in range(4)]
     m = report.metrics("mathverse", rows)
     assert value(m["ALL"]) == pytest.approx(0.5) and value(m["Vision Only"]) == 0 and value(m["Text Only"]) == 1
@@ -247,7 +314,9 @@ def test_pass_at_k_majority_wilson_mcnemar():
     sample = lambda given, right: dict(given=given, right=right)
     assert report.majority([sample("5", True), sample("6", False), sample("5", True)])
     assert not report.majority([sample("5", True), sample("6", False), sample("6", False)])
-    assert not report.majority([sample(None, False), sample(None, False)]) and report.majority([sample(None, False), sample("5", True), sample(None, False)])
+    assert not report.majority([sample(None, False), sample(None, False)]) and report.majority(
+        [sample(None, False), sample("5", True), sample(None, False)]
+    )
     for right, n in [(0, 10), (7, 10), (10, 10), (40, 1000)]:
         for end in report.wilson(right, n):  # the score test's equation
             assert (right / n - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / n, abs=1e-12)
@@ -273,7 +342,9 @@ def test_paired_comparison():
 
 
 def test_the_fork_keeps_the_first_draw_that_closes_its_answer():
-    draws = [dict(row("mathvista", 1, k == 2, sample=k), completion="x</answer>" if k >= 2 else "cut") for k in range(4)]
+    draws = [
+        dict(row("mathvista", 1, k == 2, sample=k), completion="x</answer>" if k >= 2 else "cut") for k in range(4)
+    ]
     assert report.fork_rows(draws)[0]["right"]
     assert not report.fork_rows(draws[:2])[0]["right"]
 
@@ -318,7 +389,12 @@ def test_layouts_without_a_sample(tmp_path):
         records, problems = benchmarks.load(name, places[name])
         assert len(records) == n and not problems, problems.summary()
         assert len({r.id for r in records}) == n and all(r.meta["tags"] for r in records)
-    assert records[1].answer == "\\frac{1}{2}" and records[1].meta["tags"] == ["hard", "eight", "Functions", "Linear Function"]
+    assert records[1].answer == "\\frac{1}{2}" and records[1].meta["tags"] == [
+        "hard",
+        "eight",
+        "Functions",
+        "Linear Function",
+    ]
     assert records[1].images == [png((1, 0, 9))]
     records = benchmarks.load("hallusionbench", places["hallusionbench"])[0]
     assert [len(r.images) for r in records] == [1, 1, 1, 1, 0, 0] and records[0].images == [png((19, 0, 9))]
@@ -328,7 +404,11 @@ def test_layouts_without_a_sample(tmp_path):
 def test_the_samples_of_the_published_files(real):
     formats = real / "formats"
     vista = benchmarks.load("mathvista", formats / "mathvista")[0]
-    assert len(vista) == 45 and vista[0].problem.startswith("<image>Hint: ") and {"GEO", "ALG", "GPS"} <= set(vista[0].meta["tags"])
+    assert (
+        len(vista) == 45
+        and vista[0].problem.startswith("<image>Hint: ")
+        and {"GEO", "ALG", "GPS"} <= set(vista[0].meta["tags"])
+    )
     tsv = benchmarks.load("mathvista", formats / "vlmevalkit" / "MathVista_MINI.sample.tsv")[0]
     by_id = {r.id: r for r in vista}
     assert all(set(r.meta["tags"]) <= set(by_id[r.id].meta["tags"]) and by_id[r.id].answer == r.answer for r in tsv)
@@ -375,4 +455,6 @@ def test_offline_the_message_says_what_to_do(tmp_path):
 
     code = "import benchmarks\ntry: benchmarks.load('mathvista')\nexcept ValueError as e: print(e)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})  # fmt: skip
-    assert "MathVista testmini is not on this machine" in done.stdout and "--bench mathvista=FOLDER" in done.stdout, done.stderr
+    assert "MathVista testmini is not on this machine" in done.stdout and "--bench mathvista=FOLDER" in done.stdout, (
+        done.stderr
+    )
