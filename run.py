@@ -90,9 +90,10 @@ def start_ranks():
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
         sys.stdout.reconfigure(line_buffering=True)  # a rank that must end at once cannot flush
-        choose_network()
         store, rank, world = next(dist.rendezvous("env://"))
         heart = Heartbeat(store.clone(), rank, world)
+        if backend == "gloo":
+            choose_network(store, rank, world)
         # long: how much slower than the others a rank may be that is alive. a dead one is the heartbeat's affair
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
     else:
@@ -100,17 +101,30 @@ def start_ranks():
     return device
 
 
-def choose_network():
-    """gloo listens where the host's name resolves to, on many machines loopback; take the way to the first host instead"""
-    if os.environ["WORLD_SIZE"] == os.environ.get("LOCAL_WORLD_SIZE") or "GLOO_SOCKET_IFNAME" in os.environ:
+def choose_network(store, rank, world):
+    """gloo uses the network that a host's own name leads to, on many machines loopback; take the one to the other hosts"""
+    if str(world) == os.environ.get("LOCAL_WORLD_SIZE"):
         return
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
-        s.connect((os.environ["MASTER_ADDR"], 1))  # sends nothing: the kernel picks the address that we would send from
-        ours = s.getsockname()[0]
+
+    def address(host):
+        """from which this host would send to that one"""
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            s.connect((host, 1))  # sends nothing
+            return s.getsockname()[0]
+        return "127.0.0.1"  # no IPv4 there: gloo's own choice stands
+
+    # every rank tells its address towards the first host; that one itself may see only loopback there, so it asks for its
+    # address towards one of the others
+    store.set(f"address/{rank}", address(os.environ["MASTER_ADDR"]))
+    known = [a.decode() for a in store.multi_get([f"address/{r}" for r in range(world)])]
+    ours = address(next((a for a in known if not a.startswith("127.")), known[0]))
+    if ours.startswith("127.") or "GLOO_SOCKET_IFNAME" in os.environ:  # all on this machine, or the user knows better
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         for _, name in socket.if_nameindex():
             with suppress(OSError):  # an interface without an address
                 found = fcntl.ioctl(s, 0x8915, struct.pack("256s", name.encode()))[20:24]  # SIOCGIFADDR
-                if socket.inet_ntoa(found) == ours and not ours.startswith("127."):
+                if socket.inet_ntoa(found) == ours:
                     os.environ["GLOO_SOCKET_IFNAME"] = name
 
 

@@ -208,8 +208,8 @@ def hosts(tmp_path_factory):
     """two network namespaces joined by a cable -> {name: words that run a command there}"""
     folder, spaces = tmp_path_factory.mktemp("hosts"), [f"nvr{os.getpid()}{x}" for x in "ab"]
     addresses = "127.0.0.1 localhost\n10.213.0.1 hosta\n10.213.0.2 hostb\n"
-    (folder / "a").write_text(addresses)
-    (folder / "b").write_text("127.0.1.1 hostb\n" + addresses)  # as Debian has it: the name leads to loopback first
+    for x in "ab":  # as Debian has it: a host's own name leads to loopback
+        (folder / x).write_text(f"127.0.1.1 host{x}\n{addresses}")
     setup = [f"netns add {spaces[0]}", f"netns add {spaces[1]}",
              f"link add eth0 netns {spaces[0]} type veth peer name net7 netns {spaces[1]}",
              f"-n {spaces[0]} addr add 10.213.0.1/24 dev eth0", f"-n {spaces[1]} addr add 10.213.0.2/24 dev net7",
