@@ -55,8 +55,8 @@ class Record:
     source: str = ""
     response: str | None = None         # chain + answer, for SFT
     choices: list[str] | None = None
-    prompt_tokens: int = 0              # once packing.usable has counted them
     meta: dict = field(default_factory=dict)  # META of a benchmark's row, and what its `meta` or `metadata` holds
+    prompt_tokens: int = 0              # once packing.usable has counted them
 
 class Problem(NamedTuple):
     file: str

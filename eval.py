@@ -352,4 +352,4 @@ if __name__ == "__main__":
         with run.for_people():
             COMMANDS[sys.argv[1]](*sys.argv[2:])
     else:
-        main(configure(sys.argv[1:]))
+        run.guard(main, configure(sys.argv[1:]))

@@ -452,4 +452,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(run.parse_config(Config, RECIPES))
+    run.guard(main, run.parse_config(Config, RECIPES))

@@ -11,10 +11,16 @@ import importlib
 import json
 import os
 import random
+import select
 import shlex
 import shutil
+import signal
+import socket
+import struct
 import sys
-from contextlib import contextmanager
+import threading
+import time
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -80,6 +86,7 @@ def parse_config(config_class, recipes, argv=None):
 
 def start_ranks():
     """join torchrun's ranks (gloo on the CPU, NCCL on GPUs), or be the only one -> device"""
+    global heart
     disable_progress_bar()  # transformers' bars for reading and writing shards
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
@@ -87,10 +94,151 @@ def start_ranks():
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        sys.stdout.reconfigure(line_buffering=True)  # a rank that must end at once cannot flush
+        store, rank, world = next(dist.rendezvous("env://"))
+        heart = Heartbeat(store.clone(), rank, world)
+        if backend == "gloo":
+            choose_network(store, rank, world)
+        # long: how much slower than the others a rank may be that is alive. a dead one is the heartbeat's affair
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def choose_network(store, rank, world):
+    """gloo uses the network that a host's own name leads to, on many machines loopback; take the one to the other hosts"""
+    if str(world) == os.environ.get("LOCAL_WORLD_SIZE"):
+        return
+
+    def address(host):
+        """from which this host would send to that one"""
+        with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+            s.connect((host, 1))  # sends nothing
+            return s.getsockname()[0]
+        return "127.0.0.1"  # no IPv4 there: gloo's own choice stands
+
+    # every rank tells its address towards the first host; that one itself may see only loopback there, so it asks for its
+    # address towards one of the others
+    store.set(f"address/{rank}", address(os.environ["MASTER_ADDR"]))
+    known = [a.decode() for a in store.multi_get([f"address/{r}" for r in range(world)])]
+    ours = address(next((a for a in known if not a.startswith("127.")), known[0]))
+    if ours.startswith("127.") or "GLOO_SOCKET_IFNAME" in os.environ:  # all on this machine, or the user knows better
+        return
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # an interface without an address
+                found = fcntl.ioctl(s, 0x8915, struct.pack("256s", name.encode()))[20:24]  # SIOCGIFADDR
+                if socket.inet_ntoa(found) == ours:
+                    os.environ["GLOO_SOCKET_IFNAME"] = name
+
+
+BEAT = float(os.environ.get("HEARTBEAT_SECONDS", "3"))  # between two signs of life
+MISSING = 10  # so many missing ones are death: 30 s. one call may stop all of Python's threads: 7 s for 1 GB of JSON
+JOIN = 300  # seconds for importing everything, from a slow shared disk too
+heart = None  # only under torchrun
+
+
+class Heartbeat:
+    """Two threads by which a rank learns that another one is gone; then it ends too and says who, where and why.
+
+    Rollouts take minutes without a collective and a slow rank keeps the others waiting in the next one, so no time limit
+    on collectives tells slow from dead. Instead each rank counts upwards in the store that torchrun has anyway, and looks
+    whether the others do. A thread counts whatever its main thread computes: only a process that died or is frozen, or a
+    machine or network that is down, stands still. Missing beats are counted in rounds of our own, not in seconds: ranks
+    that were frozen together (a suspended machine) accuse nobody. Left out: going on with the ranks that are left. That is
+    what a resume is for, and a resume is exact.
+    """
+
+    def __init__(self, store, rank, world):
+        self.store, self.rank, self.world, self.host = store, rank, world, socket.gethostname()
+        self.torchrun = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+        self.end = None  # None: this rank runs; "": it is done; else what went wrong
+        self.why = None  # the reason to end that the threads found
+        self.silent = 0  # rounds since the store has answered
+        self.wake, self.told = threading.Event(), threading.Event()
+        self.alarm, bell = os.pipe()  # rung by beat() and by signals, which reach no main thread deep in a collective
+        os.set_blocking(bell, False)
+        self.ring = lambda: os.write(bell, b"\0")
+        signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        for act in (self.beat, self.watch):
+            threading.Thread(target=act, daemon=True).start()
+
+    def beat(self):
+        """talk to the store. nothing else may happen in this thread: a store on a lost machine does not even time out"""
+        keys = [f"alive/{r}" for r in range(self.world)]
+        last, missed, n = [0] * self.world, [-int(JOIN / BEAT)] * self.world, 0
+        with suppress(RuntimeError):  # the store is gone: watch() sees that it is silent
+            for key in keys:
+                self.store.compare_set(key, "", json.dumps(["a host that never answered", 0, None]))
+            while not self.told.is_set():
+                n, mine = n + 1, self.end
+                self.store.set(keys[self.rank], json.dumps([self.host, n, mine]))
+                states = [json.loads(x) for x in self.store.multi_get(keys)]
+                self.silent = 0
+                for r, (host, count, end) in enumerate(states):
+                    missed[r] = missed[r] + 1 if count == last[r] else 0
+                    last[r] = count
+                    if end:
+                        self.why = self.why or end
+                    elif end is None and missed[r] >= MISSING:
+                        self.why = self.why or (
+                            f"rank {r} on {host} has given no sign of life for {MISSING * BEAT:.0f} s: its process was killed "
+                            "or is frozen, or its machine or network is down" if count else
+                            f"rank {r} has not started within {JOIN} s; see what torchrun says on the other hosts")  # fmt: skip
+                if self.why and self.end is None:
+                    self.ring()
+                if mine == "" or mine and all(end is not None for _, _, end in states):
+                    self.told.set()
+                self.wake.wait(BEAT) if self.end is None else time.sleep(min(BEAT, 0.1))
+
+    def watch(self):
+        """end this process when beat() found a reason, when it hangs, or when torchrun is gone"""
+        while self.end is None:
+            rung = os.read(self.alarm, 99) if select.select([self.alarm], [], [], BEAT)[0] else b""
+            self.silent += 1
+            if {signal.SIGTERM, signal.SIGINT} & set(rung):
+                self.why = self.why or f"rank {self.rank} on {self.host} was told to stop (SIGTERM or Ctrl-C): another rank " \
+                    "on this host died, torchrun on another host is gone, or somebody stopped the run"  # fmt: skip
+            elif self.torchrun and os.getppid() != self.torchrun:
+                self.why = f"torchrun (process {self.torchrun} on {self.host}) was killed"
+            elif self.silent > MISSING:
+                where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+                self.why = self.why or f"the store of the run at {where} has not answered for {MISSING * BEAT:.0f} s: " \
+                    "torchrun on that host was killed or is frozen, or the host or the network is down"  # fmt: skip
+            if self.why and self.end is None:
+                os.write(2, f"\nstopping rank {self.rank} on {self.host}: {self.why}. Run the same command again, also with "
+                            "another number of ranks: it goes on from what was last saved.\n".encode())  # fmt: skip
+                self.tell(self.why)
+                os._exit(1)  # the main thread may wait in a collective that never ends
+
+    def tell(self, end):
+        """how this rank ends; waits until the others know, for torchrun may take the store down with the first rank"""
+        self.end = end
+        self.wake.set()
+        self.told.wait(2 * BEAT)
+
+    def reason(self, error):
+        """the main thread's exception in words. a broken connection is only what another rank's end looks like from here"""
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+            time.sleep((MISSING + 3) * BEAT)  # by then watch() has named the one that is gone and ended this process
+        kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
+        return f"rank {self.rank} on {self.host} failed: {kind}{error}"[:1000]
+
+
+def guard(main, config):
+    """main(config); the other ranks are told how it ends"""
+    end = ""
+    try:
+        main(config)
+    except BaseException as error:
+        end = heart and heart.reason(error)
+        raise
+    finally:
+        if heart:
+            heart.tell(end)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def is_main():
@@ -150,7 +298,7 @@ def one_writer(out):
             f"{out}: another run (process {lock.read().strip()}) is writing to this folder; stop it first"
         ) from error
     lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
+    lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return lock
 
@@ -174,6 +322,22 @@ def claim(config, keys):
                                  "choose another --out, or --no_resume to start over")  # fmt: skip
 
     on_main_first(act)
+    if hasattr(config, "keep"):  # every rank writes its part of a checkpoint (eval.py: rank 0 alone writes)
+        must_share(out)
+
+
+def must_share(out):
+    """with several hosts the run's folder must be one that all of them see: NFS, Lustre or the like"""
+    wrote = [(socket.gethostname(), (out / ".lock").read_text()) if is_main() else None]
+    dist.broadcast_object_list(wrote, src=0)
+    host, text = wrote[0]
+    for _ in range(10):  # a network file system may take some seconds to show a new file elsewhere
+        with suppress(OSError):
+            if (out / ".lock").read_text() == text:
+                return
+        time.sleep(1)
+    raise SystemExit(f"{socket.gethostname()} does not see what {host} wrote into {out.absolute()}: with several hosts --out "
+                     "must be a folder that all of them share, under the same path")  # fmt: skip
 
 
 locks = []  # held until the process ends
@@ -188,9 +352,10 @@ def start_over(out):
 
 
 def command_line():
-    launcher = (
-        ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "RANK" in os.environ else ["python"]
-    )
+    launcher = ["python"]
+    if "RANK" in os.environ:
+        hosts = [f"--nnodes={os.environ['GROUP_WORLD_SIZE']}"] if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" else []
+        launcher = ["torchrun", *hosts, f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
     return shlex.join(launcher + [os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
@@ -307,9 +472,11 @@ def save_checkpoint(out, step, policy, optimizer, progress, keep):
 
 def load_checkpoint(out, policy, optimizer):
     """the newest checkpoint of the run, into policy and optimizer -> (step, progress); (0, None) when there is none"""
-    found = checkpoints(out)
-    if not found:
+    newest = [checkpoints(out)[-1:]]  # rank 0's view: another host's of the shared folder may be some seconds old
+    dist.broadcast_object_list(newest, src=0)
+    if not newest[0]:
         return 0, None
+    found = newest[0]
     weights, moments = get_state_dict(policy, optimizer)
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=found[-1])
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
