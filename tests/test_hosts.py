@@ -20,6 +20,7 @@ from conftest import ROOT
 from test_grpo import TIMES, log_of, weights_of
 
 import run
+from hosts import MISSING
 
 BEAT = 0.3  # seconds, so that death is 3 s away instead of 30; twice that under torchrun, where more processes share the cores
 WORLD = 3
@@ -32,13 +33,13 @@ def scenario(how, rank, port, folder):
     """one rank of a run in which rank 1 does something; stderr goes to a file"""
     os.dup2(os.open(folder / f"err-{rank}", os.O_WRONLY | os.O_CREAT), 2)
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="localhost", MASTER_PORT=str(port))
-    run.BEAT = BEAT
+    sys.modules["hosts"].BEAT = BEAT
 
     def main(config):
         run.start_ranks()
         run.all_sum({"x": 1})  # all are there
         (folder / f"up-{rank}").write_text(str(os.getpid()))
-        life = 2 * run.MISSING * BEAT
+        life = 2 * MISSING * BEAT
         if how == "slow":  # no collective for long, and one call that keeps Python's lock: slow, but alive
             ctypes.PyDLL(None).usleep(int(life / 4 * 1e6)) if rank == 1 else None
         if how == "early" and rank == 1:
@@ -94,7 +95,7 @@ def outcomes(tmp_path_factory):
         if how == "terminated":
             os.kill(ranks[0].pid, signal.SIGTERM)
         happened[how] = time.monotonic()
-    wait_for(lambda: time.monotonic() > happened["frozen together"] + 1.5 * run.MISSING * BEAT, 60)
+    wait_for(lambda: time.monotonic() > happened["frozen together"] + 1.5 * MISSING * BEAT, 60)
     for p in runs["frozen together"][0]:
         os.kill(p.pid, signal.SIGCONT)
     result = {}
