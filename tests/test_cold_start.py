@@ -217,7 +217,7 @@ def test_prompts_of_the_steps_and_ablations(tmp_path, serve, flags, steps):
     assert kept[-1]["id"] == "p/1" and ("Caption: balls" in kept[-1]["response"]) == ("pseudo_cot_only" in flags)
 
 
-def test_toy_recipe_in_process(tmp_path):
+def test_toy_recipe(tmp_path):
     pytest.importorskip("toy")
     from toy import problems as toy_problems
 
@@ -320,7 +320,7 @@ def test_word_replacement(before, after):
 
 def test_every_replacement_rule_is_used_by_a_test_line():
     lines = next(m for m in test_word_replacement.pytestmark if m.name == "parametrize").args[1]
-    for i, (pattern, new) in enumerate(cold_start.REPLACEMENTS):
+    for guard, pattern, new in cold_start.REPLACEMENTS:
         assert any(pattern.search(before) for before, _ in lines), pattern.pattern
 
 
@@ -447,7 +447,7 @@ def test_data_and_servers_must_be_named(tmp_path):
             cold_start.make(config(tmp_path, url))
     (tmp_path / "problems.parquet").write_text("what is this\n")
     with pytest.raises(Stop, match="problems.parquet"):
-        cold_start.make(config(tmp_path, "toy"))
+        cold_start.make(config(tmp_path, "toy:teachers"))
 
 
 def test_retry_after_is_honoured(tmp_path, serve):
