@@ -6,6 +6,7 @@ pseudo-CoT -> detailed description -> the reasoner's chain -> filters -> word re
   python cold_start.py                                     the toy, with scripted teachers, on the spot
   python cold_start.py --recipe vision-r1-cold --data problems.jsonl --mllm-url http://a:8000/v1 --reasoner-url http://b:8000/v1
   python cold_start.py stats FILE...                       Table 4: the words of self-reflection, for any such file
+  python cold_start.py decontaminate TRAIN --against EVAL...   the training data without the problems of evaluation sets
 
 Keys come from the environment: MLLM_API_KEY, REASONER_API_KEY, else OPENAI_API_KEY. Every finished call goes to OUT/journal.jsonl
 at once: kill the run when you like, the same command goes on and ends with the same bytes.
@@ -247,7 +248,7 @@ def load(config, out):
     for folder in ("waiting", "images"):
         (out / folder).mkdir(exist_ok=True)
     records, problems = [], Problems(config.strict)
-    for record in stream(config.data, problems):
+    for _, _, record in stream(config.data, problems):
         record.images = [i if isinstance(i, str) else save(out, f"{record.id}-{k}" if k else record.id, i) for k, i in enumerate(record.images)]
         records.append(record)
         if len(records) == config.limit:
@@ -482,6 +483,10 @@ def guarded(act, *args):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["stats"]:
         guarded(stats, sys.argv[2:] or sys.exit("usage: cold_start.py stats FILE..."))
+    elif sys.argv[1:2] == ["decontaminate"]:
+        import decontaminate
+
+        guarded(decontaminate.main, sys.argv[2:])
     else:
         from run import parse_config
 

@@ -264,8 +264,8 @@ def _record(row: dict, folder: Path, id: str) -> Record:
                   _text(row, "response") if row.get("response") is not None else None,
                   [str(c) for c in choices] if choices else None)
 
-def stream(path: str | Path, problems: Problems, check_images: bool = True) -> Iterator[Record]:
-    """The usable records behind `path` one by one, for sets whose pictures do not fit in memory; see `read`."""
+def stream(path: str | Path, problems: Problems, check_images: bool = True) -> Iterator[tuple[Path, int, Record]]:
+    """(file, row from 1, record) one by one, for sets whose pictures do not fit in memory; see `read`."""
     ids, copies, checked = set(), Counter(), set()
     for file in _files(path):
         known, found = False, "no line is a JSON object"
@@ -294,7 +294,7 @@ def stream(path: str | Path, problems: Problems, check_images: bool = True) -> I
                     if given and record.id != name:
                         problems.add("duplicate id", f"renamed {record.id}", file, n, name)
                     ids.add(record.id)
-                    yield record
+                    yield file, n, record
             except BadRow as bad:
                 problems.add(*bad.args, file, n, name)
         if not known:
@@ -307,7 +307,7 @@ def read(path: str | Path, strict: bool = False, check_images: bool = True) -> t
     header (minutes for 200K); without it a picture file must merely exist. A row without an id gets "<file>-<row>".
     """
     problems = Problems(strict)
-    return list(stream(path, problems, check_images)), problems
+    return [record for _, _, record in stream(path, problems, check_images)], problems
 
 # ---- records -> files
 
