@@ -1,5 +1,6 @@
 """cold_start.py against scripted teachers and a small OpenAI-compatible server on 127.0.0.1 that can misbehave on demand."""
 import asyncio
+import importlib.util
 import io
 import json
 import os
@@ -579,6 +580,59 @@ def test_many_in_flight_and_bounded(tmp_path, serve):
     cold_start.make(config(tmp_path, server, concurrency=100, timeout=30))
     assert server.most == 100
     assert time.monotonic() - start < 10 * 900 * 0.05 / 100  # ideal 0.45 s; generous: this machine is shared
+
+
+# ---- real servers
+
+@pytest.fixture(scope="module")
+def vllm_servers(tmp_path_factory):
+    """two vLLM servers with tiny random checkpoints, one that gets pictures and one that does not -> their URLs"""
+    if not importlib.util.find_spec("vllm"):
+        pytest.skip("vLLM is not installed: bash tests/run.sh --vllm makes an environment that has it")
+    import toy
+
+    servers = []
+    for k, name in enumerate(("sees", "thinks")):
+        folder = tmp_path_factory.mktemp(name)
+        toy.random_model(folder, seed=k)
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            port = s.getsockname()[1]
+        command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--served-model-name", name, "--host", "127.0.0.1", "--port", str(port),
+                   "--max-model-len", "4096", "--max-num-seqs", "32", "--enforce-eager", "--dtype", "float32", "--seed", "0", "--api-key", "sk-tiny"]
+        env = os.environ | dict(VLLM_CPU_KVCACHE_SPACE="1", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TORCHDYNAMO_DISABLE="1")
+        log = open(folder / "log", "w")
+        servers.append((f"http://127.0.0.1:{port}/v1", folder / "log", subprocess.Popen(command, stdout=log, stderr=log, env=env, start_new_session=True)))
+    yield [(url, log) for url, log, _ in servers]
+    for *_, process in servers:
+        os.killpg(process.pid, signal.SIGTERM)  # the engine is a process of its own
+        try:
+            process.wait(20)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+@pytest.mark.vllm
+def test_two_real_vllm_servers(tmp_path, vllm_servers, monkeypatch):
+    """all steps run, and the garbage of random weights is filtered with reasons; a too long question and a wrong name or key are told apart"""
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-tiny")
+    records = [Record(f"p{i}", f"<image>What is {i} red plus {i} blue?", str(2 * i), [png((i * 20, 0, 0))]) for i in range(12)]
+    records[5].problem += " It is late ." * 1500  # more than 4,096 tokens of this tokenizer
+    write_parquet(tmp_path / "problems.parquet", records)
+    (mllm, log), (reasoner, _) = vllm_servers
+    settings = dict(mllm_url=mllm, reasoner_url=reasoner, mllm_tokens=1200, reasoner_tokens=600, temperature=1.0, top_p=1.0, timeout=300, backoff=0.5)
+    cold_start.make(config(tmp_path, mllm, **settings))  # servers that are not up yet are waited for
+    rejected = rows(tmp_path / "out" / "rejected.jsonl")
+    assert len(rejected) + len(rows(tmp_path / "out" / "cold.jsonl")) == 12 and all(r["rule"] and r["evidence"] for r in rejected), log.read_text()[-2000:]
+    assert [(r["step"], r["rule"]) for r in rejected if r["id"] == "p5"] == [("pseudo-CoT", "context overflow")]
+    last, calls = rows(tmp_path / "out" / "log.jsonl")[-1], rows(tmp_path / "out" / "journal.jsonl")
+    assert {"chain", "filter"} & {r["step"] for r in rejected} and last["reasoner_out"] > 0 and last["mllm_in"] > 300 * 9  # records came to the last step
+    assert all(c["in"] > 0 and c["out"] > 0 and c["finish"] in ("stop", "length") for c in calls if c["finish"] != "context overflow")
+    for wrong, says in ((dict(mllm_model="nobody"), "unknown model"), (dict(key="sk-wrong"), "wrong key")):
+        monkeypatch.setenv("OPENAI_API_KEY", wrong.pop("key", "sk-tiny"))
+        with pytest.raises(Stop, match=says):
+            cold_start.make(config(tmp_path, mllm, out=str(tmp_path / says), **settings | wrong))
 
 
 # ---- stats
