@@ -290,6 +290,40 @@ def test_reasoning_is_found_wherever_the_server_puts_it(tmp_path, serve, message
     assert rows(tmp_path / "out" / "cold.jsonl")[0]["response"] == "<think>A long enough thought about 1 and 2.</think>\n<answer>Final Answer:3</answer>"
 
 
+@pytest.mark.parametrize("raw, expected", [
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", (200, b"hello")),
+    (b"HTTP/1.1 503 Busy Now\r\ncontent-length:0\r\n\r\n", (503, b"")),
+    (b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\nhello", (200, b"hello")),  # ends with the connection
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhe0\r\nC;x=y\r\n\r\n0\r\n\r\n12345\r\n0\r\n\r\n", (200, b"he0\r\n0\r\n\r\n12345")),  # what looks like the end
+    (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello", ConnectionError), (b"HTTP/1.1 200", ConnectionError), (b"", ConnectionError),
+    (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhe", ConnectionError),
+    (b"what is this\r\n\r\n", ValueError), (b"\r\n\r\n", ValueError), (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n", ValueError)])
+@pytest.mark.parametrize("piece", [1, 7, 1000])
+def test_answers_in_pieces(raw, expected, piece):
+    from teachers import Line
+
+    async def serve_raw(reader, writer):
+        await reader.readuntil(b"?")
+        for i in range(0, len(raw), piece):
+            writer.write(raw[i:i + piece])
+            await asyncio.sleep(0.0005)
+        writer.close()
+
+    async def talk():
+        server = await asyncio.start_server(serve_raw, "127.0.0.1", 0)
+        _, line = await asyncio.get_running_loop().create_connection(Line, "127.0.0.1", server.sockets[0].getsockname()[1])
+        try:
+            status, _, body = await asyncio.wait_for(line.ask(b"?"), 20)
+            return status, body
+        except (ConnectionError, ValueError) as e:
+            return type(e)
+        finally:
+            line.transport.close()
+            server.close()
+
+    assert asyncio.run(talk()) == expected
+
+
 @pytest.mark.parametrize("text, expected", [
     ("Final Answer: 12", "12"), ("So it is done.\n**Final Answer:** B", "B"), ("Final Answer:\\boxed{\\frac{1}{2}}", "\\frac{1}{2}"), ("<answer>Final Answer:B</answer>", "B"),
     ("The value is \\boxed{7}.", "7"), ("Adding up.\nThe answer is 42.", "42."), ("6", "6"), ("", None), ("First this.\nThen that, I think.", None)])
@@ -317,6 +351,19 @@ def test_final_answer(text, expected):
     ("A descriptive word about prescriptions stays.", "A descriptive word about prescriptions stays.")])
 def test_word_replacement(before, after):
     assert cold_start.as_seen(before) == after
+
+
+def test_the_guards_before_patterns_change_nothing():
+    """random sentences from the words that matter, against the plain patterns over the whole text"""
+    words = ("the a this image figure description descriptions Description described DESCRIBED says read reading detailed caption The is not cannot can't see view any no without missing "
+             "data provided given information to solve doesn't mention unable to of in . , user as İ ’ diagram was were").split()
+    rng = random.Random(0)
+    for _ in range(3000):
+        text = plain = " ".join(rng.choices(words, k=rng.randint(3, 25)))
+        for _, pattern, new in cold_start.REPLACEMENTS:
+            plain = pattern.sub(lambda m: m.expand(new[:1].upper() + new[1:] if m[0][0].isupper() else new), plain)
+        assert cold_start.as_seen(text) == plain
+        assert bool(cold_start.blind(text, "")) == bool(cold_start.BLIND.search(text.replace("’", "'"))), text
 
 
 def test_every_replacement_rule_is_used_by_a_test_line():
