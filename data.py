@@ -337,13 +337,9 @@ def _record(row: dict, folder: Path, id: str) -> Record:
                   _text(row, "response") if row.get("response") is not None else None,
                   [str(c) for c in choices] if choices else None, _meta(row))
 
-def read(path: str | Path, strict: bool = False, check_images: bool = True) -> tuple[list[Record], Problems]:
-    """All usable records behind `path` (see the top of this file), and what was wrong with the others.
-
-    Raises ValueError for a file of no known kind, and for the first bad row when strict. check_images reads each picture's
-    header (minutes for 200K); without it a picture file must merely exist. A row without an id gets "<file>-<row>".
-    """
-    records, problems, ids, copies, checked = [], Problems(strict), set(), Counter(), set()
+def stream(path: str | Path, problems: Problems, check_images: bool = True) -> Iterator[tuple[Path, int, Record]]:
+    """(file, row from 1, record) one by one, for sets whose pictures do not fit in memory; see `read`."""
+    ids, copies, checked = set(), Counter(), set()
     for file in _files(path):
         known, found = False, "no line is a JSON object"
         for n, row in _rows(file, problems):
@@ -363,19 +359,28 @@ def read(path: str | Path, strict: bool = False, check_images: bool = True) -> t
                     record = _record(part, file.parent, name)
                     for image in set(record.images) - checked:
                         _check_image(image, check_images)
-                        checked.add(image)
+                        if isinstance(image, str):
+                            checked.add(image)
                     while record.id in ids:
                         copies[name] += 1
                         record.id = f"{name}-copy{copies[name]}"
                     if given and record.id != name:
                         problems.add("duplicate id", f"renamed {record.id}", file, n, name)
                     ids.add(record.id)
-                    records.append(record)
+                    yield file, n, record
             except BadRow as bad:
                 problems.add(*bad.args, file, n, name)
         if not known:
             raise ValueError(f"{file}: {found}; {KNOWN}")
-    return records, problems
+
+def read(path: str | Path, strict: bool = False, check_images: bool = True) -> tuple[list[Record], Problems]:
+    """All usable records behind `path` (see the top of this file), and what was wrong with the others.
+
+    Raises ValueError for a file of no known kind, and for the first bad row when strict. check_images reads each picture's
+    header (minutes for 200K); without it a picture file must merely exist. A row without an id gets "<file>-<row>".
+    """
+    problems = Problems(strict)
+    return [record for _, _, record in stream(path, problems, check_images)], problems
 
 # ---- records -> files
 
