@@ -478,7 +478,7 @@ def serve(path, *flags):
     gpu = torch.cuda.is_available()
     backend = "nccl" if gpu else "buckets"
     os.environ |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))}
-    words = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", path, "--enable-scale-out",
+    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, "--enable-scale-out",
              "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--logits-processors", "vllm_engine:Ban",
              "--weight-transfer-config", json.dumps({"backend": backend}), "--limit-mm-per-prompt", json.dumps({"video": 0}),
              "--dtype", "bfloat16" if gpu else "float32", 
