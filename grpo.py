@@ -43,6 +43,12 @@ class Config:
     questions: int = 16  # questions per step, over all ranks
     minibatches: int = 1  # optimizer steps per rollout batch; with more than one, pi_old of Eq. 1 is computed first
     # rollouts
+    engine: str = "torch"  # torch: rollout.py; vllm: one vLLM per rank, in this process; http: servers of vllm_engine.py
+    url: str = ""  # of the servers, separated by commas
+    vllm_memory: float = 0.5  # share of a GPU that vLLM may take while it samples
+    vllm_tp: int = 1  # neighbouring ranks that share one vLLM (tensor parallel)
+    max_num_seqs: int = 256  # sequences that one vLLM decodes at a time
+    async_steps: int = 0  # 1 = the next batch is sampled, with the last weights, while this one trains
     temperature: float = 1.0
     top_p: float = 1.0
     max_rows: int = 256  # sequences that one rank decodes at a time
@@ -53,6 +59,7 @@ class Config:
     # the loss, Eq. 1
     clip_eps: float = 0.2
     clip_eps_high: float = 0.0  # 0 = clip_eps; larger = clip-higher
+    tis: float = 0.0  # truncated importance sampling: a token counts min(pi_trainer / pi_rollout, tis). 0 = the paper: off
     kl_coef: float = 1e-2  # beta. 0 = no reference model is loaded
     std_norm: bool = True  # divide advantages by the group's std; off = Dr. GRPO
     loss_mean: str = (
@@ -171,6 +178,29 @@ def make_batches(sequences, budget, processor, device):
         yield torch.tensor(indices, dtype=torch.long, device=device), packing.pack(chosen, device)
 
 
+def make_engine(config, policy, processor, max_len, device):
+    """what samples: all three give sync(policy) and generate(prompts, ...)"""
+    if config.engine == "torch":
+        return TorchEngine(model.replica(policy), processor, policy.banned, config.max_rows)
+    import vllm_engine
+
+    if config.engine == "http":
+        return vllm_engine.HTTPEngine(config.url, processor, device, config.max_num_seqs)
+    return vllm_engine.VLLMEngine(config.model, processor, config.max_prompt_len + max_len, device, config.vllm_memory,
+                                  config.vllm_tp, config.max_num_seqs, may_sleep=not config.async_steps)  # fmt: skip
+
+
+def check_engine(config):
+    """flags that do not go together -> one line for people"""
+    if config.engine not in ("torch", "vllm", "http"):
+        raise SystemExit(f"--engine {config.engine!r}: one of torch, vllm, http")
+    if config.engine != "torch" and config.top_p < 1:
+        raise SystemExit("--top_p below 1: vLLM's log-probabilities would be those of the cut distribution, not the policy's")
+    if config.async_steps not in (0, 1) or (config.async_steps and (config.vllm_tp > 1 or config.tis)):
+        raise SystemExit("--async_steps is 0 or 1; 1 goes neither with --vllm_tp above 1 (two threads in collectives) "
+                         "nor with --tis (its ratio is already that of trainer and rollout)")  # fmt: skip
+
+
 def main(config):
     device = run.start_ranks()
     rank, world = dist.get_rank(), dist.get_world_size()
@@ -194,6 +224,7 @@ def main(config):
         )
     if config.loss_mean not in ("sequence", "token", "fixed"):
         raise SystemExit(f"--loss_mean {config.loss_mean!r}: one of sequence, token, fixed")
+    check_engine(config)
 
     # the questions
     processor = model.Processor(config.model)
@@ -211,7 +242,7 @@ def main(config):
     if config.kl_coef:
         reference = model.shard(model.load(config.model, device, freeze_vision=True)[0].requires_grad_(False).eval())
     model.shard(policy, config.activation_checkpointing)
-    engine = TorchEngine(model.replica(policy), processor, policy.banned, config.max_rows)
+    engine = make_engine(config, policy, processor, max(s.max_len for s in stages), device)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
 
@@ -228,6 +259,28 @@ def main(config):
     for _ in range(progress["cursor"] if progress else 0):
         next(order)
     judges, bar = ThreadPoolExecutor(4), None
+
+    def ask(step, groups=None):
+        """this rank's questions of a step and G answers to each, at most L tokens long (Eq. 2), or those of a checkpoint;
+        each answer is judged while others are still sampled -> prompts, rollouts, verdicts"""
+        max_len, group_size, _ = ptst.stage_at(stages, step)[1]
+        numbers = [next(order) for _ in range(config.questions)]
+        mine = range(rank, config.questions, world)
+        prompts = [packing.encode(records[numbers[q]], processor, config.system_prompt) for q in mine]
+        seeds = [(config.seed, step, q) for q in mine]
+        verdicts = {}
+        done = lambda p, s, r: verdicts.update({(p, s): judges.submit(judge, prompts[p].record, r, processor, config.format_weight)})
+        if groups is None:
+            groups = engine.generate(prompts, group_size, max_len, seeds, config.temperature, config.top_p, done)
+        else:
+            [done(p, s, r) for p, group in enumerate(groups) for s, r in enumerate(group)]
+        return prompts, groups, verdicts
+
+    # with --async_steps 1: a thread that samples the next batch; what it has in hand at a checkpoint is saved there
+    sampler = ThreadPoolExecutor(1, initializer=lambda: device.type == "cuda" and torch.cuda.set_device(device))
+    ahead = None
+    if progress and progress.get("ahead") and progress["ranks"] == world:
+        ahead = sampler.submit(ask, start, progress["ahead"])
 
     for step in range(start, total):  # counted from 0 here, from 1 in the log
         began = time.perf_counter()
@@ -248,18 +301,15 @@ def main(config):
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
 
-        # 1. questions: every rank takes its share
-        numbers = [next(order) for _ in range(config.questions)]
-        mine = range(rank, config.questions, world)
-        prompts = [packing.encode(records[numbers[q]], processor, config.system_prompt) for q in mine]
-
-        # 2. rollouts: G answers to each, at most L tokens long (Eq. 2). each is judged while others still run
+        # 1. questions, every rank its share, and 2. rollouts: G answers to each
         t_rollout = time.perf_counter()
-        engine.sync(policy)
-        seeds = [(config.seed, step, q) for q in mine]
-        verdicts = {}
-        done = lambda p, s, r: verdicts.update({(p, s): judges.submit(judge, prompts[p].record, r, processor, config.format_weight)})
-        groups = engine.generate(prompts, group_size, max_len, seeds, config.temperature, config.top_p, done)
+        if ahead is None:
+            engine.sync(policy)
+        prompts, groups, verdicts = ahead.result() if ahead else ask(step)
+        ahead = None
+        if config.async_steps and step + 1 < total:
+            engine.sync(policy)
+            ahead = sampler.submit(ask, step + 1)
         rollouts = [r for group in groups for r in group]
         t_rollout = time.perf_counter() - t_rollout
 
@@ -279,7 +329,7 @@ def main(config):
 
         # 5. log-probabilities of the reference, and of pi_old where pi will have moved on before they are used
         t_logprob = time.perf_counter()
-        parts, part = [], len(mine) // config.minibatches * group_size
+        parts, part = [], len(prompts) // config.minibatches * group_size
         for first in range(0, len(rollouts), part):
             span = slice(first, first + part)
             sequences = [
@@ -290,32 +340,38 @@ def main(config):
             for indices, batch in make_batches(sequences, config.micro_tokens, processor, device):
                 with torch.no_grad():
                     ref = reference(batch, config.temperature)[0] if reference else None
-                    old = policy(batch, config.temperature)[0] if config.minibatches > 1 else None
+                    recompute = config.minibatches > 1 and not config.async_steps
+                    old = policy(batch, config.temperature)[0] if recompute else None
                 index = (indices + first)[batch.rows]  # (N,) the rollout of each token
                 sampled = torch.tensor(
                     [x for i in indices.tolist() for x in rollouts[first + i].logprobs], device=device
                 )
+                if config.async_steps:
+                    old = sampled  # pi_old is the policy that sampled: one step behind
                 batches.append((batch, ref, old, advantages[index], weights[indices][batch.rows], sampled))
             parts.append(batches)
         t_logprob = time.perf_counter() - t_logprob
 
         # 6. update: the clipped loss with the k3 penalty (Eq. 1)
         t_update = time.perf_counter()
-        sums = dict(tokens=0, entropy=0, kl=0, clip=0, gap=0)
+        sums = dict(tokens=0, entropy=0, kl=0, clip=0, gap=0, gap_kl=0)
         gap_max, grad_norm = 0.0, 0.0
         for batches in parts:
             for batch, ref, old, advantage, weight, sampled in batches:
                 logprobs, entropy = policy(batch, config.temperature)
                 now = logprobs.detach()
+                apart = (now if old is None or config.async_steps else old) - sampled  # trainer against rollout
+                if config.tis:
+                    advantage = advantage * apart.exp().clamp(max=config.tis)
                 loss, clipped = policy_loss(logprobs, now if old is None else old, ref, advantage, weight, config)
                 (loss * world).backward()  # FSDP takes the mean over ranks; the weights already hold it
-                gap = (now if old is None else old).sub(sampled).abs()  # trainer against rollout
                 sums["tokens"] += len(now)
                 sums["entropy"] += entropy.sum().item()
                 sums["kl"] += k3(now, ref).sum().item() if ref is not None else 0
                 sums["clip"] += clipped.sum().item()
-                sums["gap"] += gap.sum().item()
-                gap_max = max(gap_max, gap.max().item() if len(gap) else 0)
+                sums["gap"] += apart.abs().sum().item()
+                sums["gap_kl"] += k3(sampled, sampled + apart).sum().item()  # KL(rollout || trainer)
+                gap_max = max(gap_max, apart.abs().max().item() if len(apart) else 0)
             grad_norm += model.full(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)).item() / len(parts)
             optimizer.step()
             optimizer.zero_grad()
@@ -340,7 +396,7 @@ def main(config):
             truncated=s["cut"] / n, entropy=s["entropy"] / s["tokens"], kl=s["kl"] / s["tokens"],
             clip_frac=s["clip"] / s["tokens"], grad_norm=grad_norm, lr=optimizer.param_groups[0]["lr"],
             tokens=int(s["tokens"]), zero_var_groups=int(s["flat"]), reward_faults=int(s["faults"]),
-            logprob_gap=s["gap"] / s["tokens"], logprob_gap_max=run.all_max(gap_max),
+            logprob_gap=s["gap"] / s["tokens"], logprob_gap_max=run.all_max(gap_max), logprob_gap_kl=s["gap_kl"] / s["tokens"],
             t_rollout=t_rollout, t_reward=t_reward, t_logprob=t_logprob, t_update=t_update, t_total=t_total,
             mem_peak=run.peak_memory(),
         ))  # fmt: skip
@@ -357,7 +413,8 @@ def main(config):
             bar.update()
         if (step + 1) % config.save_every == 0 or step + 1 == total:
             cursor = (step + 1) * config.questions
-            run.save_checkpoint(out, step + 1, policy, optimizer, dict(stage=stage_number, cursor=cursor), config.keep)
+            progress = dict(stage=stage_number, cursor=cursor, ahead=ahead.result()[1] if ahead else None, ranks=world)
+            run.save_checkpoint(out, step + 1, policy, optimizer, progress, config.keep)
 
     if bar:
         bar.close()
