@@ -185,7 +185,7 @@ def make_engine(config, policy, processor, max_len, device):
     import vllm_engine
 
     if config.engine == "http":
-        return vllm_engine.HTTPEngine(config.url, processor, device, config.max_num_seqs)
+        return vllm_engine.HTTPEngine(config.url, processor, device)
     return vllm_engine.VLLMEngine(config.model, processor, config.max_prompt_len + max_len, device, config.vllm_memory,
                                   config.vllm_tp, config.max_num_seqs, may_sleep=not config.async_steps)  # fmt: skip
 
@@ -422,7 +422,10 @@ def main(config):
     say(
         f"{'nothing left to do' if start == total else 'done'}: the model is in {out / 'final'}; curves: python ptst.py plot {out}"
     )
-    dist.destroy_process_group()
+    if config.engine == "vllm":
+        engine.close()  # and the process groups with it
+    else:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -16,9 +16,10 @@ import base64
 import io
 import json
 import os
+import queue
 import socket
 import sys
-from concurrent.futures import ThreadPoolExecutor, as_completed
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -266,6 +267,10 @@ class VLLMEngine:
         self.asleep = False
         self.sleep()
 
+    def close(self):
+        """shut vLLM down; it takes torch's process groups with it"""
+        self.llm.llm_engine.engine_core.shutdown()
+
     def sleep(self):
         if self.sleeps:
             self.llm.sleep(level=2)  # weights and KV cache leave the GPU; nothing is kept, sync brings the next ones
@@ -356,7 +361,7 @@ class Source(WeightSource):
 class HTTPEngine:
     """rollouts from vLLM servers (`python vllm_engine.py MODEL`); rank r asks server r modulo their number"""
 
-    def __init__(self, urls, processor, device, max_num_seqs=256):
+    def __init__(self, urls, processor, device):
         self.urls = [u.rstrip("/") for u in urls.split(",") if u]
         if not self.urls:
             raise SystemExit("--engine http needs --url http://HOST:PORT (several: separated by commas)")
@@ -364,8 +369,6 @@ class HTTPEngine:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.url = self.urls[dist.get_rank() % len(self.urls)]
         self.client = httpx.Client(timeout=httpx.Timeout(None, connect=10), limits=httpx.Limits(max_connections=None), trust_env=False)
-        self.width = max_num_seqs
-        # versions go on from what the servers have: a resumed run must not take an old answer for a new one
         self.version, self.probe, self.senders = 0, Probe(processor), None
         self.ask("GET", self.url, "/health", timeout=30)
 
@@ -433,24 +436,35 @@ class HTTPEngine:
 
     def generate(self, prompts, n, max_len, seeds, temperature=1.0, top_p=1.0, on_done=None):
         """as TorchEngine.generate; one request per prompt, whose n samples come back together"""
-        results = [None] * len(prompts)
-        with ThreadPoolExecutor(max(1, min(len(prompts), self.width))) as pool:
-            asked = {pool.submit(self.group, p, n, seed, sampling(self.processor, max_len, temperature, top_p)): i
-                     for i, (p, seed) in enumerate(zip(prompts, seeds))}  # fmt: skip
+        results, plain, finished = [None] * len(prompts), sampling(self.processor, max_len, temperature, top_p), queue.Queue()
+
+        def work(p):
             try:
-                for done in as_completed(asked):
-                    p = asked[done]
-                    results[p] = done.result()
-                    for s, rollout in enumerate(results[p]):
-                        if on_done:
-                            on_done(p, s, rollout)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                self.client.close()  # ends the requests that still wait
-                raise
+                finished.put((p, self.group(prompts[p], n, seeds[p], plain)))
+            except BaseException as error:  # raised below, where the run can end
+                finished.put((p, error))
+
+        for p in range(len(prompts)):  # daemons: the end of the run does not wait for a server that hangs
+            threading.Thread(target=work, args=(p,), daemon=True).start()
+        for _ in prompts:
+            p, group = self.patiently(finished)
+            if isinstance(group, BaseException):
+                raise group
+            results[p] = group
+            for s, rollout in enumerate(group):
+                if on_done:
+                    on_done(p, s, rollout)
         return results
 
     sample = generate
+
+    def patiently(self, finished):
+        """the next of the answers, which may take hours as long as the server is well"""
+        while True:
+            try:
+                return finished.get(timeout=20)
+            except queue.Empty:
+                self.ask("GET", self.url, "/health", timeout=20)
 
     def group(self, prompt, n, seed, plain):
         """the n rollouts of one prompt"""
@@ -477,6 +491,8 @@ def serve(path, *flags):
     """`vllm serve` with what HTTPEngine counts on; further flags are vLLM's own and have the last word"""
     gpu = torch.cuda.is_available()
     backend = "nccl" if gpu else "buckets"
+    if not gpu:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the worker in the engine's process: one process less
     os.environ |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))}
     words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, "--enable-scale-out",
              "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--logits-processors", "vllm_engine:Ban",
