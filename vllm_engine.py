@@ -89,13 +89,13 @@ def sampling(processor, max_len, temperature, top_p):
                 stop_token_ids=processor.eos_ids, detokenize=False)  # fmt: skip
 
 
-def checked(prompt, used, choice_finish, ids, versions, version, where):
+def check_rollout(prompt, used, finish, versions, version, where):
     """what must hold for every rollout, or the trainer would see another prompt or another policy than the sampler"""
     if list(used) != prompt.ids:
         raise RuntimeError(f"{where}: {prompt.record.id}: vLLM read {len(used)} prompt tokens, the trainer {len(prompt.ids)}, "
                            "or other ones: the image processors or tokenizers of the two differ")  # fmt: skip
-    if choice_finish not in ("stop", "length"):
-        raise RuntimeError(f"{where}: {prompt.record.id}: a rollout ended with {choice_finish!r}")
+    if finish not in ("stop", "length"):
+        raise RuntimeError(f"{where}: {prompt.record.id}: a rollout ended with {finish!r}")
     if any(v != version for v in versions):
         raise RuntimeError(f"{where}: {prompt.record.id}: sampled with weights {versions}, expected {version}")
 
@@ -330,7 +330,7 @@ class VLLMEngine:
             for done in engine.step():
                 (p, s), out = map(int, done.request_id.split()), done.outputs[0]
                 versions = {span.version for span in out.weight_versions or []}
-                checked(prompts[p], done.prompt_token_ids, out.finish_reason, out.token_ids, versions, str(self.version), "vLLM")
+                check_rollout(prompts[p], done.prompt_token_ids, out.finish_reason, versions, str(self.version), "vLLM")
                 if offset <= p < offset + mine:
                     rollout = Rollout(list(out.token_ids), list(out.logprobs.logprobs), out.finish_reason)
                     results[p - offset][s] = rollout
@@ -481,7 +481,7 @@ class HTTPEngine:
         rollouts = [None] * n
         for c in answer["choices"]:
             versions = {v["version"] for v in c["weight_versions"] or []}
-            checked(prompt, answer["prompt_token_ids"], c["finish_reason"], c["token_ids"], versions, str(self.version), self.url)
+            check_rollout(prompt, answer["prompt_token_ids"], c["finish_reason"], versions, str(self.version), self.url)
             logprobs = [x["logprob"] for x in c["logprobs"]["content"]]
             rollouts[c["index"]] = Rollout(c["token_ids"], logprobs, c["finish_reason"])
         return rollouts
