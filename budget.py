@@ -13,6 +13,7 @@ functions, the interpolated position table of Qwen3-VL, the loss, the optimizer'
 import copy
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -342,6 +343,18 @@ def explain_oom(error, items, capacity=None, when=None):
     if loose and float(loose[1]) >= 1:
         lines.append(f"{loose[1]} GiB lie in fragments: try PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
     return "\n".join(lines)
+
+
+def announce(items, device, say):
+    """say the table; from here on, an out-of-memory error ends the program with `explain_oom`'s words"""
+    capacity = torch.cuda.get_device_properties(device).total_memory if torch.device(device).type == "cuda" else None
+    say(preflight(items, capacity))
+    others = sys.excepthook
+    sys.excepthook = lambda kind, error, trace: (
+        print(explain_oom(error, items, capacity), file=sys.stderr)
+        if issubclass(kind, torch.OutOfMemoryError)
+        else others(kind, error, trace)
+    )
 
 
 # -----------------------------------------------------------------------------------------------------------------

@@ -47,12 +47,6 @@ def for_people():
         raise SystemExit(f"error: {error}") from error
 
 
-def explain(kind, words):
-    """from here on an exception of this kind ends the program with words(exception) instead of a stack of calls"""
-    others = sys.excepthook
-    sys.excepthook = lambda t, e, tb: print(words(e), file=sys.stderr) if issubclass(t, kind) else others(t, e, tb)
-
-
 def parse_config(config_class, recipes, argv=None):
     """the command line -> a config: defaults of the dataclass < the recipe < flags. an unknown name ends the program"""
     argv = sys.argv[1:] if argv is None else argv
