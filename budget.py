@@ -322,8 +322,9 @@ def peak(items):
 
 def preflight(items, capacity=None):
     """the table as text, a line per item in GiB. `capacity`: bytes of the GPU, None on the CPU"""
-    lines = [f"{i.bytes / GIB:8.2f}  {i.name}{'' if i.when == 'always' else f' ({i.when})'}" for i in items if i.bytes]
-    total = f"{peak(items) / GIB:8.2f}  GiB at the peak"
+    unit, word = (GIB, "GiB") if capacity or peak(items) > GIB else (2**20, "MiB")
+    lines = [f"{i.bytes / unit:8.2f}  {i.name}{'' if i.when == 'always' else f' ({i.when})'}" for i in items if i.bytes]
+    total = f"{peak(items) / unit:8.2f}  {word} at the peak"
     if capacity:
         total += f", the GPU has {capacity / GIB:.1f}"
         total += ": this will not fit" if peak(items) > capacity else ": tight" if peak(items) > 0.9 * capacity else ""

@@ -195,7 +195,7 @@ def make_batches(pairs, budget, width, processor, device):
         yield [s for _, s in pairs[part]], packing.pack(chosen, device)
 
 
-def preflight(config, stages, records, policy, reference, optimizer, processor, device, say):
+def preflight(config, stages, records, policy, reference, engine, optimizer, processor, device, say):
     """memory on paper, then one step at the greatest length: too little of it shows now, with the knob to turn"""
     prompt = packing.encode(max(records, key=lambda r: r.prompt_tokens), processor, config.system_prompt)
     longest = len(prompt.ids) + max(s.max_len for s in stages)
@@ -207,11 +207,15 @@ def preflight(config, stages, records, policy, reference, optimizer, processor, 
         budget.shape(policy.hf.config), fits * longest, int(prompt.image_grid.prod(-1).sum()), cuda=cuda,
         world=dist.get_world_size(), shard_size=config.shard_size or None, frozen_vision=config.freeze_vision,
         activation_checkpointing=config.activation_checkpointing, reference=stored, offload=config.offload == "all",
-        replica=True, rows=min(config.max_rows, rollouts), row_tokens=longest,
+        replica=config.engine == "torch", rows=min(config.max_rows, rollouts), row_tokens=longest,
+        vllm_bytes=config.vllm_memory * torch.cuda.get_device_properties(device).total_memory
+        if cuda and config.engine == "vllm" else 0,
     )  # fmt: skip
     budget.announce(items, device, say)
     if config.freeze_vision:
         model.encode_once(policy, [prompt], device)
+    if config.engine == "torch":
+        engine.reserve(min(config.max_rows, rollouts), longest)
     answer = [processor.eos_ids[0]] * (longest - len(prompt.ids))
     model.rehearse(policy, optimizer, packing.pack([(prompt, answer)] * fits, device), config.temperature, reference)
 
@@ -268,7 +272,7 @@ def main(config):
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
 
     if config.preflight:
-        preflight(config, stages, records, policy, reference, optimizer, processor, device, say)
+        preflight(config, stages, records, policy, reference, engine, optimizer, processor, device, say)
     start, progress = run.load_checkpoint(out, policy, optimizer)
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
     resumed = f"; resumed after step {start}" if start else ""

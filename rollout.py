@@ -81,6 +81,11 @@ class TorchEngine:
         self.hf = replica.eval().requires_grad_(False)
         self.processor, self.banned, self.max_rows, self.prefill_tokens = processor, banned, max_rows, prefill_tokens
 
+    def reserve(self, rows, tokens):
+        """make a cache of this size once and let it go: what cannot be had is known before the run"""
+        weight = self.hf.get_output_embeddings().weight
+        KVCache(self.hf.model.language_model.config, min(rows, self.max_rows), weight.device, weight.dtype).reserve(tokens)
+
     def sync(self, policy):
         """take over the weights of the training policy (a collective when it is sharded)"""
         copy_weights(policy, self.hf)
