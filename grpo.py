@@ -9,6 +9,7 @@ of the reference -> the clipped loss with its KL term (Eq. 1) -> a step; the len
 stage list (Eq. 2). A run that was stopped goes on where it stopped.
 """
 
+import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -217,7 +218,7 @@ def preflight(config, stages, records, policy, reference, engine, optimizer, pro
     if config.engine == "torch":
         engine.reserve(min(config.max_rows, rollouts), longest)
     answer = [processor.eos_ids[0]] * (longest - len(prompt.ids))
-    model.rehearse(policy, optimizer, packing.pack([(prompt, answer)] * fits, device), config.temperature, reference)
+    model.rehearse(policy, optimizer, packing.pack([(copy.copy(prompt), answer) for _ in range(fits)], device), config.temperature, reference)
 
 
 def main(config):

@@ -48,19 +48,24 @@ def packed_attention(module, q, k, v, attention_mask, scaling=None, packing=None
             varlen_attn,  # flash attention that ships with torch
         )
 
-        flat = [x[0].transpose(0, 1).contiguous() for x in (q, k, v)]  # (T, h, d)
-        cu, longest = packing.cu_seqlens, packing.longest
-        out = varlen_attn(*flat, cu, cu, longest, longest, scale=scaling, window_size=(-1, 0), enable_gqa=groups > 1)
+        q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (T, h, d)
+        if packing.keys is not None:
+            k, v = k[packing.keys], v[packing.keys]
+        # causal, the last query of a piece at its last key: a response sees all of its prompt
+        out = varlen_attn(q, k, v, packing.cu_seqlens, packing.cu_keys, packing.longest, packing.longest_keys,
+                          scale=scaling, window_size=(-1, 0), enable_gqa=groups > 1)  # fmt: skip
         return out[None], None
-    # elsewhere: pad inside the attention only. right padding under a causal mask needs no mask of its own, since the
-    # padded keys come after every real query and the padded queries are thrown away
-    k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
+    # elsewhere one call per piece: nothing is padded, copied or repeated
+    queries, keys, values = (x.split(packing.lengths, 2) for x in (q, k, v))
     outs = []
-    for table, real in packing.buckets:
-        padded = [x[0][:, table].transpose(0, 1) for x in (q, k, v)]  # (S, h, L, d)
-        out = F.scaled_dot_product_attention(*padded, is_causal=True, scale=scaling)
-        outs.append(out.transpose(1, 2).flatten(0, 1)[real])
-    return torch.cat(outs)[packing.order][None], None  # (1, T, h, d)
+    for query, key, value, prompt in zip(queries, keys, values, packing.after):
+        mask = None
+        if prompt is not None:
+            key, value = torch.cat([keys[prompt], key], 2), torch.cat([values[prompt], value], 2)
+            mask = packing.lower[key.shape[2] - query.shape[2] : key.shape[2], : key.shape[2]]  # (r, p + r)
+        outs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None,
+                                                   scale=scaling, enable_gqa=groups > 1))  # fmt: skip
+    return torch.cat(outs, 2).transpose(1, 2), None  # (1, T, h, d)
 
 
 def vision_attention(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):

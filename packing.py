@@ -6,7 +6,10 @@ positions. `pack` lays prompts and responses one after the other in one row, a `
 """
 
 import re
+from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 import torch
@@ -113,28 +116,28 @@ def mrope(ids, grid, processor):
 
 
 class Packing:
-    """Where the sequences of a packed row lie: lengths [l_0, l_1, ...] that add up to T.
+    """Where the pieces of a packed row lie, of lengths [l_0, l_1, ...] that add up to T, and what each may look at.
 
-    `buckets`: for attention that must pad, groups of sequences of similar length, each a (S, L) table of positions in the
-    row (slots past a sequence's end repeat its last token); `order` puts their real outputs, bucket after bucket, back.
+    A piece is a sequence, or a prompt, or a response that continues the prompt `after[i]` (None for the others), whose keys
+    its queries see before its own. So the prompt of a group goes through the model once, as in arXiv 2506.05433.
     """
 
-    def __init__(self, lengths, device="cpu"):
-        sizes = torch.tensor(lengths)
-        ends = sizes.cumsum(0)
-        self.cu_seqlens = torch.cat([ends.new_zeros(1), ends]).to(torch.int32).to(device)  # (S + 1,)
-        self.longest = max(lengths)
-        self.buckets, places = [], []
-        waiting = sizes.argsort(stable=True).tolist()
-        while waiting:  # at most half again as long as the shortest of the bucket: little is padded, few calls are made
-            count = sum(lengths[i] <= 1.5 * lengths[waiting[0]] + 8 for i in waiting)
-            rows, waiting = torch.tensor(waiting[:count]), waiting[count:]
-            column = torch.arange(int(sizes[rows].max()))
-            table = (ends - sizes)[rows, None] + torch.minimum(column, sizes[rows, None] - 1)  # (S, L)
-            real = (column < sizes[rows, None]).flatten().nonzero()[:, 0]
-            self.buckets.append((table.to(device), real.to(device)))
-            places.append(table.flatten()[real])
-        self.order = torch.cat(places).argsort().to(device)  # (T,)
+    def __init__(self, lengths, after=None, device="cpu"):
+        self.lengths, self.after = lengths, after or [None] * len(lengths)
+        before = [0 if a is None else lengths[a] for a in self.after]
+        cumulated = lambda sizes: torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)
+        self.cu_seqlens, self.longest = cumulated(lengths), max(lengths)        # (pieces + 1,)
+        self.keys, self.cu_keys, self.longest_keys = None, self.cu_seqlens, self.longest
+        if any(before):     # for attention over ranges: the places of each piece's keys, a prompt's again for each response
+            spans = [torch.arange(end - n, end) for n, end in zip(lengths, accumulate(lengths))]
+            self.keys = torch.cat([x for i, a in enumerate(self.after) for x in ([] if a is None else [spans[a]]) + [spans[i]]]).to(device)
+            total = [n + b for n, b in zip(lengths, before)]
+            self.cu_keys, self.longest_keys = cumulated(total), max(total)
+
+    @cached_property
+    def lower(self):
+        """(L, L) lower triangle for the longest piece with its prompt; rows p to p + r: a response of r after p tokens."""
+        return torch.ones(self.longest_keys, self.longest_keys, dtype=torch.bool, device=self.cu_keys.device).tril()
 
 
 class Batch(NamedTuple):
@@ -146,24 +149,26 @@ class Batch(NamedTuple):
     image_grid: torch.Tensor | None     # (I, 3)
     image_index: list[int]              # the image at each place in the row where one stands
     features: list | None               # of the I images, if they were encoded before: then there are no pixels
-    label_index: torch.Tensor           # (N,) positions whose next token is a response token
+    label_index: torch.Tensor           # (N,) positions whose next token is a response token; a shared prompt's last one recurs
     labels: torch.Tensor                # (N,) that token
     rows: torch.Tensor                  # (N,) which of the B sequences it belongs to
 
 
 def pack(sequences, device="cpu"):
-    """[(Prompt, response ids)] -> Batch. A Prompt that comes several times brings its images once."""
+    """[(Prompt, response ids)] -> Batch. A Prompt that comes several times brings its tokens and images once."""
     ids, positions, index, labels, rows, image_index, first = [], [], [], [], [], [], {}
-    pixels, grids, features, start, n_images = [], [], [], 0, 0
+    pixels, grids, features, lengths, after, n_images = [], [], [], [], [], 0
+    uses, shared = Counter(prompt for prompt, response in sequences if response), {}    # Prompt -> its piece, its last place
+
+    def piece(new_ids, new_positions, prompt=None):
+        lengths.append(len(new_ids))
+        after.append(prompt)
+        ids.extend(new_ids)
+        positions.append(new_positions)
+
     for row, (prompt, response) in enumerate(sequences):
-        p, r = len(prompt.ids), len(response)
-        ids += prompt.ids + response
-        after = torch.arange(r) + prompt.next_position
-        positions += [prompt.position_ids, after.expand(3, -1)]
-        index.append(torch.arange(start + p - 1, start + p + r - 1))
-        labels += response
-        rows += [row] * r
-        start += p + r
+        r = len(response)
+        following = (torch.arange(r) + prompt.next_position).expand(3, -1)
         if prompt not in first:
             first[prompt] = n_images
             n_images += len(prompt.image_grid)
@@ -172,14 +177,26 @@ def pack(sequences, device="cpu"):
             elif prompt.pixel_values is not None:
                 pixels.append(prompt.pixel_values)
                 grids.append(prompt.image_grid)
-        image_index += range(first[prompt], first[prompt] + len(prompt.image_grid))
+        alone = uses[prompt] < 2 or not response
+        if alone or prompt not in shared:
+            image_index += range(first[prompt], first[prompt] + len(prompt.image_grid))
+        if alone:
+            piece(prompt.ids + response, torch.cat([prompt.position_ids, following], 1))
+            index.append(torch.arange(len(ids) - r - 1, len(ids) - 1))
+        else:
+            if prompt not in shared:
+                piece(prompt.ids, prompt.position_ids)
+                shared[prompt] = len(lengths) - 1, len(ids) - 1
+            piece(response, following, shared[prompt][0])
+            index.append(torch.tensor([shared[prompt][1], *range(len(ids) - r, len(ids) - 1)]))
+        labels += response
+        rows += [row] * r
     assert not (features and pixels), "some images of this batch are encoded, others not: encode_once takes all of a step"
-    packing = Packing([len(p.ids) + len(r) for p, r in sequences], device)
     tensors = (torch.tensor(ids), torch.cat(positions, 1), torch.cat(pixels) if pixels else None,
                torch.cat(grids) if grids else None, torch.cat(index), torch.tensor(labels, dtype=torch.long),
                torch.tensor(rows, dtype=torch.long))
     ids, positions, pixels, grids, index, labels, rows = (x if x is None else x.to(device) for x in tensors)
-    return Batch(ids, positions, packing, pixels, grids, image_index, features or None, index, labels, rows)
+    return Batch(ids, positions, Packing(lengths, after, device), pixels, grids, image_index, features or None, index, labels, rows)
 
 
 # -----------------------------------------------------------------------------------------------------------------

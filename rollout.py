@@ -36,9 +36,9 @@ def judge(record, rollout, processor, format_weight=0.0):
 
 
 class KVCache:
-    """keys and values of up to `rows` sequences, each filled from the left; grows along the length as needed"""
+    """keys and values of up to `rows` sequences, each filled from the left; grows along the length as needed, to `most`"""
 
-    def __init__(self, config, rows, device, dtype):
+    def __init__(self, config, rows, most, device, dtype):
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
         heads = config.num_key_value_heads
         self.kv = [
@@ -46,12 +46,12 @@ class KVCache:
             for _ in range(config.num_hidden_layers)
         ]  # (2, B, kv, S, d) per layer
         self.recorded = None  # in prefill: layer -> (k, v), each (1, kv, T, d)
-        self.active, self.length, self.where = 0, 0, None
+        self.active, self.length, self.where, self.most = 0, 0, None, most
 
     def reserve(self, length):
         have = self.kv[0].shape[3]
         if length > have:
-            more = max(length, 2 * have, 64) - have
+            more = max(length, min(max(2 * have, 64), self.most)) - have
             self.kv = [F.pad(layer, (0, 0, 0, more)) for layer in self.kv]
 
     def move(self, src, dst):
@@ -120,7 +120,8 @@ class Sampling:
         device = self.device = self.head.device
         self.waiting = deque((p, s) for p in range(len(prompts)) for s in range(n))
         self.rows = rows = min(engine.max_rows, len(self.waiting))
-        self.cache = KVCache(self.text.config, rows, device, self.head.dtype)
+        most = max(len(p.ids) for p in prompts) + max_len
+        self.cache = KVCache(self.text.config, rows, most, device, self.head.dtype)
         self.eos = torch.tensor(engine.processor.eos_ids, device=device)
         self.encoded = {}  # prompt number -> [keys and values per layer, logits of the first token, samples to come]
         self.active = 0  # rows 0..active-1 are at work

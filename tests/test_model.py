@@ -86,13 +86,24 @@ def test_packed_gradients_are_the_one_by_one_gradients(tiny, pictures):
         assert (mine[name] - want).abs().max() <= 1e-5 * max(1, want.abs().max()), name
 
 
-def test_a_shared_image_is_encoded_once_and_changes_nothing(loaded, pictures):
+def test_a_shared_prompt_and_its_image_go_through_once_and_change_nothing(tiny, loaded, pictures):
+    """against transformers one by one, and gradients against the same sequences with a Prompt each"""
     policy, processor = loaded
-    prompt = packing.encode(pictures[2], processor)
-    answers = [[20, 30, 40], [50], [60, 70]]
-    shared = packing.pack([(prompt, a) for a in answers])
-    separate = packing.pack([(copy.copy(prompt), a) for a in answers])
-    assert len(shared.image_grid) == 1 and len(separate.image_grid) == 3
+    one, two, three = (packing.encode(r, processor) for r in (pictures[2], pictures[4], pictures[5]))
+    rollouts = [(one, [20, 30, 40]), (two, [10] * 9), (one, [50]), (three, [11, 12]), (two, []), (one, [60, 70]), (two, [13])]  # fmt: skip
+    shared = packing.pack(rollouts)
+    separate = packing.pack([(copy.copy(prompt), answer) for prompt, answer in rollouts])
+    assert len(shared.image_grid) == 1 + 2 and len(separate.image_grid) == 3 + 3 * 2
+    assert len(shared.ids) == len(separate.ids) - 2 * len(one.ids) - len(two.ids)
+    assert torch.equal(shared.labels, separate.labels) and torch.equal(shared.rows, separate.rows)
+    with torch.no_grad():
+        got, want = policy(shared)[0], []
+        for prompt, ids in rollouts:
+            if ids:
+                logits = reference_logits(tiny, prompt, ids, processor)[1][len(prompt.ids) - 1 : -1].double()
+                logits[:, policy.banned] = -float("inf")
+                want.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
+    assert (got - torch.cat(want)).abs().max() < 2e-5
     grads = []
     for batch in (shared, separate):
         policy.zero_grad()
@@ -100,6 +111,24 @@ def test_a_shared_image_is_encoded_once_and_changes_nothing(loaded, pictures):
         grads.append({n: p.grad.clone() for n, p in policy.named_parameters()})
     for name in grads[0]:
         assert torch.allclose(grads[0][name], grads[1][name], atol=1e-5, rtol=1e-4), name
+
+
+def test_ranges_of_queries_and_keys_for_attention_on_a_gpu(loaded, pictures):
+    """what varlen_attn is given there, followed by a plain float64 loop: the last query of a piece sits at its last key"""
+    _, processor = loaded
+    prompt, other = packing.encode(pictures[0], processor), packing.encode(pictures[5], processor)
+    rows = [(prompt, [20, 30, 40]), (other, [50, 60]), (prompt, [70])]
+    where = packing.pack(rows).packing
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, sum(where.lengths), 8) for h in (4, 2, 2))
+    got = model.packed_attention(None, q, k, v, None, packing=where)[0][0].double()  # (T, 4, 8)
+    q, k, v = (x[0].double() for x in (q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1)))
+    for i in range(len(where.lengths)):
+        keys = where.keys[where.cu_keys[i] : where.cu_keys[i + 1]]
+        for j, t in enumerate(reversed(range(where.cu_seqlens[i], where.cu_seqlens[i + 1]))):
+            seen = keys[: len(keys) - j]
+            weights = (torch.einsum("hd,hsd->hs", q[:, t], k[:, seen]) / 8**0.5).softmax(-1)
+            assert torch.allclose(got[t], torch.einsum("hs,hsd->hd", weights, v[:, seen]), atol=1e-5)
 
 
 def test_text_only_batch_still_runs_the_vision_tower(loaded, pictures):
