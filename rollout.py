@@ -84,7 +84,8 @@ class TorchEngine:
     def reserve(self, rows, tokens):
         """make a cache of this size once and let it go: what cannot be had is known before the run"""
         weight = self.hf.get_output_embeddings().weight
-        KVCache(self.hf.model.language_model.config, min(rows, self.max_rows), weight.device, weight.dtype).reserve(tokens)
+        config = self.hf.model.language_model.config
+        KVCache(config, min(rows, self.max_rows), tokens, weight.device, weight.dtype).reserve(tokens)
 
     def sync(self, policy):
         """take over the weights of the training policy (a collective when it is sharded)"""
