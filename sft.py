@@ -9,14 +9,19 @@ that was stopped goes on where it stopped, in the middle of an epoch too.
 
 import copy
 import math
+import os
+import pickle
 import re
+import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
+from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import budget
@@ -52,6 +57,7 @@ class Config:
     micro_tokens: int = 16384  # tokens of a packed micro-batch on one rank
     freeze_vision: bool = False
     # memory and speed, for real models
+    workers: int = 2  # processes of each rank that read images and cut them into patches ahead of time
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of the blocks
     offload: bool = False  # weights, gradients and optimizer live in the CPU's memory
@@ -75,6 +81,7 @@ RECIPES = {
         freeze_vision=True,
         cutoff=1024,
         micro_tokens=4096,
+        workers=0,
         save_every=200,
     ),
     # App. A: Vision-R1-CI in its three sizes, and the answers-only start of Zero+SFT+PTST
@@ -128,6 +135,54 @@ def cost(record, processor, config, width):
         return packing.work(prompt + len(response_ids(record, processor, config.drop_chains)), width)
     except (data.BadRow, ValueError):
         return 0
+
+
+class Steps(Dataset):
+    """item k -> what this rank computes in step k, [(Prompt, response ids)], and the Problems met while reading it.
+
+    ranks get about the same work, every epoch an order of its own. all of it follows from the seed and k alone: worker
+    processes may make the steps ahead of time, and a run can be resumed at any of them.
+    """
+
+    def __init__(self, records, processor, config, width):
+        # as bytes in one block. forked workers share it; lists of objects they would copy page by page, since in Python
+        # to look at an object is to write to its count of references
+        rows = [pickle.dumps(record) for record in records]
+        self.ends, self.block = np.cumsum([0, *map(len, rows)]), np.frombuffer(b"".join(rows), np.uint8)
+        self.processor, self.config, self.width = processor, config, width
+        self.rank, self.world = dist.get_rank(), dist.get_world_size()  # a worker need not know of the others
+        self.per_epoch = -(-len(records) // config.batch_size)
+
+    def __len__(self):
+        return self.config.epochs * self.per_epoch
+
+    def __getitem__(self, step):
+        config = self.config
+        epoch, place = divmod(step, self.per_epoch)
+        order = torch.randperm(len(self.ends) - 1, generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
+        places = order[place * config.batch_size :][: config.batch_size].tolist()
+        chosen = [pickle.loads(self.block[self.ends[i] : self.ends[i + 1]]) for i in places]  # our own bytes
+        owners = [i % self.world for i in range(len(chosen))]
+        if self.world > 1:
+            costs = [cost(r, self.processor, config, self.width) for r in chosen]
+            owners = packing.rebalance(costs, owners, self.world)
+        bad = data.Problems()
+        return encode([r for r, owner in zip(chosen, owners) if owner == self.rank], self.processor, config, bad), bad
+
+
+def ahead(steps, start, workers):
+    """the items of `steps` from `start` on, made by worker processes, or by a thread while the device computes"""
+    if workers:
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or the tokenizer complains about the fork
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # each tensor that comes from a worker is an open file
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    order = range(start, len(steps))
+    items = iter(DataLoader(steps, batch_size=None, sampler=order, num_workers=workers, collate_fn=tuple))
+    with ThreadPoolExecutor(1) as thread:
+        upcoming = thread.submit(next, items, None)
+        while (item := upcoming.result()) is not None:
+            upcoming = thread.submit(next, items, None)
+            yield item
 
 
 def preflight(config, records, policy, optimizer, processor, device, say):
@@ -187,42 +242,31 @@ def main(config):
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
 
-    per_epoch = -(-len(records) // config.batch_size)
-    total = config.epochs * per_epoch
+    steps = Steps(records, processor, config, width)
+    per_epoch, total = steps.per_epoch, len(steps)
     if config.preflight:
         preflight(config, records, policy, optimizer, processor, device, say)
     start, _ = run.load_checkpoint(out, policy, optimizer)
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
     resumed = f"; resumed after step {start}" if start else ""
     say(f"recipe {config.recipe}: {len(records)} records, {config.epochs} epochs of {per_epoch} steps")
+    del records  # `steps` keeps them
     say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
 
-    def prepare(step):
-        """this rank's share of a step's sequences, about as much work as the others'; every epoch has an order of its own that follows from the seed"""
-        epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
-        chosen = [records[i] for i in order[place * config.batch_size :][: config.batch_size].tolist()]
-        owners = [i % world for i in range(len(chosen))]
-        if world > 1:
-            owners = packing.rebalance([cost(r, processor, config, width) for r in chosen], owners, world)
-        bad = data.Problems(config.strict)
-        return encode([r for r, owner in zip(chosen, owners) if owner == rank], processor, config, bad), bad
-
-    ahead = ThreadPoolExecutor(1)  # images of the next step are read while this one computes
-    upcoming = ahead.submit(prepare, start) if start < total else None
     bar = tqdm(total=total, initial=start, desc="sft", disable=None if rank == 0 else True)
-    for step in range(start, total):
-        began = time.perf_counter()
-        sequences, bad = upcoming.result()
-        if step + 1 < total:
-            upcoming = ahead.submit(prepare, step + 1)
-        for item in bad if step < per_epoch else []:  # once, not in every epoch
-            say(str(item))
+    began = time.perf_counter()
+    for step, (sequences, bad) in enumerate(ahead(steps, start, config.workers), start):
+        t_data = time.perf_counter() - began  # how long the device had to wait for them
+        if bad and config.strict:
+            raise SystemExit(f"error: {bad[0]}; without --strict such data is reported and the rest goes on")
+        for problem in bad if step < per_epoch else []:  # once, not in every epoch; from the rank that met it
+            tqdm.write(str(problem))
         lr = learning_rate(step, total, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        tokens = run.all_sum({"n": sum(len(ids) for _, ids in sequences)})["n"]
+        counts = run.all_sum({"tokens": sum(len(ids) for _, ids in sequences), "left_out": len(bad)})
+        tokens = counts["tokens"]
         loss_sum = 0.0
         lengths = [len(p.ids) + len(ids) for p, ids in sequences]
         for part in packing.micro_batches(lengths, config.micro_tokens, width):
@@ -238,13 +282,15 @@ def main(config):
         loss = run.all_sum({"loss": loss_sum})["loss"]
         seconds = time.perf_counter() - began
         log.write(dict(step=step + 1, epoch=step / per_epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=int(tokens),
-                       tokens_per_s=tokens / seconds, t_total=seconds, mem_peak=run.peak_memory()))  # fmt: skip
+                       left_out=int(counts["left_out"]), tokens_per_s=tokens / seconds, t_data=t_data, t_total=seconds,
+                       mem_peak=run.peak_memory()))  # fmt: skip
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:.0f}")
         if (step + 1) % max(1, total // 20) == 0:
             say(f"step {step + 1:5d}/{total}  loss {loss:.4f}  lr {lr:.2e}  {tokens / seconds:.0f} tokens/s")
         if (step + 1) % config.save_every == 0 or step + 1 == total:
             run.save_checkpoint(out, step + 1, policy, optimizer, {}, config.keep)
+        began = time.perf_counter()
     bar.close()
 
     model.export(policy, processor, out / "final")
