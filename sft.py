@@ -15,7 +15,7 @@ import re
 import resource
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -40,6 +40,8 @@ class Config:
     data: str = (
         ""  # records with a response, any format of data.py (Vision-R1-cold as downloaded, cold_start.py's output)
     )
+    eval_data: str = ""  # held-out records of the same kind: their loss and accuracy are logged now and then
+    holdout: int = 0  # without eval_data: so many records of `data` are left out of training for it
     strict: bool = False  # stop at the first bad record instead of reporting it
     seed: int = 0
     # the task
@@ -64,6 +66,7 @@ class Config:
     shard_size: int = 0  # ranks that share one copy of the weights, e.g. those of a node (HSDP); 0 = all ranks
     preflight: bool = True  # first print what the memory will hold, and try a step at the greatest length
     # the run
+    eval_every: int = 250  # steps; and after the last one
     save_every: int = 500  # steps; the last one is always saved
     keep: int = 1  # checkpoints
     resume: bool = True  # --no_resume starts over
@@ -99,6 +102,26 @@ def learning_rate(step, total, config):
         return config.lr * (step + 1) / warmup
     turn = (step - warmup) / max(1, total - warmup)
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * turn))
+
+
+def read(path, strict, say):
+    """records with a response; what is wrong with the others is said"""
+    records, problems = data.read(path, strict=strict, check_images=False)
+    for record in [r for r in records if not r.response]:
+        problems.add("no response", "", path, None, record.id)
+    if problems:
+        say(problems.summary())
+    if not any(r.response for r in records):
+        raise ValueError(f"{path}: no record with a response in it; sft.py needs chains (cold_start.py makes them)")
+    return [r for r in records if r.response]
+
+
+def hold_out(records, count, seed):
+    """-> records to train on, records to hold out: `count` drawn by the seed, and with them all that share their pictures"""
+    drawn = set(torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[:count].tolist())
+    pictures = {image for i in drawn for image in records[i].images}
+    kept = [i not in drawn and pictures.isdisjoint(r.images) for i, r in enumerate(records)]
+    return [r for r, keep in zip(records, kept) if keep], [r for r, keep in zip(records, kept) if not keep]
 
 
 def response_ids(record, processor, drop_chains):
@@ -185,14 +208,42 @@ def ahead(steps, start, workers):
             yield item
 
 
-def preflight(config, records, policy, optimizer, processor, device, say):
+def report(problems, told, strict):
+    """say each problem once, from the rank that met it, and not again in every epoch; under --strict end the run"""
+    for problem in set(problems) - told:
+        if strict:
+            raise SystemExit(f"error: {problem}; without --strict such data is reported and the rest goes on")
+        tqdm.write(str(problem))
+    told.update(problems)
+
+
+@torch.no_grad()
+def evaluate(steps, policy, config, device, told):
+    """held-out records: mean loss per response token, and the share of response tokens that the model would have said
+    itself, given those before. every rank takes part, with or without records of its own"""
+    total = {"loss": 0.0, "right": 0, "tokens": 0}
+    for sequences, bad in ahead(steps, 0, config.workers):
+        report(bad, told, config.strict)
+        lengths = [len(p.ids) + len(ids) for p, ids in sequences]
+        for part in packing.micro_batches(lengths, config.micro_tokens, steps.width):
+            batch = packing.pack(sequences[part] or [packing.blank(steps.processor)], device)
+            logprobs, _, right = policy(batch, judge=True)
+            total["loss"] -= logprobs.sum().item()
+            total["right"] += right.sum().item()
+            total["tokens"] += len(logprobs)
+    total = run.all_sum(total)
+    tokens = max(1, total["tokens"])
+    return {"eval_loss": total["loss"] / tokens, "eval_accuracy": total["right"] / tokens}
+
+
+def preflight(config, shape, records, policy, optimizer, processor, device, say):
     """memory on paper, then one step at the cutoff: too little of it shows now, with the knob to turn"""
     sequences = encode(records[:20], processor, config, data.Problems()) or [packing.blank(processor)]
     prompt = max((p for p, _ in sequences), key=lambda p: len(p.ids))
     fits = max(1, min(config.micro_tokens // config.cutoff, config.batch_size // dist.get_world_size()))
     cuda = device.type == "cuda"
     items = budget.memory(
-        budget.shape(policy.hf.config), fits * config.cutoff, fits * int(prompt.image_grid.prod(-1).sum()), cuda=cuda,
+        shape, fits * config.cutoff, fits * int(prompt.image_grid.prod(-1).sum()), cuda=cuda,
         world=dist.get_world_size(), shard_size=config.shard_size or None, frozen_vision=config.freeze_vision,
         activation_checkpointing=config.activation_checkpointing, reference="", offload=config.offload,
     )  # fmt: skip
@@ -213,20 +264,16 @@ def main(config):
 
         run.on_main_first(lambda: (toy.find(config.model), toy.find(config.data)))
         config.model, config.data = toy.find(config.model), toy.find(config.data)
-    run.claim(config, ("model", "data", "seed", "batch_size", "epochs"))
+    run.claim(config, ("model", "data", "seed", "batch_size", "epochs", "holdout"))
     say = tqdm.write if rank == 0 else lambda *_: None
 
     with run.for_people():
-        records, problems = data.read(config.data, strict=config.strict, check_images=False)
-        for record in [r for r in records if not r.response]:
-            problems.add("no response", "", config.data, None, record.id)
-    records = [r for r in records if r.response]
-    if problems:
-        say(problems.summary())
-    if not records:
-        raise SystemExit(
-            f"{config.data}: no record with a response in it; sft.py needs chains (cold_start.py makes them)"
-        )
+        records = read(config.data, config.strict, say)
+        held = read(config.eval_data, config.strict, say) if config.eval_data else []
+        if not held:
+            records, held = hold_out(records, config.holdout, config.seed)
+        if not records:
+            raise ValueError(f"{config.data}: --holdout {config.holdout} leaves nothing to train on")
 
     processor = model.Processor(config.model)
     policy = model.load_sharded(
@@ -244,28 +291,30 @@ def main(config):
 
     steps = Steps(records, processor, config, width)
     per_epoch, total = steps.per_epoch, len(steps)
+    shape = budget.shape(policy.hf.config)
     if config.preflight:
-        preflight(config, records, policy, optimizer, processor, device, say)
+        preflight(config, shape, records, policy, optimizer, processor, device, say)
     start, _ = run.load_checkpoint(out, policy, optimizer)
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
     resumed = f"; resumed after step {start}" if start else ""
-    say(f"recipe {config.recipe}: {len(records)} records, {config.epochs} epochs of {per_epoch} steps")
-    del records  # `steps` keeps them
+    about = f"recipe {config.recipe}: {len(records)} records, {len(held)} held out"
+    say(f"{about}; {config.epochs} epochs of {per_epoch} steps")
+    exam = Steps(held, processor, replace(config, epochs=1), width) if held else None
+    del records, held  # the Steps keep them
+    told = set()
     say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
 
     bar = tqdm(total=total, initial=start, desc="sft", disable=None if rank == 0 else True)
     began = time.perf_counter()
     for step, (sequences, bad) in enumerate(ahead(steps, start, config.workers), start):
         t_data = time.perf_counter() - began  # how long the device had to wait for them
-        if bad and config.strict:
-            raise SystemExit(f"error: {bad[0]}; without --strict such data is reported and the rest goes on")
-        for problem in bad if step < per_epoch else []:  # once, not in every epoch; from the rank that met it
-            tqdm.write(str(problem))
+        report(bad, told, config.strict)
         lr = learning_rate(step, total, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        counts = run.all_sum({"tokens": sum(len(ids) for _, ids in sequences), "left_out": len(bad)})
+        labels = sum(len(ids) for _, ids in sequences)
+        counts = run.all_sum({"tokens": labels, "left_out": len(bad)})
         tokens = counts["tokens"]
         loss_sum = 0.0
         lengths = [len(p.ids) + len(ids) for p, ids in sequences]
@@ -279,16 +328,23 @@ def main(config):
         optimizer.step()
         optimizer.zero_grad()
 
-        loss = run.all_sum({"loss": loss_sum})["loss"]
-        seconds = time.perf_counter() - began
+        grids = [grid for p, _ in sequences for grid in p.image_grid.tolist()]
+        flops = budget.flops(shape, lengths, labels, grids).training(config.freeze_vision)
+        sums = run.all_sum({"loss": loss_sum, "flops": flops})
+        loss, seconds = sums["loss"], time.perf_counter() - began
+        mfu = budget.mfu(sums["flops"] / world, seconds, device)
+        last, exams = step + 1 == total, {}
+        if exam and (last or (step + 1) % config.eval_every == 0):
+            exams = evaluate(exam, policy, config, device, told)
+            say(f"step {step + 1:5d}/{total}  held out: {', '.join(f'{k} {v:.4f}' for k, v in exams.items())}")
         log.write(dict(step=step + 1, epoch=step / per_epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=int(tokens),
-                       left_out=int(counts["left_out"]), tokens_per_s=tokens / seconds, t_data=t_data, t_total=seconds,
-                       mem_peak=run.peak_memory()))  # fmt: skip
+                       left_out=int(counts["left_out"]), tokens_per_s=tokens / seconds, mfu=mfu, t_data=t_data,
+                       t_total=seconds, mem_peak=run.peak_memory(), **exams))  # fmt: skip
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:.0f}")
         if (step + 1) % max(1, total // 20) == 0:
             say(f"step {step + 1:5d}/{total}  loss {loss:.4f}  lr {lr:.2e}  {tokens / seconds:.0f} tokens/s")
-        if (step + 1) % config.save_every == 0 or step + 1 == total:
+        if last or (step + 1) % config.save_every == 0:
             run.save_checkpoint(out, step + 1, policy, optimizer, {}, config.keep)
         began = time.perf_counter()
     bar.close()

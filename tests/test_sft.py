@@ -87,22 +87,10 @@ def one_rank(tmp_path_factory, chains):
 def test_first_loss_is_that_of_transformers_one_by_one(one_rank, chains):
     """labels of the prompt masked with -100, no packing, transformers' own forward; mean over response tokens"""
     records, _ = data.read(chains)
-    processor = model.Processor(ROOT / "assets" / "toy-base")
-    hf = AutoModelForImageTextToText.from_pretrained(ROOT / "assets" / "toy-base", dtype=torch.float32)
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
-    total, count = 0.0, 0
-    for i in order[:8]:
-        prompt, ids = sft.encode([records[i]], processor, sft.Config(), data.Problems())[0]
-        row = torch.tensor([prompt.ids + ids])
-        with torch.no_grad():
-            logits = hf(input_ids=row, pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid,
-                        mm_token_type_ids=(row == processor.image_token).int(), attention_mask=torch.ones_like(row)).logits  # fmt: skip
-        banned = processor.banned_ids(logits.shape[-1])
-        logits = logits[0, len(prompt.ids) - 1 : -1].index_fill(1, banned, -1e30)
-        total += torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum").item()
-        count += len(ids)
+    loss, _, count = one_by_one(ROOT / "assets" / "toy-base", [records[i] for i in order[:8]])
     first = log_of(one_rank)[0]
-    assert first["tokens"] == count and first["loss"] == pytest.approx(total / count, rel=1e-4)
+    assert first["tokens"] == count and first["loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_the_loss_falls_and_every_epoch_covers_all(one_rank):
@@ -153,6 +141,45 @@ def test_killed_in_mid_epoch_and_resumed_is_uninterrupted(one_rank, chains, tmp_
     assert log_of(tmp_path) == log_of(one_rank)
     a, b = weights_of(one_rank), weights_of(tmp_path)
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def one_by_one(folder, records):
+    """mean loss per response token and share of first choices, by transformers' own forward on each sequence alone"""
+    processor = model.Processor(folder)
+    hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
+    total, right, count = 0.0, 0, 0
+    for record in records:
+        prompt, ids = sft.encode([record], processor, sft.Config(), data.Problems())[0]
+        row = torch.tensor([prompt.ids + ids])
+        images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid} if record.images else {}
+        kinds = (row == processor.image_token).int()
+        with torch.no_grad():
+            logits = hf(input_ids=row, mm_token_type_ids=kinds, attention_mask=torch.ones_like(row), **images).logits
+        banned = processor.banned_ids(logits.shape[-1])
+        logits, ids = logits[0, len(prompt.ids) - 1 : -1].double().index_fill(1, banned, -1e30), torch.tensor(ids)
+        total += torch.nn.functional.cross_entropy(logits, ids, reduction="sum").item()
+        right, count = right + (logits.argmax(-1) == ids).sum().item(), count + len(ids)
+    return total / count, right / count, count
+
+
+def test_held_out_loss_and_accuracy_are_those_of_transformers(chains, tmp_path):
+    """two ranks; in the last of the batches of the held-out records one of them has nothing"""
+    run_sft(tmp_path, chains, ranks=2, workers=1, epochs=1, holdout=9, eval_every=4)
+    rows = log_of(tmp_path)
+    records, held = sft.hold_out(data.read(chains)[0], 9, 0)
+    assert len(held) == 9 and len(records) == 41 and not {r.id for r in held} & {r.id for r in records}
+    assert [r["step"] for r in rows if "eval_loss" in r] == [4, 6]
+    loss, accuracy, _ = one_by_one(tmp_path / "final", held)
+    assert rows[-1]["eval_loss"] == pytest.approx(loss, rel=1e-4)
+    assert rows[-1]["eval_accuracy"] == pytest.approx(accuracy, abs=0.002) and 0 < accuracy < 1
+    assert sum(r["tokens"] for r in rows) == one_by_one(tmp_path / "final", records)[2]
+
+
+def test_questions_about_one_picture_are_held_out_together():
+    records = [data.Record(str(i), "", "-", [f"{i // 2}.png"]) for i in range(20)]
+    kept, held = sft.hold_out(records, 4, 0)
+    assert 4 < len(held) <= 8 and len(kept) + len(held) == 20
+    assert not {r.images[0] for r in kept} & {r.images[0] for r in held}
 
 
 def test_answers_without_chains(tiny):
