@@ -2,6 +2,7 @@
 
   python sft.py                                               the toy (bridges its cold-start data first)
   torchrun --nproc_per_node 8 sft.py --recipe vision-r1-ci-7b --data Vision-R1-cold
+  torchrun --nproc_per_node 8 sft.py --recipe vision-r1-llamav-ci --data Vision-R1-cold
 
 Sequences are packed without padding, the loss counts the response alone, the learning rate falls along a cosine. A run
 that was stopped goes on where it stopped, in the middle of an epoch too.
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 import budget
 import data
+import mllama
 import model
 import packing
 import run
@@ -91,6 +93,9 @@ RECIPES = {
     "vision-r1-ci-7b": PAPER | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/vision-r1-ci-7b"),
     "vision-r1-ci-32b": PAPER | dict(model="Qwen/Qwen2.5-VL-32B-Instruct", out="runs/vision-r1-ci-32b"),
     "vision-r1-ci-72b": PAPER | dict(model="Qwen/Qwen2.5-VL-72B-Instruct", out="runs/vision-r1-ci-72b"),
+    # Table 2: the same data on another base
+    "vision-r1-llamav-ci": PAPER
+    | dict(model="meta-llama/Llama-3.2-11B-Vision-Instruct", out="runs/vision-r1-llamav-ci"),
     "zero-sft": PAPER | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/zero-sft", drop_chains=True),
 }
 
@@ -132,12 +137,17 @@ def response_ids(record, processor, drop_chains):
     return processor.tokenizer(text, add_special_tokens=False).input_ids + [processor.tokenizer.eos_token_id]
 
 
+def kind(processor):
+    """the module that makes tokens and batches: rows are packed, except for Llama-3.2-Vision's"""
+    return mllama if isinstance(processor, mllama.Processor) else packing
+
+
 def encode(records, processor, config, problems):
     """records -> [(Prompt, response ids)]; what cannot be read or does not fit is reported and left out"""
     sequences = []
     for record in records:
         try:
-            prompt = packing.encode(record, processor, config.system_prompt)
+            prompt = kind(processor).encode(record, processor, config.system_prompt)
             ids = response_ids(record, processor, config.drop_chains)
             if len(prompt.ids) + len(ids) > config.cutoff:
                 raise data.BadRow(
@@ -154,7 +164,7 @@ def encode(records, processor, config, problems):
 def cost(record, processor, config, width):
     """the work of a sequence, known without decoding its images; nothing for one that encode() will leave out"""
     try:
-        prompt = packing.prompt_length(record, processor, config.system_prompt)
+        prompt = kind(processor).prompt_length(record, processor, config.system_prompt)
         return packing.work(prompt + len(response_ids(record, processor, config.drop_chains)), width)
     except (data.BadRow, ValueError):
         return 0
@@ -217,6 +227,23 @@ def report(problems, told, strict):
     told.update(problems)
 
 
+def batches(sequences, processor, config, width, device):
+    """this rank's sequences as batches of micro_tokens, for Llama-3.2-Vision one by one; as many on every rank (a collective)"""
+    lengths = [len(p.ids) + len(ids) for p, ids in sequences]
+    micro_tokens = 1 if kind(processor) is mllama else config.micro_tokens
+    for part in packing.micro_batches(lengths, micro_tokens, width):
+        yield kind(processor).pack(sequences[part] or [kind(processor).blank(processor)], device)
+
+
+def model_flops(shape, sequences, frozen_vision):
+    """what these sequences cost by budget.py, forward and backward; 0 where it does not know the model"""
+    if shape is None:
+        return 0.0
+    grids = [grid for p, _ in sequences for grid in p.image_grid.tolist()]
+    lengths = [len(p.ids) + len(ids) for p, ids in sequences]
+    return budget.flops(shape, lengths, sum(len(ids) for _, ids in sequences), grids).training(frozen_vision)
+
+
 @torch.no_grad()
 def evaluate(steps, policy, config, device, told):
     """held-out records: mean loss per response token, and the share of response tokens that the model would have said
@@ -224,9 +251,7 @@ def evaluate(steps, policy, config, device, told):
     total = {"loss": 0.0, "right": 0, "tokens": 0}
     for sequences, bad in ahead(steps, 0, config.workers):
         report(bad, told, config.strict)
-        lengths = [len(p.ids) + len(ids) for p, ids in sequences]
-        for part in packing.micro_batches(lengths, config.micro_tokens, steps.width):
-            batch = packing.pack(sequences[part] or [packing.blank(steps.processor)], device)
+        for batch in batches(sequences, steps.processor, config, steps.width, device):
             logprobs, _, right = policy(batch, judge=True)
             total["loss"] -= logprobs.sum().item()
             total["right"] += right.sum().item()
@@ -238,8 +263,11 @@ def evaluate(steps, policy, config, device, told):
 
 def preflight(config, shape, records, policy, optimizer, processor, device, say):
     """memory on paper, then one step at the cutoff: too little of it shows now, with the knob to turn"""
-    sequences = encode(records[:20], processor, config, data.Problems()) or [packing.blank(processor)]
+    sequences = encode(records[:20], processor, config, data.Problems()) or [kind(processor).blank(processor)]
     prompt = max((p for p, _ in sequences), key=lambda p: len(p.ids))
+    response = [processor.eos_ids[0]] * (config.cutoff - len(prompt.ids))
+    if shape is None:
+        return model.rehearse(policy, optimizer, mllama.pack([(prompt, response)], device))
     fits = max(1, min(config.micro_tokens // config.cutoff, config.batch_size // dist.get_world_size()))
     cuda = device.type == "cuda"
     items = budget.memory(
@@ -250,7 +278,6 @@ def preflight(config, shape, records, policy, optimizer, processor, device, say)
     capacity = torch.cuda.get_device_properties(device).total_memory if cuda else None
     say(budget.preflight(items, capacity))
     run.explain(torch.OutOfMemoryError, lambda error: budget.explain_oom(error, items, capacity))
-    response = [processor.eos_ids[0]] * (config.cutoff - len(prompt.ids))
     model.rehearse(policy, optimizer, packing.pack([(copy.copy(prompt), response) for _ in range(fits)], device))
 
 
@@ -275,8 +302,9 @@ def main(config):
         if not records:
             raise ValueError(f"{config.data}: --holdout {config.holdout} leaves nothing to train on")
 
-    processor = model.Processor(config.model)
-    policy = model.load_sharded(
+    library = mllama if mllama.is_one(config.model) else model
+    processor = library.Processor(config.model)
+    policy = library.load_sharded(
         config.model,
         device,
         freeze_vision=config.freeze_vision,
@@ -291,7 +319,7 @@ def main(config):
 
     steps = Steps(records, processor, config, width)
     per_epoch, total = steps.per_epoch, len(steps)
-    shape = budget.shape(policy.hf.config)
+    shape = None if library is mllama else budget.shape(policy.hf.config)  # which budget.py cannot count
     if config.preflight:
         preflight(config, shape, records, policy, optimizer, processor, device, say)
     start, _ = run.load_checkpoint(out, policy, optimizer)
@@ -313,13 +341,10 @@ def main(config):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        labels = sum(len(ids) for _, ids in sequences)
-        counts = run.all_sum({"tokens": labels, "left_out": len(bad)})
+        counts = run.all_sum({"tokens": sum(len(ids) for _, ids in sequences), "left_out": len(bad)})
         tokens = counts["tokens"]
         loss_sum = 0.0
-        lengths = [len(p.ids) + len(ids) for p, ids in sequences]
-        for part in packing.micro_batches(lengths, config.micro_tokens, width):
-            batch = packing.pack(sequences[part] or [packing.blank(processor)], device)
+        for batch in batches(sequences, processor, config, width, device):
             logprobs, _ = policy(batch)
             loss = -logprobs.sum() / max(tokens, 1)  # mean over the response tokens of all ranks
             (loss * world).backward()  # FSDP takes the mean over ranks
@@ -328,11 +353,9 @@ def main(config):
         optimizer.step()
         optimizer.zero_grad()
 
-        grids = [grid for p, _ in sequences for grid in p.image_grid.tolist()]
-        flops = budget.flops(shape, lengths, labels, grids).training(config.freeze_vision)
-        sums = run.all_sum({"loss": loss_sum, "flops": flops})
+        sums = run.all_sum({"loss": loss_sum, "flops": model_flops(shape, sequences, config.freeze_vision)})
         loss, seconds = sums["loss"], time.perf_counter() - began
-        mfu = budget.mfu(sums["flops"] / world, seconds, device)
+        mfu = budget.mfu(sums["flops"] / world, seconds, device) if shape else None
         last, exams = step + 1 == total, {}
         if exam and (last or (step + 1) % config.eval_every == 0):
             exams = evaluate(exam, policy, config, device, told)
