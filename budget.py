@@ -13,6 +13,7 @@ functions, the interpolated position table of Qwen3-VL, the loss, the optimizer'
 import copy
 import math
 import re
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -321,8 +322,9 @@ def peak(items):
 
 def preflight(items, capacity=None):
     """the table as text, a line per item in GiB. `capacity`: bytes of the GPU, None on the CPU"""
-    lines = [f"{i.bytes / GIB:8.2f}  {i.name}{'' if i.when == 'always' else f' ({i.when})'}" for i in items if i.bytes]
-    total = f"{peak(items) / GIB:8.2f}  GiB at the peak"
+    unit, word = (GIB, "GiB") if capacity or peak(items) > GIB else (2**20, "MiB")
+    lines = [f"{i.bytes / unit:8.2f}  {i.name}{'' if i.when == 'always' else f' ({i.when})'}" for i in items if i.bytes]
+    total = f"{peak(items) / unit:8.2f}  {word} at the peak"
     if capacity:
         total += f", the GPU has {capacity / GIB:.1f}"
         total += ": this will not fit" if peak(items) > capacity else ": tight" if peak(items) > 0.9 * capacity else ""
@@ -342,6 +344,18 @@ def explain_oom(error, items, capacity=None, when=None):
     if loose and float(loose[1]) >= 1:
         lines.append(f"{loose[1]} GiB lie in fragments: try PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True")
     return "\n".join(lines)
+
+
+def announce(items, device, say):
+    """say the table; from here on, an out-of-memory error ends the program with `explain_oom`'s words"""
+    capacity = torch.cuda.get_device_properties(device).total_memory if torch.device(device).type == "cuda" else None
+    say(preflight(items, capacity))
+    others = sys.excepthook
+    sys.excepthook = lambda kind, error, trace: (
+        print(explain_oom(error, items, capacity), file=sys.stderr)
+        if issubclass(kind, torch.OutOfMemoryError)
+        else others(kind, error, trace)
+    )
 
 
 # -----------------------------------------------------------------------------------------------------------------

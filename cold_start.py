@@ -6,28 +6,30 @@ pseudo-CoT -> detailed description -> the reasoner's chain -> filters -> word re
   python cold_start.py                                     the toy, with scripted teachers, on the spot
   python cold_start.py --recipe vision-r1-cold --data problems.jsonl --mllm-url http://a:8000/v1 --reasoner-url http://b:8000/v1
   python cold_start.py stats FILE...                       Table 4: the words of self-reflection, for any such file
+  python cold_start.py decontaminate TRAIN --against EVAL...   the training data without the problems of evaluation sets
 
 Keys come from the environment: MLLM_API_KEY, REASONER_API_KEY, else OPENAI_API_KEY. Every finished call goes to OUT/journal.jsonl
 at once: kill the run when you like, the same command goes on and ends with the same bytes.
 """
-import asyncio, base64, errno, fcntl, hashlib, json, os, re, shlex, sys, time, zlib
+import asyncio, base64, errno, fcntl, hashlib, json, os, re, shlex, shutil, sys, time, zlib
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from data import MARK, read
+from data import MARK, Problems, stream
 from reward import is_equiv, loose_answer, unwrap
-from teachers import InProcess, Journal, Reject, Server, Stop
+from teachers import Journal, Reject, Server, Stop
 
 @dataclass
 class Config:
     recipe: str = "toy"             # toy | vision-r1-cold
-    data: str = ""                  # problems with images and answers, any format of data.py; "" = the toy's own
+    data: str = ""                  # problems with images and answers, any format of data.py; toy:NAME = the toy's, made if missing
     out: str = "runs/cold"          # the folder of this run
     fresh: bool = False             # forget an earlier run in `out`, its journal included
     strict: bool = False            # stop at the first bad input row instead of reporting it
     limit: int = 0                  # only the first so many records; 0 = all
-    mllm_url: str = ""              # OpenAI-compatible server that sees, up to and with /v1; "toy" = the scripted teacher
+    mllm_url: str = ""              # OpenAI-compatible server that sees, up to and with /v1; toy:teachers = scripted ones, started for this run
     mllm_model: str = ""            # its model name
     reasoner_url: str = ""          # the same for the text-only reasoner
     reasoner_model: str = ""
@@ -48,7 +50,7 @@ class Config:
     max_chars: int = 50_000         # longer ones too: they would not fit SFT's 16,384 tokens. ours
 
 RECIPES = {
-    "toy": dict(out="runs/toy/cold", mllm_url="toy", mllm_model="scripted", reasoner_url="toy", reasoner_model="scripted",
+    "toy": dict(out="runs/toy/cold", data="toy:cold-problems", mllm_url="toy:teachers", mllm_model="toy-mllm", reasoner_url="toy:teachers", reasoner_model="toy-reasoner",
                 template="<think> {chain} </think> <answer> {answer} </answer>", min_chars=20),
     "vision-r1-cold": dict(out="runs/vision-r1-cold", mllm_url="http://localhost:8000/v1", mllm_model="Qwen/Qwen2.5-VL-72B-Instruct",
                            reasoner_url="http://localhost:8001/v1", reasoner_model="deepseek-ai/DeepSeek-R1"),  # Sec. 4.1
@@ -87,26 +89,36 @@ Question: {question}"""
 # ---- post-processing: text about "the description" becomes text about the image (Sec. 3.3.1). ours, in this order
 
 KIND = r"(image|picture|figure|diagram|chart|graph|photo|plot|table|map)"
-REPLACEMENTS = [(re.compile(pattern, re.I), new) for pattern, new in [
-    (rf"\b(?:the|a|this|that|your)(?: \w+)? descriptions? of (?:the|this|an?) {KIND}", r"the \1"),  # "the description of the figure"
-    (rf"\b{KIND}(?:'s)? descriptions?\b", r"\1"),                                      # "the image description"
-    (r"\b(?:detailed|textual|written|verbal|text|given|provided) (?=descriptions?\b)", r""),
-    (r"\bdescription,? (?:says|states|mentions|tells (?:me|us)|reads|notes|specifies|indicates|describes)\b", r"image shows"),
-    (r"\bdescription (?:said|stated|mentioned|told (?:me|us)|noted|specified|indicated|described)\b", r"image showed"),
-    (r"\bread(ing)? (?:through )?(?=(?:the|this) descriptions?\b)", r"look\1 at "),
-    (r"\bthe (?:user|problem|question) (?:described|describes)\b", r"the image shows"),
-    (r"\ba description\b", r"an image"),
-    (r"\bdescription(s?)\b", r"image\1"),
-    (r"\b(?:described) (?=as\b|in\b|by\b|here\b|above\b)", r"shown "),
-    (r"\b(as|is|are|was|were) described\b", r"\1 shown"),
-    (r"\bthe captions?\b", r"the image"),
+REPLACEMENTS = [(guard, re.compile(pattern, re.I), new) for guard, pattern, new in [  # the guard: plain text without which there is no match
+    (" of ", rf"\b(?:the|a|this|that|your)(?: \w+)? descriptions? of (?:the|this|an?) {KIND}", r"the \1"),  # "the description of the figure"
+    ("description", rf"\b{KIND}(?:'s)? descriptions?\b", r"\1"),                                      # "the image description"
+    ("description", r"\b(?:detailed|textual|written|verbal|text|given|provided) (?=descriptions?\b)", r""),
+    ("description", r"\bdescription,? (?:says|states|mentions|tells (?:me|us)|reads|notes|specifies|indicates|describes)\b", r"image shows"),
+    ("description", r"\bdescription (?:said|stated|mentioned|told (?:me|us)|noted|specified|indicated|described)\b", r"image showed"),
+    ("read", r"\bread(ing)? (?:through )?(?=(?:the|this) descriptions?\b)", r"look\1 at "),
+    ("describe", r"\bthe (?:user|problem|question) (?:described|describes)\b", r"the image shows"),
+    ("a ", r"\ba description\b", r"an image"),
+    ("description", r"\bdescription(s?)\b", r"image\1"),
+    ("described", r"\b(?:described) (?=as\b|in\b|by\b|here\b|above\b)", r"shown "),
+    ("described", r"\b(as|is|are|was|were) described\b", r"\1 shown"),
+    ("caption", r"\bthe captions?\b", r"the image"),
 ]]
 
 def as_seen(chain):
     """the chain as if its writer had seen the image; a capital stays a capital"""
-    for pattern, new in REPLACEMENTS:
-        chain = pattern.sub(lambda m: m.expand(new[:1].upper() + new[1:] if m[0][0].isupper() else new), chain)
-    return chain
+    def say(new, m):
+        said = new.replace(r"\1", m[1] or "") if m.re.groups else new
+        return said[:1].upper() + said[1:] if m[0][0].isupper() else said
+
+    sentences = chain.split(".")  # no rule reaches beyond one. a word is found in microseconds, a pattern in hundreds of them
+    for i, sentence in enumerate(sentences):
+        low = sentence.lower()
+        if "descri" in low or "caption" in low:
+            for guard, pattern, new in REPLACEMENTS:
+                if guard in low:
+                    sentence = pattern.sub(partial(say, new), sentence)
+            sentences[i] = sentence
+    return ".".join(sentences)
 
 # ---- filters. the rules are ours, the paper says only "by rules"; each gives its evidence, something false when all is well
 
@@ -117,6 +129,7 @@ BLIND = re.compile(
     + r"|(?:image|picture|figure|diagram|description|data|information)s? (?:is|are|was|were) (?:missing|not (?:provided|given|available|attached)|incomplete)"
     + r"|(?:image|description|caption) (?:doesn't|does not|didn't|did not) (?:say|state|mention|specify|provide|give|include|show|describe|tell|indicate)"
     + r"|(?:not enough|insufficient|missing) (?:information|data) to (?:answer|determine|solve|find|compute)", re.I)
+DENIALS = ("not", "n't", "unable", "no ", "without", "missing", "incomplete", "insufficient")  # every way through BLIND has one of them
 OTHER_SCRIPTS = re.compile(r"[\u0400-\u04ff\u0590-\u06ff\u0900-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # not Greek: maths
 CONCLUSION = re.compile(r"\b(?i:answer|option|choice)\s*(?i:is|=|:|must be|should be|has to be)\s*(?i:option\s*)?[*$(]*"
                         r"(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[A-H])(?![\w\\√π^*+/]|\.\d)")
@@ -125,13 +138,19 @@ CHOICE = re.compile(r"^\s*\(?([A-H])[:.)]\s*(.+?)\s*$", re.M)
 def looping(text):
     """a loop compresses far better (12x) than prose (2-3x) or tables (5x): over 2,000 characters anywhere, or the whole"""
     for part in [text] + [text[i:i + 2000] for i in range(0, len(text), 1000) if len(text) > 2000]:
-        if len(part) >= 400 and len(part.encode()) > 12 * len(zlib.compress(part.encode())):
+        if len(part) >= 400 and len(part.encode()) > 12 * len(zlib.compress(part.encode(), 1)):  # level 1: the fastest, and as telling
             return part[-120:]
 
 def blind(text, question):
     """it says that it sees no image, or that data are missing (unless the question itself speaks so)"""
-    found = BLIND.search(text)
-    return found and not BLIND.search(question) and text[max(0, found.start() - 40):found.end() + 40]
+    low = text.lower().replace("\u2019", "'")
+    for word in DENIALS:  # guards, as above
+        at = low.find(word)
+        while at >= 0:
+            start, end = low.rfind(".", 0, at) + 1, low.find(".", at) % (len(low) + 1)  # of this sentence, the last one too
+            if found := BLIND.search(low, start, end):
+                return not BLIND.search(question) and text[max(0, found.start() - 40):found.end() + 40]
+            at = low.find(word, end)
 
 def language_mix(chain, question):
     """letters of another script in a chain whose question has none (R1 slips into Chinese)"""
@@ -195,13 +214,13 @@ async def bridge(config, record, mllm, reasoner):
     """one record through the steps of Sec. 3.3.1 -> its response; raises Reject"""
     question = record.problem.replace(MARK, "").strip()
     try:
-        images = [Path(i).read_bytes() if isinstance(i, str) else i for i in record.images]
+        images = [Path(i).read_bytes() for i in record.images]
     except FileNotFoundError as e:
         raise Reject("input", "missing image", str(e)) from e
     if not images:
         raise Reject("input", "no image", "there is nothing to bridge")
-    urls = [f"data:image/{ending(i)};base64,{base64.b64encode(i).decode()}" for i in images]  # as they are, once for both calls
-    seen = [{"type": "image_url", "image_url": {"url": url}} for url in urls], [hashlib.sha256(i).hexdigest() for i in images]
+    seen = b"".join(b'{"type": "image_url", "image_url": {"url": "data:image/%s;base64,%s"}}, ' % (ending(i).encode(), base64.b64encode(i)) for i in images)
+    seen = seen, hashlib.sha256(seen).digest()  # the pictures' bytes as they are, encoded once for both calls
     pseudo_cot, draft = "", ""
     if not config.skip_pseudo_cot:  # step 1: caption and structured reasoning
         prompt = PSEUDO_COT.format(question=question, answer=record.answer)
@@ -224,15 +243,33 @@ async def bridge(config, record, mllm, reasoner):
 RELEASED = {  # the layouts of Vision-R1-cold, which LLaMA-Factory reads: LLaVA-CoT's file, and Mulberry's for all other sources
     "vision_r1_llava_cot_full": ("image", "human", "gpt"), "vision_r1_mulberry_sft_full": ("images", "user", "assistant")}
 
+def load(config, out):
+    """the records, and what was wrong with the others. pictures that came as bytes (parquet) wait in a folder: memory would not hold them all"""
+    for folder in ("waiting", "images"):
+        (out / folder).mkdir(exist_ok=True)
+    records, problems = [], Problems(config.strict)
+    for _, _, record in stream(config.data, problems):
+        record.images = [i if isinstance(i, str) else save(out, f"{record.id}-{k}" if k else record.id, i) for k, i in enumerate(record.images)]
+        records.append(record)
+        if len(records) == config.limit:
+            break
+    return records, problems
+
+def save(out, id, image):
+    """encoded bytes as they are -> path"""
+    safe = re.sub(r"[^A-Za-z0-9_.-]", "_", id)[:80]
+    path = out / "waiting" / f"{safe if safe == id else safe + '-' + hashlib.sha256(id.encode()).hexdigest()[:8]}.{ending(image)}"
+    path.write_bytes(image)
+    return str(path)
+
 class Output:
     """kept and rejected records in the order of the input, whatever the order of arrival; the files appear when complete"""
 
     def __init__(self, out, records):
-        self.out, self.lists, self.waiting, self.next = out, any(len(r.images) > 1 for r in records), {}, 0
+        self.out, self.waits, self.lists, self.waiting, self.next = out, str(out / "waiting"), any(len(r.images) > 1 for r in records), {}, 0
         self.files = {name: open(out / f"{name}.part", "w", encoding="utf-8") for name in
                       ["cold.jsonl", "rejected.jsonl", *[f"{name}.json" for name in RELEASED]]}
         self.kept, self.lost, self.again, self.rows = 0, Counter(), 0, Counter()
-        (out / "images").mkdir(exist_ok=True)
 
     def add(self, n, record, result):
         self.waiting[n] = (record, result)
@@ -248,7 +285,7 @@ class Output:
             self.files["rejected.jsonl"].write(json.dumps(row, ensure_ascii=False) + "\n")
             return
         self.kept += 1
-        images = [os.path.relpath(i, self.out) if isinstance(i, str) else self.save(f"{record.id}-{k}" if k else record.id, i) for k, i in enumerate(record.images)]
+        images = [self.move(i) for i in record.images]
         rest = {"choices": record.choices, "source": record.source}
         row = {"id": record.id, "images": images, "problem": record.problem, "answer": record.answer, **rest, "response": result}
         self.files["cold.jsonl"].write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -259,14 +296,16 @@ class Output:
         self.files[f"{name}.json"].write((",\n" if self.rows[name] else "[\n") + json.dumps(row, ensure_ascii=False))
         self.rows[name] += 1
 
-    def save(self, id, image):
-        """encoded bytes as they are -> path relative to the output"""
-        safe = re.sub(r"[^A-Za-z0-9_.-]", "_", id)[:80]
-        name = f"images/{safe if safe == id else safe + '-' + hashlib.sha256(id.encode()).hexdigest()[:8]}.{ending(image)}"
-        (self.out / name).write_bytes(image)
-        return name
+    def move(self, image):
+        """a picture that was waiting belongs to the output now, others stay where they are -> path relative to the output"""
+        folder, name = os.path.split(image)
+        if folder != self.waits:
+            return os.path.relpath(image, self.out)
+        os.replace(image, f"{self.out}/images/{name}")
+        return f"images/{name}"
 
     def close(self):
+        shutil.rmtree(self.out / "waiting")
         for name in self.rows:
             self.files[f"{name}.json"].write("\n]\n")
         info = {name: {"file_name": f"{name}.json", "formatting": "sharegpt", "columns": {"messages": "conversations", "images": RELEASED[name][0]},
@@ -305,12 +344,12 @@ async def run_all(config, records, mllm, reasoner, tally, output, log):
     """`concurrency` workers; each takes a record through all its steps, so that the steps of different records overlap"""
     from tqdm import tqdm
 
-    numbered, start = iter(enumerate(records)), time.monotonic()
+    numbered, start, cpu = iter(enumerate(records)), time.monotonic(), time.process_time()
     bar, shown = tqdm(total=len(records), unit=" records", mininterval=1, desc="bridging"), start
 
     def show():
         cost = sum(p * tally[k] for p, k in zip(config.prices, ("mllm_in", "mllm_out", "reasoner_in", "reasoner_out"))) / 1e6
-        row = {"seconds": round(time.monotonic() - start, 1), "done": bar.n, "records": len(records), "kept": output.kept, "cost": round(cost, 4), **tally}
+        row = {"seconds": round(time.monotonic() - start, 2), "cpu": round(time.process_time() - cpu, 2), "done": bar.n, "records": len(records), "kept": output.kept, "cost": round(cost, 4), **tally}
         log.write(json.dumps(row) + "\n")
         log.flush()
         bar.set_postfix_str(f"in flight {tally['in_flight']}, tokens {sum(v for k, v in tally.items() if k.endswith(('_in', '_out'))):,}, "
@@ -344,7 +383,7 @@ async def run_all(config, records, mllm, reasoner, tally, output, log):
 
 def make(config):
     """the whole run, in the folder config.out"""
-    if not config.data and config.recipe != "toy":
+    if not config.data:
         raise Stop("--data is needed: the problems to bridge, with images and answers, in any format of data.py")
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
@@ -365,16 +404,16 @@ def make(config):
     (out / "config.json").write_text(json.dumps(asdict(config), indent=1) + "\n")
     with open(out / "command.txt", "a") as f:
         f.write(shlex.join(["python", os.path.basename(sys.argv[0]), *sys.argv[1:]]) + "\n")
-    if "toy" in (config.mllm_url, config.reasoner_url) or not config.data:
-        import toy  # nothing else of this file knows of it
     journal, tally = Journal(out / "journal.jsonl"), dict(calls=0, from_journal=0, in_flight=0, mllm_in=0, mllm_out=0, reasoner_in=0, reasoner_out=0, trouble="")
-    mllm = InProcess(toy.MLLM(), tally) if config.mllm_url == "toy" else Server("mllm", config, journal, tally)
-    reasoner = InProcess(toy.Reasoner(), tally) if config.reasoner_url == "toy" else Server("reasoner", config, journal, tally)
+    if "toy:" in config.mllm_url + config.reasoner_url + config.data:
+        import toy  # nothing else of this file knows of it
+
+        config = replace(config, **{name: toy.find(getattr(config, name)) for name in ("mllm_url", "reasoner_url", "data")})
+    mllm, reasoner = Server("mllm", config, journal, tally), Server("reasoner", config, journal, tally)
     try:
-        records, problems = read(config.data or toy.ensure("cold-problems"), strict=config.strict)
+        records, problems = load(config, out)
     except ValueError as e:
         raise Stop(e) from e
-    records = records[:config.limit or None]
     print(f"{len(records):,} records. {problems.summary()}", flush=True)
     output = Output(out, records)
     with open(out / "log.jsonl", "a") as log:
@@ -444,6 +483,10 @@ def guarded(act, *args):
 if __name__ == "__main__":
     if sys.argv[1:2] == ["stats"]:
         guarded(stats, sys.argv[2:] or sys.exit("usage: cold_start.py stats FILE..."))
+    elif sys.argv[1:2] == ["decontaminate"]:
+        import decontaminate
+
+        guarded(decontaminate.main, sys.argv[2:])
     else:
         from run import parse_config
 

@@ -2,20 +2,24 @@
   our JSONL             data.jsonl: id, image or images, problem, answer [, choices, source, response]
   Vision-R1-rl parquet  images (list of {bytes, path}), problem, answer: the columns of hiyouga/geometry3k
   Vision-R1-cold JSON   conversations + image (roles human/gpt), or + images as ONE string (roles user/assistant)
-  MathVista, MathVerse, MATH-Vision, DynaMath, ChartQA parquet, VLMEvalKit's TSV   (scored by their own rules: not yet)
+  MathVista, MathVerse, MATH-Vision, DynaMath, ChartQA, MMStar, MME parquet; HallusionBench and MM-Math JSON, their pictures
+  unpacked beside it or still in a zip; VLMEvalKit's TSV   (benchmarks.py scores them by their own rules)
   a folder of these, or several paths separated by commas
 The kind is found by looking at the bytes, never at the name. Bad rows are collected in `Problems` and the rest goes on.
 """
 import ast
 import base64
 import csv
+import functools
 import json
 import os
 import re
+import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -30,9 +34,14 @@ MAX_PIXELS = 64_000_000           # ours: a picture above this is refused before
 LFS = b"version https://git-lfs"  # what a clone without git-lfs has in place of a file
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 TASK = {"problem", "question", "query", "conversations", "messages"}  # a row without any of these is not a problem
-# what MathVista, MathVerse, MATH-Vision, DynaMath, ChartQA and VLMEvalKit's TSV call our fields
-OTHER_NAMES = {"problem": ("question", "query", "query_cot"), "answer": ("ground_truth", "label"), "choices": ("options",),
+# what the benchmarks and VLMEvalKit's TSV call our fields
+OTHER_NAMES = {"problem": ("question", "query", "query_cot"), "answer": ("ground_truth", "label", "gt_answer"), "choices": ("options",),
                "images": ("decoded_image",), "id": ("pid", "sample_index", "index")}
+# what they say beside a question, kept in Record.meta for benchmarks.py
+META = ("question_type", "answer_type", "precision", "unit", "task", "skills", "category", "answer_option", "query", "query_cot", "label",
+        "problem_index", "problem_version", "question_for_eval", "human_or_machine", "subject", "level", "knowledge_level", "solution",
+        "difficult", "year", "knowledge", "l2_category", "l2-category", "question_id", "image_path", "subcategory", "visual_input",
+        "set_id", "figure_id", "index", "filename", "file_name")
 FIELDS = ["id", "images", "image", "problem", "answer", "choices", "source", "response", "conversations", "messages"]
 KNOWN = ("expected our JSONL (image or images, problem, answer), parquet (images, problem, answer, as Vision-R1-rl), "
          "a JSON list (conversations, image or images, as Vision-R1-cold), or a folder of these")
@@ -46,6 +55,7 @@ class Record:
     source: str = ""
     response: str | None = None         # chain + answer, for SFT
     choices: list[str] | None = None
+    meta: dict = field(default_factory=dict)  # META of a benchmark's row, and what its `meta` or `metadata` holds
     prompt_tokens: int = 0              # once packing.usable has counted them
 
 class Problem(NamedTuple):
@@ -155,11 +165,14 @@ def _rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict]]:
                     problems.add("malformed line", str(error), path, n)
     elif kind == "tsv":  # VLMEvalKit: pictures in base64, options as the text of a list
         csv.field_size_limit(1 << 30)
+        pictures = {}  # by index: a question about the same picture gives the other's index instead of the bytes
         with open(path, encoding="utf-8", newline="") as f:
             for n, row in enumerate(csv.DictReader(f, delimiter="\t"), 1):
                 try:
-                    options = ast.literal_eval(row.get("choices") or "None")
-                    yield n, {**row, "choices": options, "image": base64.b64decode(row["image"] or "")}
+                    options = ast.literal_eval(row.get("choices") or "None") or [row[c] for c in "ABCDEF" if row.get(c)]
+                    image = row.get("image") or ""
+                    image = pictures[row.get("index")] = pictures[image] if image in pictures else base64.b64decode(image)
+                    yield n, {**row, "choices": options, "image": image or None}
                 except (ValueError, SyntaxError, TypeError) as error:
                     problems.add("malformed line", str(error), path, n)
     elif kind == "json":
@@ -173,7 +186,7 @@ def _rows(path: Path, problems: Problems) -> Iterator[tuple[int, dict]]:
             names = table.schema_arrow.names
             if not TASK & set(names):
                 raise ValueError(f"{path}: unknown columns {', '.join(names)}; {KNOWN}")
-            wanted = {*FIELDS, *(name for others in OTHER_NAMES.values() for name in others)}
+            wanted = {*FIELDS, *META, "metadata", "meta_info", *(name for others in OTHER_NAMES.values() for name in others)}
             for batch in table.iter_batches(batch_size=256, columns=[c for c in names if c in wanted]):
                 for n, row in enumerate(batch.to_pylist(), n + 1):
                     yield n, row
@@ -208,11 +221,40 @@ def _our_names(row: dict) -> dict:
         found = [row[name] for name in others if row.get(name) not in (None, "", [])]
         if found and row.get(ours) in (None, "", []):
             row[ours] = found[0][0] if ours == "answer" and isinstance(found[0], list) else found[0]  # ChartQA's label is a list
+    if not row.get("images") and not row.get("image") and (name := row.get("filename") or row.get("file_name") or row.get("image_path")):
+        row["images"] = [name]
+    if row.get("answer") in (None, "") and isinstance(row.get("solution"), str):  # MM-Math's answer is the last \boxed{} of its solution
+        row["answer"] = (boxes(row["solution"]) or [""])[-1]
     row["problem"] = re.sub(r"<image\d*>", MARK, row["problem"]) if isinstance(row.get("problem"), str) else row.get("problem")
     choices = row["choices"] = row.get("choices") or None
     if isinstance(choices, list) and row["problem"] and not all(str(c) in row["problem"] for c in choices):
         row["problem"] += "\nChoices:\n" + "\n".join(f"({chr(65 + i)}) {c}" for i, c in enumerate(choices))
     return row
+
+def boxes(text: str) -> list[str]:
+    """Contents of every closed \\boxed{...}, in order, without the boxes inside of boxes. Linear."""
+    opened, closed = [], []
+    for m in re.finditer(r"\\boxed\s{0,9}\{|\\.|[{}]", text, re.S):
+        if m[0] != "}" and m[0][-1] == "{" and m[0] != "\\{":
+            opened.append((m.end(), len(m[0]) > 1))
+        elif m[0] == "}" and opened:
+            start, box = opened.pop()
+            if box:
+                while closed and closed[-1][0] > start:
+                    closed.pop()
+                closed.append((start, m.start()))
+    return [text[start:end].strip() for start, end in closed]
+
+def _meta(row: dict) -> dict:
+    meta = {key: row[key] for key in META if row.get(key) not in (None, "")}
+    for nested in (row.get("metadata"), row.get("meta_info"), row.get("meta")):
+        if isinstance(nested, str) and nested.startswith("{"):  # the TSV holds it as text
+            try:
+                nested = ast.literal_eval(nested)
+            except (ValueError, SyntaxError) as error:
+                raise BadRow("wrong type", f"metadata is no dict: {error}") from error
+        meta |= nested if isinstance(nested, dict) else {}
+    return meta
 
 def _text(row: dict, key: str) -> str:
     value = row.get(key)
@@ -250,8 +292,38 @@ def _images(row: dict, folder: Path) -> list[str | bytes]:
             item = item.get("bytes") or item.get("path")
         if not isinstance(item, (str, bytes)) or not item:
             raise BadRow("wrong type", f"an image is {item!r:.40}, expected a path or bytes")
-        images.append(os.path.normpath(folder / item) if isinstance(item, str) else item)
+        if isinstance(item, str):
+            path = os.path.normpath(folder / item)
+            item = path if os.path.isfile(path) else _from_zip(folder, item) or path
+        images.append(item)
     return images
+
+@functools.lru_cache(maxsize=8)
+def _members(folder: Path) -> dict[str, tuple[Path, str] | None]:
+    """Pictures in the zips of a folder by the end of their path, of any length: (zip, path inside); None where two share it."""
+    members = {}
+    for path in sorted(folder.glob("*.zip")):
+        try:
+            with zipfile.ZipFile(path) as z:
+                for name in z.namelist():
+                    parts = Path(name).parts
+                    for k in range(len(parts)):
+                        end = "/".join(parts[k:])
+                        members[end] = None if end in members else (path, name)
+        except (zipfile.BadZipFile, OSError) as error:
+            raise ValueError(f"{path}: broken zip of {path.stat().st_size:,} bytes, half downloaded? ({error})") from error
+    return members
+
+def _from_zip(folder: Path, name: str) -> bytes | None:
+    parts, members = Path(os.path.normpath(name)).parts, _members(folder)
+    found = next((members["/".join(parts[k:])] for k in range(len(parts)) if "/".join(parts[k:]) in members), None)
+    if not found:
+        return None
+    try:
+        with zipfile.ZipFile(found[0]) as z:
+            return z.read(found[1])
+    except (zipfile.BadZipFile, OSError, zlib.error) as error:
+        raise BadRow("broken image", f"{name} in {found[0]}: {error}") from error
 
 def _record(row: dict, folder: Path, id: str) -> Record:
     problem, answer, images = _text(row, "problem"), _text(row, "answer").strip(), _images(row, folder)
@@ -263,15 +335,11 @@ def _record(row: dict, folder: Path, id: str) -> Record:
     return Record(id, problem if marks else MARK * len(images) + problem, answer, images,
                   _text(row, "source") if row.get("source") else "",
                   _text(row, "response") if row.get("response") is not None else None,
-                  [str(c) for c in choices] if choices else None)
+                  [str(c) for c in choices] if choices else None, _meta(row))
 
-def read(path: str | Path, strict: bool = False, check_images: bool = True) -> tuple[list[Record], Problems]:
-    """All usable records behind `path` (see the top of this file), and what was wrong with the others.
-
-    Raises ValueError for a file of no known kind, and for the first bad row when strict. check_images reads each picture's
-    header (minutes for 200K); without it a picture file must merely exist. A row without an id gets "<file>-<row>".
-    """
-    records, problems, ids, copies, checked = [], Problems(strict), set(), Counter(), set()
+def stream(path: str | Path, problems: Problems, check_images: bool = True) -> Iterator[tuple[Path, int, Record]]:
+    """(file, row from 1, record) one by one, for sets whose pictures do not fit in memory; see `read`."""
+    ids, copies, checked = set(), Counter(), set()
     for file in _files(path):
         known, found = False, "no line is a JSON object"
         for n, row in _rows(file, problems):
@@ -291,19 +359,28 @@ def read(path: str | Path, strict: bool = False, check_images: bool = True) -> t
                     record = _record(part, file.parent, name)
                     for image in set(record.images) - checked:
                         _check_image(image, check_images)
-                        checked.add(image)
+                        if isinstance(image, str):
+                            checked.add(image)
                     while record.id in ids:
                         copies[name] += 1
                         record.id = f"{name}-copy{copies[name]}"
                     if given and record.id != name:
                         problems.add("duplicate id", f"renamed {record.id}", file, n, name)
                     ids.add(record.id)
-                    records.append(record)
+                    yield file, n, record
             except BadRow as bad:
                 problems.add(*bad.args, file, n, name)
         if not known:
             raise ValueError(f"{file}: {found}; {KNOWN}")
-    return records, problems
+
+def read(path: str | Path, strict: bool = False, check_images: bool = True) -> tuple[list[Record], Problems]:
+    """All usable records behind `path` (see the top of this file), and what was wrong with the others.
+
+    Raises ValueError for a file of no known kind, and for the first bad row when strict. check_images reads each picture's
+    header (minutes for 200K); without it a picture file must merely exist. A row without an id gets "<file>-<row>".
+    """
+    problems = Problems(strict)
+    return [record for _, _, record in stream(path, problems, check_images)], problems
 
 # ---- records -> files
 

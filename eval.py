@@ -1,28 +1,41 @@
-"""Evaluation: answers to any file of problems, scored by published rules, with an interval.
+"""Evaluation: a model's answers to the paper's benchmarks or to any file of problems, scored by published rules, with intervals.
 
-  python eval.py                                              the toy: base, CI and Vision-R1 side by side
-  torchrun --nproc_per_node 8 eval.py --model runs/vision-r1-7b/final --data problems.jsonl --out runs/eval --samples 4
-  python eval.py view RUN_OR_FILE                             rollouts or answers as one HTML page (viewer.py)
+  python eval.py                                                     the toy: base, CI and Vision-R1 side by side
+  torchrun --nproc_per_node 8 eval.py --model DIR --bench mathvista,mathverse --out runs/eval [--limit N] [--samples N]
+  python eval.py --model DIR --bench mathvista=FOLDER,mm-math=FOLDER  where there is no network: files that you have
+  python eval.py --model DIR --data problems.jsonl                   any file, scored by the training reward
+  python eval.py compare RUN_A RUN_B                                 paired differences with a significance test
+  python eval.py agree FILE...                                       our verdicts against official ones, and where they differ
+  python eval.py view RUN_OR_FILE                                    rollouts or answers as one HTML page (viewer.py)
 
-Accuracy counts the hard format (Sec. 3.4): exactly one <think> and one <answer> block, the answer right. Every response
-goes to responses.jsonl; a run that was stopped goes on where it stopped. Benchmarks with rules of their own: not yet.
+Two scores stand side by side: strict (one sample; exactly one <think> and one <answer> block, Sec. 3.4; the authors' rules), and
+the rules of the paper's own evaluation (no format needed, up to four more draws while </answer> is missing; benchmarks.fork).
+Every response goes to responses.jsonl with its verdicts and why; a run that was killed goes on where it stopped.
 """
 
+import importlib
 import json
+import re
 import sys
-from collections import defaultdict
+import zlib
+from collections import Counter, defaultdict
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import benchmarks
 import data
 import model
+import llm_judge
 import packing
+import report as reports
 import run
+from report import interval, summarize, table  # noqa: F401
 from rollout import TorchEngine, judge
 
 
@@ -30,19 +43,25 @@ from rollout import TorchEngine, judge
 class Config:
     recipe: str = "toy"
     model: str = ""  # a Hugging Face folder or hub name; toy:all = the toy's three models side by side
-    data: str = ""  # problems, any format of data.py, or toy:NAME
+    bench: str = ""  # benchmarks by name, fetched from the hub, or name=FOLDER or FILE; separated by commas
+    data: str = ""  # instead: problems, any format of data.py, or toy:NAME
     out: str = ""  # folder of the run; "" = named after model and data
     name: str = ""  # in the table; default: the model's folder
     strict: bool = False  # stop at the first bad record instead of reporting it
-    limit: int = 0  # only the first so many problems; 0 = all
+    limit: int = 0  # only the first so many problems (of each benchmark); 0 = all
     samples: int = 1  # answers per question
     temperature: float = 0.6  # the paper's; 0 = greedy
     top_p: float = 0.95  # the paper's
     max_len: int = 16384  # new tokens, the paper's
     max_prompt_len: int = 8192  # a longer prompt is reported and left out
     system_prompt: str = ""
+    engine: str = "torch"  # torch, vllm or http
     max_rows: int = 256  # sequences that one rank decodes at a time
     chunk: int = 256  # questions between two writes to responses.jsonl
+    judge_url: str = (
+        ""  # OpenAI-compatible server for what the rules leave undecided; the key: JUDGE_API_KEY or OPENAI_API_KEY
+    )
+    judge_model: str = "gpt-4o-mini"  # the paper's judge
     seed: int = 0
     resume: bool = True  # --no_resume throws earlier responses away
 
@@ -51,80 +70,129 @@ RECIPES = {
     "toy": dict(model="toy:all", data="toy:test-problems", max_len=256, top_p=1.0, limit=1000, max_prompt_len=2048),
     "vision-r1": dict(),
 }
+DRAWS = 5  # the paper's fork: one answer, and up to four more while </answer> is missing
+DROPPED = ("bench", "tags", "query", "query_cot")  # of a question's meta: stands beside it or in the prompt already
 
 
-def interval(scores, groups, seed=0, draws=2000):
-    """95 % bootstrap interval of the mean: questions are drawn with replacement, their samples stay together.
-
-    scores, groups: (N,) a score and the number of its question per response.
-    """
-    _, question = np.unique(groups, return_inverse=True)
-    total, count = np.bincount(question, scores), np.bincount(question)  # (Q,)
-    picks = np.random.default_rng(seed).integers(len(total), size=(draws, len(total)))
-    means = total[picks].sum(1) / count[picks].sum(1)
-    return np.quantile(means, [0.025, 0.975]).tolist()
+def make_engine(config, device):
+    """-> (engine with generate(prompts, n, max_len, seeds, temperature, top_p, on_done), processor): --engine is chosen here"""
+    if config.engine == "torch":
+        policy, processor = model.load(config.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        return TorchEngine(policy.hf, processor, policy.banned, config.max_rows), processor
+    raise SystemExit(f"error: no engine {config.engine!r}{run.nearest(config.engine, ['torch'])}; there is: torch")
 
 
-def summarize(rows):
-    """responses -> accuracy with its interval, mean length (tokens), format rate, share cut at the limit"""
-    right = np.array([float(r["right"]) for r in rows])
-    low, high = interval(right, [r["id"] for r in rows])
-    mean = lambda key: float(np.mean([r[key] for r in rows]))
-    return dict(n=len(rows), accuracy=float(right.mean()), low=low, high=high, length=mean("length"),
-                format_rate=mean("format_ok"), truncated=float(np.mean([r["finish"] == "length" for r in rows])))  # fmt: skip
+def questions(config, processor, say):
+    """the records of --bench or --data whose prompts fit; what was wrong with the others is said"""
+    if config.bench:
+        records, problems = [], data.Problems(config.strict)
+        for word in filter(None, map(str.strip, config.bench.split(","))):
+            name, _, path = word.partition("=")
+            some, wrong = benchmarks.load(name, path, config.strict)
+            records += some[: config.limit or None]
+            problems += wrong
+            full = benchmarks.BENCHMARKS[name].full
+            say(f"{name}: {len(some):,} questions read" + (f", {full:,} when complete" if len(some) < full else ""))
+    else:
+        records, problems = data.read(config.data, strict=config.strict)
+        records = records[: config.limit or None]
+    records = packing.usable(records, processor, config.max_prompt_len, problems, config.system_prompt)
+    if problems:
+        say(problems.summary())
+    if not records:
+        raise ValueError(f"{config.bench or config.data}: no usable problem in it")
+    return records
 
 
-def table(reports):
-    """[(name, summary)] -> lines of a Markdown table"""
-    lines = ["| | accuracy % (95 % interval) | mean length | format % | cut % | answers |", "|---|---|---|---|---|---|"]
-    for name, s in reports:
-        lines.append(f"| {name} | {100 * s['accuracy']:.1f} ({100 * s['low']:.1f} - {100 * s['high']:.1f}) | {s['length']:.1f} | "
-                     f"{100 * s['format_rate']:.1f} | {100 * s['truncated']:.1f} | {s['n']} |")  # fmt: skip
-    return "\n".join(lines)
+def answer(record, sample, x, processor):
+    """a rollout -> a line of responses.jsonl: the text, its verdicts, and why"""
+    text, s = judge(record, x, processor)
+    row = dict(id=record.id, sample=sample, source=record.source, problem=record.problem, choices=record.choices,
+               completion=text, answer=record.answer, given=s.answer, right=s.correct and s.format_ok, why=s.why,
+               format_ok=s.format_ok, length=len(x.ids), finish=x.finish)  # fmt: skip
+    bench = record.meta.get("bench")
+    if bench:
+        strict = benchmarks.official(bench, s.answer, record) if s.format_ok else benchmarks.Verdict(False, s.why)
+        fork = benchmarks.fork(bench, text, record)
+        row |= dict(bench=bench, tags=record.meta["tags"], meta={k: v for k, v in record.meta.items() if k not in DROPPED},
+                    training_right=row["right"], right=strict.right, why=strict.why, given=strict.given, decided=strict.decided,
+                    fork_right=fork.right, fork_why=fork.why, fork_given=fork.given, fork_decided=fork.decided)  # fmt: skip
+    return row
 
 
 def read_responses(path):
-    """what an earlier try finished; a half-written last line is dropped from the file too"""
-    rows, good = [], 0
+    """what an earlier try finished, by whole questions; the rest (half a line, half a question) is dropped from the file too"""
+    rows, some, good, size = [], [], 0, 0
     for line in open(path, "rb") if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-            good += len(line)
+            some.append(json.loads(line))
+            size += len(line)
         except json.JSONDecodeError:
             break
+        if not some[-1].get("more") and line.endswith(b"\n"):
+            rows, some, good = rows + some, [], size
     if path.exists():
         with open(path, "r+b") as f:
             f.truncate(good)
     return rows
 
 
+def generate(engine, processor, config, mine, order, on_row):
+    """answers to these records: a list of rows for each; on_row(number of the record, row) as each one is ready"""
+    got, todo, attempt, n = [[] for _ in mine], list(range(len(mine))), 0, config.samples
+    while todo:
+        prompts = [packing.encode(mine[i], processor, config.system_prompt) for i in todo]
+        # a later draw is seeded by its number, so that it does not depend on who else needed one
+        number = lambda id: (
+            zlib.crc32(id.encode()) if config.bench else order[id]
+        )  # whatever else --bench and --limit say
+        seeds = [(config.seed, attempt, number(mine[i].id)) for i in todo]
+        first, ready = config.samples + attempt - 1 if attempt else 0, set()
+
+        def done(p, s, x, todo=todo, first=first, ready=ready):
+            row = answer(mine[todo[p]], first + s, x, processor) | ({"resampled": True} if first else {})
+            ready.add((p, s))
+            got[todo[p]].append(row)
+            on_row(todo[p], row)
+
+        groups = engine.generate(prompts, n, config.max_len, seeds, config.temperature, config.top_p, done)
+        for p, group in enumerate(groups):
+            for s, x in enumerate(group):
+                if (p, s) not in ready:  # an engine that tells nothing before its end
+                    done(p, s, x)
+        for i in todo:
+            got[i].sort(key=lambda row: row["sample"])
+        attempt, n = attempt + 1, 1
+        again = bool(config.bench) and config.temperature > 0
+        todo = [
+            i for i in todo if again and len(got[i]) < DRAWS and not any("</answer>" in r["completion"] for r in got[i])
+        ]
+    for rows in got:
+        for k, row in enumerate(rows[:-1], 1):
+            row["more"] = len(rows) - k  # lines of this question that follow: a killed run drops what is not whole
+    return got
+
+
 def evaluate(config, device):
-    """answers of one model -> its report {"all": summary, source: summary, ...}, also written to out/report.json"""
+    """answers of one model -> its report {"all": summary, source: summary, ...} or {benchmark: ...}, also in out/report.json"""
     rank, world = dist.get_rank(), dist.get_world_size()
     say = tqdm.write if rank == 0 else lambda *_: None
     out = Path(config.out)
-    run.claim(config, ("model", "data", "samples", "temperature", "top_p", "max_len", "system_prompt", "seed"))
+    run.claim(
+        config,
+        ("model", "data", "samples", "temperature", "top_p", "max_len", "system_prompt", "seed", "engine"),
+    )
     log = run.Log(out, config, 10**9)
     done = [None]
     run.on_main_first(lambda: done.__setitem__(0, read_responses(out / "responses.jsonl")))
     dist.broadcast_object_list(done, src=0)
-    rows = done[0]
-
-    policy, processor = model.load(config.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     with run.for_people():
-        records, problems = data.read(config.data, strict=config.strict)
-        records = packing.usable(
-            records[: config.limit or None], processor, config.max_prompt_len, problems, config.system_prompt
-        )
-    if problems:
-        say(problems.summary())
-    if not records:
-        raise SystemExit(f"{config.data}: no usable problem in it")
+        engine, processor = make_engine(config, device)
+        records = questions(config, processor, say)
     order = {r.id: i for i, r in enumerate(records)}
-    rows = [r for r in rows if r["id"] in order]
+    rows = [r for r in done[0] if r["id"] in order]
     finished = {r["id"] for r in rows}
     todo = [r for r in records if r.id not in finished]
-    engine = TorchEngine(policy.hf, processor, policy.banned, config.max_rows)
     bar = tqdm(
         total=len(records),
         initial=len(finished),
@@ -132,19 +200,18 @@ def evaluate(config, device):
         leave=False,
         disable=None if rank == 0 else True,
     )
+    right = [r["right"] for r in rows if not r.get("resampled")]
     for first in range(0, len(todo), config.chunk):
-        mine = todo[first : first + config.chunk][rank::world]
-        prompts = [packing.encode(r, processor, config.system_prompt) for r in mine]
-        seeds = [(config.seed, 0, order[r.id]) for r in mine]
-        groups = engine.generate(prompts, config.samples, config.max_len, seeds, config.temperature, config.top_p)
-        answers = []
-        for r, group in zip(mine, groups):
-            for sample, x in enumerate(group):
-                text, s = judge(r, x, processor)
-                answers.append(dict(id=r.id, sample=sample, source=r.source, problem=r.problem, choices=r.choices,
-                                    completion=text, answer=r.answer,
-                                    given=s.answer, right=s.correct and s.format_ok, why=s.why, format_ok=s.format_ok,
-                                    length=len(x.ids), finish=x.finish))  # fmt: skip
+        mine, before, ready = todo[first : first + config.chunk][rank::world], bar.n, Counter()
+
+        def on_row(i, row, ready=ready):
+            ready[i] += 1
+            if not row.get("resampled"):
+                right.append(row["right"])
+                bar.update(ready[i] == config.samples)
+                bar.set_postfix(accuracy=f"{np.mean(right):.3f}", refresh=False)
+
+        answers = [row for group in generate(engine, processor, config, mine, order, on_row) for row in group]
         gathered = [None] * world
         dist.all_gather_object(gathered, answers)
         new = [a for part in gathered for a in part]
@@ -152,18 +219,32 @@ def evaluate(config, device):
         if rank == 0:
             with open(out / "responses.jsonl", "a") as f:
                 f.writelines(json.dumps(a, ensure_ascii=False) + "\n" for a in new)
-        bar.update(len(todo[first : first + config.chunk]))
-        bar.set_postfix(accuracy=f"{np.mean([r['right'] for r in rows]):.3f}")
+        right = [r["right"] for r in rows if not r.get("resampled")]
+        bar.n = before + len(todo[first : first + config.chunk])
+        bar.set_postfix(accuracy=f"{np.mean(right):.3f}")
     bar.close()
 
     rows.sort(key=lambda r: (order[r["id"]], r["sample"]))
-    by_source = defaultdict(list)
+    if config.judge_url:
+        verdicts = [None]
+        run.on_main_first(lambda: verdicts.__setitem__(0, llm_judge.ask(config, rows, say)))
+        dist.broadcast_object_list(verdicts, src=0)
+        for i, which, right in verdicts[0]:
+            rows[i] |= {f"{which}right": right, f"{which}decided": True, f"{which}judged": config.judge_model}
+    parts = defaultdict(list)
     for r in rows:
-        by_source[r["source"]].append(r)
-    report = {"all": summarize(rows)} | {source: summarize(part) for source, part in sorted(by_source.items())}
+        parts[r["bench"] if config.bench else r["source"]].append(r)
+    if config.bench:
+        report = {
+            name: reports.bench_report(name, part, benchmarks.BENCHMARKS[name].full) for name, part in parts.items()
+        }
+        brief = {name: s["accuracy"] for name, s in report.items()}
+    else:
+        report = {"all": summarize(rows)} | {source: summarize(part) for source, part in sorted(parts.items())}
+        brief = report["all"]
     if rank == 0:
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
-    log.write(dict(step=len(rows), **report["all"]))
+    log.write(dict(step=len(rows), **brief))
     return report
 
 
@@ -183,9 +264,49 @@ def toy_table(config, device):
     return lines
 
 
+def agree(*paths):
+    """prints how often our verdicts on released answers are the official ones, and every disagreement"""
+    matchers = {"mathvista": benchmarks.mathvista_match, "mathvision": benchmarks.mathvision_match}
+    for path in paths:
+        groups = defaultdict(list)
+        for n, r in enumerate(reports.read_run(path), 1):
+            first = lambda *keys: next((r[k] for k in keys if r.get(k) is not None), None)
+            bench = str(
+                first("bench", "benchmark") or re.split(r"[-_]\d", str(first("item_id", "id") or Path(path).stem))[0]
+            ).lower()
+            right = first("correct", "true_false", "judgement", "official")
+            if bench not in benchmarks.BENCHMARKS or right is None:
+                raise ValueError(
+                    f"{path}:{n}: no official verdict (correct, true_false or judgement), or no benchmark {bench!r}"
+                )
+            meta = {**r, **(r.get("meta") or {})}
+            q = SimpleNamespace(answer=str(first("gt_answer", "answer")), choices=r.get("choices"), meta=meta)
+            extracted, response = first("extracted", "extraction", "model_answer"), first("response", "completion")
+            group = (bench, str(r.get("question_type", "")))
+            if extracted is not None:
+                groups[(*group, "extracted")].append(
+                    (r, matchers.get(bench, benchmarks.BENCHMARKS[bench].official)(str(extracted), q), right)
+                )
+            if response is not None:
+                groups[(*group, "response")].append((r, benchmarks.official(bench, str(response), q), right))
+        for (bench, kind, what), cases in groups.items():
+            wrong = [(r, v) for r, v, right in cases if v.right != bool(int(right))]
+            open_ = sum(not v.decided for _, v, _ in cases)
+            from_ = "the official extraction" if what == "extracted" else "the whole response"
+            print(
+                f"{path}: {bench} {kind} {len(cases)} answers, from {from_}: {1 - len(wrong) / len(cases):.2%} judged as officially, {open_} undecided"
+            )
+            for r, v in wrong:
+                print(f"  {r.get('item_id', r.get('id'))} ({r.get('model', '')}): {'right' if v.right else 'wrong'} by us ({v.why}), "
+                      f"officially {'wrong' if v.right else 'right'}; gold {r.get('gt_answer', r.get('answer'))!r}, "
+                      f"extracted {str(r.get('extracted', ''))[:60]!r}, ends {str(r.get('response', ''))[-80:]!r}")  # fmt: skip
+
+
 def main(config):
+    if not config.model or bool(config.bench) + bool(config.data) != 1:
+        raise SystemExit("error: say --model, and one of --bench (mathvista, mathverse=FOLDER, ...) and --data")
     device = run.start_ranks()
-    config.out = config.out or run.default_out("eval", config.model, config.data)
+    config.out = config.out or run.default_out("eval", config.model, config.data or config.bench.replace("=", ","))
     if config.model == "toy:all":
         lines = toy_table(config, device)
     else:
@@ -196,19 +317,39 @@ def main(config):
             config.model, config.data = toy.find(config.model), toy.find(config.data)
         report = evaluate(config, device)
         name = config.name or Path(config.model).name
-        lines = [(name, report["all"])] + [
-            (f"{name}: {k}", v) for k, v in report.items() if k != "all" and len(report) > 2
-        ]
+        lines = (
+            [(name, report["all"])] + [(f"{name}: {k}", v) for k, v in report.items() if k != "all" and len(report) > 2]
+            if not config.bench
+            else []
+        )
     if run.is_main():
-        text = table(lines)
+        text = (
+            table(lines)
+            if lines
+            else reports.bench_tables(name, report, {k: b.title for k, b in benchmarks.BENCHMARKS.items()})
+        )
         (Path(config.out) / "table.md").write_text(text + "\n")
         print(text)
     dist.destroy_process_group()
 
 
-if __name__ == "__main__":
-    if sys.argv[1:2] == ["view"]:
-        import viewer
+def configure(argv):
+    """the toy's recipe is the default for the toy alone: anything else gets the paper's setting, unless a recipe is named"""
+    config = run.parse_config(Config, RECIPES, argv)
+    named = any(word.split("=")[0] == "--recipe" for word in argv)
+    own = config.bench or not config.data.startswith("toy:")
+    return run.parse_config(Config, RECIPES, ["--recipe", "vision-r1", *argv]) if own and not named else config
 
-        sys.exit(viewer.main(sys.argv[2:]))
-    main(run.parse_config(Config, RECIPES))
+
+COMMANDS = {
+    "compare": reports.compare_runs,
+    "agree": agree,
+    "view": lambda *argv: importlib.import_module("viewer").main(list(argv)),
+}
+
+if __name__ == "__main__":
+    if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        with run.for_people():
+            COMMANDS[sys.argv[1]](*sys.argv[2:])
+    else:
+        run.guard(main, configure(sys.argv[1:]))

@@ -26,7 +26,7 @@ import packing
 import ptst
 import reward
 import run
-from rollout import TorchEngine, judge
+from rollout import check_engine, judge, make_engine
 
 
 @dataclass
@@ -46,6 +46,12 @@ class Config:
     minibatches: int = 1  # parts of a rollout batch, an optimizer step each
     epochs: int = 1  # times that a rollout batch is gone through; with several steps a batch, pi_old of Eq. 1 is computed first
     # rollouts
+    engine: str = "torch"  # torch: rollout.py; vllm: one vLLM per rank, in this process; http: servers of vllm_engine.py
+    url: str = ""  # of the servers, separated by commas
+    vllm_memory: float = 0.5  # share of a GPU that vLLM may take while it samples
+    vllm_tp: int = 1  # neighbouring ranks that share one vLLM (tensor parallel)
+    max_num_seqs: int = 256  # sequences that one vLLM decodes at a time
+    async_steps: int = 0  # 1 = the next batch is sampled, with the last weights, while this one trains
     temperature: float = 1.0
     top_p: float = 1.0
     max_rows: int = 256  # sequences that one rank decodes at a time
@@ -56,6 +62,7 @@ class Config:
     # the loss, Eq. 1
     clip_eps: float = 0.2
     clip_eps_high: float = 0.0  # 0 = clip_eps; larger = clip-higher
+    tis: float = 0.0  # truncated importance sampling: a token counts min(pi_trainer / pi_rollout, tis). 0 = the paper: off
     kl_coef: float = 1e-2  # beta. 0 = no reference model is loaded
     std_norm: bool = True  # divide advantages by the group's std; off = Dr. GRPO
     loss_mean: str = (
@@ -188,7 +195,7 @@ def make_batches(pairs, budget, width, processor, device):
         yield [s for _, s in pairs[part]], packing.pack(chosen, device)
 
 
-def preflight(config, stages, records, policy, reference, optimizer, processor, device, say):
+def preflight(config, stages, records, policy, reference, engine, optimizer, processor, device, say):
     """memory on paper, then one step at the greatest length: too little of it shows now, with the knob to turn"""
     prompt = packing.encode(max(records, key=lambda r: r.prompt_tokens), processor, config.system_prompt)
     longest = len(prompt.ids) + max(s.max_len for s in stages)
@@ -200,13 +207,15 @@ def preflight(config, stages, records, policy, reference, optimizer, processor, 
         budget.shape(policy.hf.config), fits * longest, int(prompt.image_grid.prod(-1).sum()), cuda=cuda,
         world=dist.get_world_size(), shard_size=config.shard_size or None, frozen_vision=config.freeze_vision,
         activation_checkpointing=config.activation_checkpointing, reference=stored, offload=config.offload == "all",
-        replica=True, rows=min(config.max_rows, rollouts), row_tokens=longest,
+        replica=config.engine == "torch", rows=min(config.max_rows, rollouts), row_tokens=longest,
+        vllm_bytes=config.vllm_memory * torch.cuda.get_device_properties(device).total_memory
+        if cuda and config.engine == "vllm" else 0,
     )  # fmt: skip
-    capacity = torch.cuda.get_device_properties(device).total_memory if cuda else None
-    say(budget.preflight(items, capacity))
-    run.explain(torch.OutOfMemoryError, lambda error: budget.explain_oom(error, items, capacity))
+    budget.announce(items, device, say)
     if config.freeze_vision:
         model.encode_once(policy, [prompt], device)
+    if config.engine == "torch":
+        engine.reserve(min(config.max_rows, rollouts), longest)
     answer = [processor.eos_ids[0]] * (longest - len(prompt.ids))
     model.rehearse(policy, optimizer, packing.pack([(prompt, answer)] * fits, device), config.temperature, reference)
 
@@ -229,13 +238,12 @@ def main(config):
     total = ptst.total_steps(stages)
     say = tqdm.write if rank == 0 else lambda *_: None
     if config.questions % (world * config.minibatches):
-        raise SystemExit(
-            f"--questions {config.questions} must be a multiple of ranks x minibatches = {world} x {config.minibatches}"
-        )
+        raise SystemExit(f"--questions {config.questions} must be a multiple of ranks x minibatches, {world} x {config.minibatches}")
     several = config.minibatches * config.epochs > 1  # then pi moves on while pi_old stays
     for name, values in dict(loss_mean=("sequence", "token", "fixed"), offload=("none", "reference", "all")).items():
         if getattr(config, name) not in values:
             raise SystemExit(f"--{name} {getattr(config, name)!r}: one of {', '.join(values)}")
+    check_engine(config)
 
     # the questions
     processor = model.Processor(config.model)
@@ -249,91 +257,84 @@ def main(config):
 
     # the policy, its frozen start as the reference, and a whole replica to sample from
     policy = model.load_sharded(
-        config.model,
-        device,
-        freeze_vision=config.freeze_vision,
-        offload=config.offload == "all",
-        shard_size=config.shard_size,
-        activation_checkpointing=config.activation_checkpointing,
-        compile=config.compile,
-    )
+        config.model, device, freeze_vision=config.freeze_vision, offload=config.offload == "all", shard_size=config.shard_size,
+        activation_checkpointing=config.activation_checkpointing, compile=config.compile,
+    )  # fmt: skip
     reference = None
     if config.kl_coef:  # in bf16 on a GPU: its matmuls round to it anyway
         low = torch.bfloat16 if device.type == "cuda" else torch.float32
-        reference = model.load_sharded(
-            config.model,
-            device,
-            low,
-            freeze_vision=True,
-            offload=config.offload != "none",
-            shard_size=config.shard_size,
-        )
+        away = config.offload != "none"
+        reference = model.load_sharded(config.model, device, low, freeze_vision=True, offload=away, shard_size=config.shard_size)
         reference.requires_grad_(False).eval()
     width = policy.hf.config.get_text_config().hidden_size
-    engine = TorchEngine(model.replica(policy), processor, policy.banned, config.max_rows)
+    engine = make_engine(config, policy, processor, max(s.max_len for s in stages), device)
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
 
     if config.preflight:
-        preflight(config, stages, records, policy, reference, optimizer, processor, device, say)
+        preflight(config, stages, records, policy, reference, engine, optimizer, processor, device, say)
     start, progress = run.load_checkpoint(out, policy, optimizer)
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
     resumed = f"; resumed after step {start}" if start else ""
     say(f"recipe {config.recipe}: {len(records)} questions, {config.questions} a step; stages {config.stages}")
     say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
     if borrowed:
-        say(
-            f"note: these are the toy's settings (lr {config.lr}, frozen vision tower): a real model wants another --recipe"
-        )
+        say(f"note: these are the toy's settings (lr {config.lr}, frozen vision tower): a real model wants another --recipe")
     if note := ptst.budget_note(stages):
         say(note)
     order = question_order(len(records), config.seed)
     for _ in range(progress["cursor"] if progress else 0):
         next(order)
-    judges, bar = ThreadPoolExecutor(4), None
+    mine = range(rank, config.questions, world)  # of each step's questions, those that this rank asks
+    judges = ThreadPoolExecutor(4)
+    bar = tqdm(total=total, initial=start, leave=False, disable=None if rank == 0 else True)
 
-    def encode(numbers):
+    def encode(numbers, asked):
         """{number of a question in its step: Prompt}, images included"""
         prompts = {q: packing.encode(records[asked[q]], processor, config.system_prompt) for q in numbers}
         if config.freeze_vision:
             model.encode_once(policy, prompts.values(), device)
         return prompts
 
+    def ask(step, answers=None):
+        """this rank's questions of a step and G answers to each, at most L tokens long (Eq. 2), or those of a checkpoint;
+        each answer is judged while others are still sampled -> record numbers, prompts, answers, verdicts"""
+        max_len, group_size, _ = ptst.stage_at(stages, step)[1]
+        asked = [next(order) for _ in range(config.questions)]
+        prompts = encode(mine, asked)
+        verdicts = {}
+        submit = lambda p, r: judges.submit(judge, records[asked[mine[p]]], r, processor, config.format_weight)
+        done = lambda p, s, r: verdicts.update({(p, s): submit(p, r)})
+        if answers is None:
+            seeds = [(config.seed, step, q) for q in mine]
+            answers = engine.generate([*prompts.values()], group_size, max_len, seeds, config.temperature, config.top_p, done)
+        else:
+            [done(p, s, r) for p, group in enumerate(answers) for s, r in enumerate(group)]
+        return asked, prompts, answers, verdicts
+
+    # with --async_steps 1: a thread that samples the next batch; what it has in hand at a checkpoint is saved there
+    sampler = ThreadPoolExecutor(1, initializer=lambda: device.type == "cuda" and torch.cuda.set_device(device))
+    ahead = None
+    if progress and progress.get("ahead") and progress["ranks"] == world:
+        ahead = sampler.submit(ask, start, progress["ahead"])
+
     for step in range(start, total):  # counted from 0 here, from 1 in the log
         began = time.perf_counter()
         stage_number, stage = ptst.stage_at(stages, step)
         max_len, group_size, _ = stage
-        if rank == 0 and (bar is None or bar.stage != stage_number):
-            if bar:
-                bar.close()
-            done = step - ptst.total_steps(stages[:stage_number])
-            bar = tqdm(
-                total=stage.steps,
-                initial=done,
-                desc=f"stage {stage_number + 1}: {max_len} x {group_size}",
-                leave=False,
-                disable=None,
-            )  # no bar where nobody looks: a log file has the lines
-            bar.stage = stage_number
+        bar.set_description(f"stage {stage_number + 1}: {max_len} x {group_size}")
         for group in optimizer.param_groups:
             group["lr"] = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
 
-        # 1. questions: every rank takes its share
-        asked = [next(order) for _ in range(config.questions)]
-        mine = range(rank, config.questions, world)
-        prompts = encode(mine)
-
-        # 2. rollouts: G answers to each, at most L tokens long (Eq. 2). each is judged while others still run
+        # 1. questions, every rank its share, and 2. rollouts: G answers to each
         t_rollout = time.perf_counter()
-        engine.sync(policy)
-        seeds = [(config.seed, step, q) for q in mine]
-        verdicts = {}
-        done = lambda p, s, r: verdicts.update(
-            {(p, s): judges.submit(judge, records[asked[mine[p]]], r, processor, config.format_weight)}
-        )
-        answers = engine.generate(
-            [*prompts.values()], group_size, max_len, seeds, config.temperature, config.top_p, done
-        )
+        if ahead is None:
+            engine.sync(policy)
+        asked, prompts, answers, verdicts = ahead.result() if ahead else ask(step)
+        ahead = None
+        if config.async_steps and step + 1 < total:
+            engine.sync(policy)
+            ahead = sampler.submit(ask, step + 1)
         rollouts = [r for group in answers for r in group]
         t_rollout = time.perf_counter() - t_rollout
 
@@ -361,7 +362,7 @@ def main(config):
             groups = {mine[i]: samples[(i - first) * group_size :][:group_size] for i in here}
             costs = {q: sum(packing.work(len(prompts[q].ids) + len(s.ids), width) for s in groups[q]) for q in groups}
             parts.append(packing.exchange(groups, costs))
-            prompts |= encode(q for q in parts[-1] if q not in prompts)
+            prompts |= encode([q for q in parts[-1] if q not in prompts], asked)
 
         # 6. log-probabilities of the reference, and of pi_old where pi will have moved on before they are used
         t_logprob = time.perf_counter()
@@ -372,30 +373,36 @@ def main(config):
             for samples, batch in make_batches(pairs, config.micro_tokens, width, processor, device):
                 with torch.no_grad():
                     ref = reference(batch, config.temperature)[0] if reference else None
-                    old = policy(batch, config.temperature)[0] if several else None
+                    old = policy(batch, config.temperature)[0] if several and not config.async_steps else None
                 of_each = lambda values: torch.tensor(values, device=device)[batch.rows]  # (samples,) -> (N,)
+                sampled = torch.tensor([x for s in samples for x in s.logprobs], device=device)
+                if config.async_steps:
+                    old = sampled  # pi_old is the policy that sampled: one step behind
                 batches.append((batch, ref, old, of_each([s.advantage for s in samples]), of_each([s.weight for s in samples]),
-                                torch.tensor([x for s in samples for x in s.logprobs], device=device)))  # fmt: skip
+                                sampled))  # fmt: skip
             updates.append(batches)
         t_logprob = time.perf_counter() - t_logprob
 
         # 7. update: the clipped loss with the k3 penalty (Eq. 1)
         t_update = time.perf_counter()
-        sums = dict(tokens=0, entropy=0, kl=0, clip=0, gap=0)
+        sums = dict(tokens=0, entropy=0, kl=0, clip=0, gap=0, gap_kl=0)
         gap_max, grad_norm = 0.0, 0.0
         for batches in updates * config.epochs:
             for batch, ref, old, advantage, weight, sampled in batches:
                 logprobs, entropy = policy(batch, config.temperature)
                 now = logprobs.detach()
+                apart = (now if old is None or config.async_steps else old) - sampled  # trainer against rollout
+                if config.tis:
+                    advantage = advantage * apart.exp().clamp(max=config.tis)
                 loss, clipped = policy_loss(logprobs, now if old is None else old, ref, advantage, weight, config)
                 (loss * world).backward()  # FSDP takes the mean over ranks; the weights already hold it
-                gap = (now if old is None else old).sub(sampled).abs()  # trainer against rollout
                 sums["tokens"] += len(now)
                 sums["entropy"] += entropy.sum().item()
                 sums["kl"] += k3(now, ref).sum().item() if ref is not None else 0
                 sums["clip"] += clipped.sum().item()
-                sums["gap"] += gap.sum().item()
-                gap_max = max(gap_max, gap.max().item() if len(gap) else 0)
+                sums["gap"] += apart.abs().sum().item()
+                sums["gap_kl"] += k3(sampled, sampled + apart).sum().item()  # KL(rollout || trainer)
+                gap_max = max(gap_max, apart.abs().max().item() if len(apart) else 0)
             grad_norm += model.full(torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)).item()
             optimizer.step()
             optimizer.zero_grad()
@@ -420,14 +427,12 @@ def main(config):
             truncated=s["cut"] / n, entropy=s["entropy"] / s["tokens"], kl=s["kl"] / s["tokens"],
             clip_frac=s["clip"] / s["tokens"], grad_norm=grad_norm / (config.minibatches * config.epochs), lr=optimizer.param_groups[0]["lr"],
             tokens=int(s["length"]), zero_var_groups=int(s["flat"]), reward_faults=int(s["faults"]),
-            logprob_gap=s["gap"] / s["tokens"], logprob_gap_max=run.all_max(gap_max),
+            logprob_gap=s["gap"] / s["tokens"], logprob_gap_max=run.all_max(gap_max), logprob_gap_kl=s["gap_kl"] / s["tokens"],
             t_rollout=t_rollout, t_reward=t_reward, t_logprob=t_logprob, t_update=t_update, t_total=t_total,
             mem_peak=run.peak_memory(),
         ))  # fmt: skip
         records_of = [records[asked[q]] for q in mine for _ in range(group_size)]
-        shown = list(zip(records_of, text, scores, advantages.tolist(), rollouts))[
-            : config.sample_questions * group_size
-        ]
+        shown = list(zip(records_of, text, scores, advantages.tolist(), rollouts))[: config.sample_questions * group_size]
         log.write_samples([
             dict(step=step + 1, max_len=max_len, id=a.id, source=a.source, problem=a.problem, answer=a.answer, choices=a.choices,
                  completion=t, reward=x.reward, why=x.why, advantage=round(v, 4), length=len(r.ids), finish=r.finish)
@@ -436,20 +441,21 @@ def main(config):
         say(f"step {step + 1:4d}/{total}  {max_len}x{group_size}  reward {s['reward'] / n:.3f}  acc {s['right'] / n:.3f}  "
             f"format {s['format'] / n:.2f}  len {s['length'] / n:6.1f}  cut {s['cut'] / n:.2f}  kl {s['kl'] / s['tokens']:.4f}  "
             f"entropy {s['entropy'] / s['tokens']:.3f}  {t_total:.2f} s")  # fmt: skip
-        if bar:
-            bar.update()
+        bar.update()
         if (step + 1) % config.save_every == 0 or step + 1 == total:
             cursor = (step + 1) * config.questions
-            run.save_checkpoint(out, step + 1, policy, optimizer, dict(stage=stage_number, cursor=cursor), config.keep)
+            progress = dict(stage=stage_number, cursor=cursor, ahead=ahead.result()[2] if ahead else None, ranks=world)
+            run.save_checkpoint(out, step + 1, policy, optimizer, progress, config.keep)
 
-    if bar:
-        bar.close()
+    bar.close()
     model.export(policy, processor, out / "final")
-    say(
-        f"{'nothing left to do' if start == total else 'done'}: the model is in {out / 'final'}; curves: python ptst.py plot {out}"
-    )
-    dist.destroy_process_group()
+    ended = "nothing left to do" if start == total else "done"
+    say(f"{ended}: the model is in {out / 'final'}; curves: python ptst.py plot {out}")
+    if config.engine == "vllm":
+        engine.close()  # and the process groups with it
+    else:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(run.parse_config(Config, RECIPES))
+    run.guard(main, run.parse_config(Config, RECIPES))

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 import reward
-from model import copy_weights, hidden_states
+from model import copy_weights, hidden_states, replica
 from packing import pack
 
 
@@ -80,6 +80,11 @@ class TorchEngine:
     def __init__(self, replica, processor, banned=None, max_rows=256, prefill_tokens=8192):
         self.hf = replica.eval().requires_grad_(False)
         self.processor, self.banned, self.max_rows, self.prefill_tokens = processor, banned, max_rows, prefill_tokens
+
+    def reserve(self, rows, tokens):
+        """make a cache of this size once and let it go: what cannot be had is known before the run"""
+        weight = self.hf.get_output_embeddings().weight
+        KVCache(self.hf.model.language_model.config, min(rows, self.max_rows), weight.device, weight.dtype).reserve(tokens)
 
     def sync(self, policy):
         """take over the weights of the training policy (a collective when it is sharded)"""
@@ -245,3 +250,26 @@ def sample(logits, u, temperature, top_p, banned):
         # the first token whose cumulated probability exceeds u; a banned or cut token has an empty interval
         picked = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
     return picked, logprobs.gather(1, picked[:, None])[:, 0]
+
+
+def make_engine(config, policy, processor, max_len, device):
+    """what samples: all three give sync(policy) and generate(prompts, ...)"""
+    if config.engine == "torch":
+        return TorchEngine(replica(policy), processor, policy.banned, config.max_rows)
+    import vllm_engine
+
+    if config.engine == "http":
+        return vllm_engine.HTTPEngine(config.url, processor, device)
+    return vllm_engine.VLLMEngine(config.model, processor, config.max_prompt_len + max_len, device, config.vllm_memory,
+                                  config.vllm_tp, config.max_num_seqs, may_sleep=not config.async_steps)  # fmt: skip
+
+
+def check_engine(config):
+    """flags that do not go together -> one line for people"""
+    if config.engine not in ("torch", "vllm", "http"):
+        raise SystemExit(f"--engine {config.engine!r}: one of torch, vllm, http")
+    if config.engine != "torch" and config.top_p < 1:
+        raise SystemExit("--top_p below 1: vLLM's log-probabilities would be those of the cut distribution, not the policy's")
+    if config.async_steps not in (0, 1) or (config.async_steps and (config.vllm_tp > 1 or config.tis)):
+        raise SystemExit("--async_steps is 0 or 1; 1 goes neither with --vllm_tp above 1 (two threads in collectives) "
+                         "nor with --tis (its ratio is already that of trainer and rollout)")  # fmt: skip

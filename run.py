@@ -13,8 +13,11 @@ import os
 import random
 import shlex
 import shutil
+import signal
+import socket
 import sys
-from contextlib import contextmanager
+import time
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -25,6 +28,8 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
+
+from hosts import Heartbeat, choose_network
 
 
 def nearest(word, choices):
@@ -40,12 +45,6 @@ def for_people():
         yield
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
-
-
-def explain(kind, words):
-    """from here on an exception of this kind ends the program with words(exception) instead of a stack of calls"""
-    others = sys.excepthook
-    sys.excepthook = lambda t, e, tb: print(words(e), file=sys.stderr) if issubclass(t, kind) else others(t, e, tb)
 
 
 def parse_config(config_class, recipes, argv=None):
@@ -80,17 +79,40 @@ def parse_config(config_class, recipes, argv=None):
 
 def start_ranks():
     """join torchrun's ranks (gloo on the CPU, NCCL on GPUs), or be the only one -> device"""
+    global heart
     disable_progress_bar()  # transformers' bars for reading and writing shards
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is offloaded to the CPU talks through gloo
     if "RANK" in os.environ:
-        dist.init_process_group(backend, timeout=timedelta(minutes=30))
+        sys.stdout.reconfigure(line_buffering=True)  # a rank that must end at once cannot flush
+        store, rank, world = next(dist.rendezvous("env://"))
+        heart = Heartbeat(store.clone(), rank, world)
+        choose_network(store, rank, world)
+        # long: how much slower than the others a rank may be that is alive. a dead one is the heartbeat's affair
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+heart = None  # only under torchrun
+
+
+def guard(main, config):
+    """main(config); the other ranks are told how it ends"""
+    end = ""
+    try:
+        main(config)
+    except BaseException as error:
+        end = heart and heart.reason(error)
+        raise
+    finally:
+        if heart:
+            heart.tell(end)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def is_main():
@@ -112,14 +134,14 @@ def on_main_first(act):
 
 def all_sum(values):
     """a dict of numbers, summed over ranks (float64)"""
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
     dist.all_reduce(total)
     return dict(zip(values, total.tolist()))
 
 
 def all_max(value):
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     total = torch.tensor(float(value), dtype=torch.float64, device=device)
     dist.all_reduce(total, op=dist.ReduceOp.MAX)
     return total.item()
@@ -150,7 +172,7 @@ def one_writer(out):
             f"{out}: another run (process {lock.read().strip()}) is writing to this folder; stop it first"
         ) from error
     lock.truncate(0)
-    lock.write(f"{os.getpid()}\n")
+    lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
     return lock
 
@@ -174,6 +196,22 @@ def claim(config, keys):
                                  "choose another --out, or --no_resume to start over")  # fmt: skip
 
     on_main_first(act)
+    if hasattr(config, "keep"):  # every rank writes its part of a checkpoint (eval.py: rank 0 alone writes)
+        must_share(out)
+
+
+def must_share(out):
+    """with several hosts the run's folder must be one that all of them see: NFS, Lustre or the like"""
+    wrote = [(socket.gethostname(), (out / ".lock").read_text()) if is_main() else None]
+    dist.broadcast_object_list(wrote, src=0)
+    host, text = wrote[0]
+    for _ in range(10):  # a network file system may take some seconds to show a new file elsewhere
+        with suppress(OSError):
+            if (out / ".lock").read_text() == text:
+                return
+        time.sleep(1)
+    raise SystemExit(f"{socket.gethostname()} does not see what {host} wrote into {out.absolute()}: with several hosts --out "
+                     "must be a folder that all of them share, under the same path")  # fmt: skip
 
 
 locks = []  # held until the process ends
@@ -188,9 +226,10 @@ def start_over(out):
 
 
 def command_line():
-    launcher = (
-        ["torchrun", f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"] if "RANK" in os.environ else ["python"]
-    )
+    launcher = ["python"]
+    if "RANK" in os.environ:
+        hosts = [f"--nnodes={os.environ['GROUP_WORLD_SIZE']}"] if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" else []
+        launcher = ["torchrun", *hosts, f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
     return shlex.join(launcher + [os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
@@ -307,9 +346,11 @@ def save_checkpoint(out, step, policy, optimizer, progress, keep):
 
 def load_checkpoint(out, policy, optimizer):
     """the newest checkpoint of the run, into policy and optimizer -> (step, progress); (0, None) when there is none"""
-    found = checkpoints(out)
-    if not found:
+    newest = [checkpoints(out)[-1:]]  # rank 0's view: another host's of the shared folder may be some seconds old
+    dist.broadcast_object_list(newest, src=0)
+    if not newest[0]:
         return 0, None
+    found = newest[0]
     weights, moments = get_state_dict(policy, optimizer)
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=found[-1])
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)

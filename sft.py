@@ -275,9 +275,7 @@ def preflight(config, shape, records, policy, optimizer, processor, device, say)
         world=dist.get_world_size(), shard_size=config.shard_size or None, frozen_vision=config.freeze_vision,
         activation_checkpointing=config.activation_checkpointing, reference="", offload=config.offload,
     )  # fmt: skip
-    capacity = torch.cuda.get_device_properties(device).total_memory if cuda else None
-    say(budget.preflight(items, capacity))
-    run.explain(torch.OutOfMemoryError, lambda error: budget.explain_oom(error, items, capacity))
+    budget.announce(items, device, say)
     model.rehearse(policy, optimizer, packing.pack([(copy.copy(prompt), response) for _ in range(fits)], device))
 
 
@@ -378,4 +376,4 @@ def main(config):
 
 
 if __name__ == "__main__":
-    main(run.parse_config(Config, RECIPES))
+    run.guard(main, run.parse_config(Config, RECIPES))

@@ -38,7 +38,7 @@ torchrun() { OMP_NUM_THREADS=1 .venv/bin/python -m torch.distributed.run --stand
 began=$SECONDS
 stage() { echo; echo "== $1 ($((SECONDS - began)) s so far)"; }
 
-stage "1/4 cold start: modality bridging with scripted teachers";  .venv/bin/python cold_start.py --recipe toy
+stage "1/4 cold start: modality bridging with scripted teachers behind a local server";  .venv/bin/python cold_start.py --recipe toy
 [ -d runs/toy/sft/final ] || { stage "2/4 SFT -> CI";               torchrun sft.py --recipe toy; }
 [ -d runs/toy/grpo/final ] || { stage "3/4 GRPO under PTST -> Vision-R1"; torchrun grpo.py --recipe toy; }
 .venv/bin/python ptst.py plot runs/toy/grpo

@@ -2,23 +2,27 @@
 
 The world: a 3 x 3 picture of digits; "Add the numbers from A1 to B3." asks for the sum of the first cells in reading
 order (level 2 to 9 = how many). Reading takes the vision tower, adding takes several steps.
-The teachers stand in for the MLLM and for DeepSeek-R1: the same `chat(messages)` as the real servers. The MLLM knows the
+The teachers stand in for the MLLM and for DeepSeek-R1, behind an OpenAI-compatible server like theirs. The MLLM knows the
 truth from a text chunk of the PNG (the model never sees it: it gets pixels); the reasoner sees no picture at all.
 The tiny model plays the pretrained Qwen2.5-VL: it reads digits and answers tersely. `python toy.py pretrain` makes it.
 
   python toy.py pretrain [--out DIR]   train the base model from nothing (a few CPU minutes; the result is in assets/)
   python toy.py random --out DIR       a random checkpoint in the same layout, for any data (tests, smoke runs)
   python toy.py show [--out FILE]      print problems with chains and draw a sheet of pictures
+  python toy.py teachers               serve the teachers until standard input ends; prints the URL for cold_start.py
 """
 
+import asyncio
 import base64
 import functools
 import io
+import json
 import os
 import random
 import re
 import subprocess
 import sys
+import threading
 import zlib
 from pathlib import Path
 
@@ -152,6 +156,42 @@ class Reasoner:
                 total += rng.choice([-1, 1])
             words.append(f"{name} {digit} {total}")
         return f"{' , '.join(words)} . so {total} .", total
+
+
+async def serve(reader, writer):
+    """one connection to the teachers: POST /v1/chat/completions over HTTP/1.1, as vLLM and the real services have it"""
+    teachers = {"toy-mllm": MLLM(), "toy-reasoner": Reasoner()}
+    try:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            length = int(re.search(rb"(?i)content-length: *(\d+)", head)[1])
+            asked, status = json.loads(await reader.readexactly(length)), "200 OK"
+            try:
+                text = teachers[asked["model"]].chat(asked["messages"])
+                choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+                usage = {"prompt_tokens": length // 4, "completion_tokens": len(text.split())}  # roughly
+                reply = {"object": "chat.completion", "model": asked["model"], "choices": [choice], "usage": usage}
+            except (KeyError, TypeError, ValueError) as e:
+                status, reply = "400 Bad Request", {"error": {"message": f"not a problem of the toy's world: {e!r}"}}
+            raw = json.dumps(reply).encode()
+            head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
+            writer.write(head.encode() + raw)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        writer.close()
+
+
+async def teachers():
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=1024)
+    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
+    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()  # gone with whoever started it
+    await server.serve_forever()
+
+
+@functools.cache
+def start_teachers():
+    """the URL of the teachers, served by a process of their own that ends with this one, however it ends"""
+    command = [sys.executable, str(HERE / "toy.py"), "teachers"]
+    start_teachers.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    return start_teachers.process.stdout.readline().strip()
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -331,8 +371,10 @@ def find(name):
 
 
 def ensure(what, root="runs/toy"):
-    """path of a piece of the toy, made first if it is missing: base, {cold,rl,test}-problems, cold, ci, rl"""
+    """path of a piece of the toy, made first if it is missing: base, {cold,rl,test}-problems, cold, ci, rl; URL of teachers"""
     root = Path(root)
+    if what == "teachers":
+        return start_teachers()
     if what == "base":
         if not (BASE / "config.json").exists():
             print("[toy] no base model here: pretraining it, a few minutes")
@@ -365,7 +407,7 @@ if __name__ == "__main__":
     import argparse
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("act", choices=["pretrain", "random", "show"])
+    parser.add_argument("act", choices=["pretrain", "random", "show", "teachers"])
     parser.add_argument("--out")
     parser.add_argument("--seed", type=int, default=1)
     args = parser.parse_args()
@@ -373,6 +415,8 @@ if __name__ == "__main__":
         pretrain(args.out or BASE, seed=args.seed)
     elif args.act == "random":
         random_model(args.out or parser.error("random needs --out DIR"), args.seed, max_pixels=16 * 28 * 28)
+    elif args.act == "teachers":
+        asyncio.run(teachers())
     else:
         sheet = Image.new("RGB", (8 * SIDE, SIDE))
         for i, record in enumerate(problems(8, args.seed, "show")):

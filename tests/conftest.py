@@ -14,6 +14,10 @@ import torch
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "vllm: needs the vLLM environment, bash tests/run.sh --vllm")
+
+
 def single_rank():
     import torch.distributed as dist
 

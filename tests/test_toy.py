@@ -7,7 +7,6 @@ import pytest
 import torch
 from conftest import ROOT
 
-import data
 import model
 import packing
 import reward

@@ -1,0 +1,412 @@
+"""vllm_engine.py with a real vLLM (its CPU build will do) against transformers, TorchEngine and the trainer; whole runs
+with one and two ranks and with a server, killed and resumed. One engine for the module: a start costs half a minute.
+
+bash tests/run.sh --vllm makes the environment and runs this file; anywhere else it skips.
+"""
+
+import copy
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import ROOT, single_rank
+
+pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/run.sh --vllm makes an environment that has it")
+pytestmark = pytest.mark.vllm
+SPARE = dict(TORCHDYNAMO_DISABLE="1", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1")  # no compilation of small helpers
+os.environ |= SPARE
+
+from transformers import AutoModelForImageTextToText  # noqa: E402
+
+import data  # noqa: E402
+import model  # noqa: E402
+import packing  # noqa: E402
+import rollout  # noqa: E402
+import toy  # noqa: E402
+import vllm_engine  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+def start(path):
+    """a sharper random policy, sharded as in training, and a vLLM that has taken over its weights"""
+    single_rank()
+    policy, processor = model.load(path)
+    with torch.no_grad():
+        policy.hf.model.language_model.norm.weight.mul_(6)
+    model.shard(policy)
+    engine = vllm_engine.VLLMEngine(path, processor, 1024, CPU, max_num_seqs=128)
+    engine.sync(policy)
+    return policy, processor, engine
+
+
+@pytest.fixture(scope="module")
+def running(tiny):
+    policy, processor, engine = start(tiny)
+    before = {k: v.clone() for k, v in policy.state_dict().items()}
+    yield policy, processor, engine, before
+    engine.close()
+
+
+@pytest.fixture()
+def restored(running):
+    """the same, with the weights that it began with"""
+    policy, processor, engine, before = running
+    policy.load_state_dict(before)
+    engine.sync(policy)
+    return policy, processor, engine
+
+
+@pytest.fixture(scope="module")
+def prompts(running, real):
+    records = [r for name in ("geometry3k", "mathvista", "mathvision") for r in data.read(real / name / "data.jsonl")[0]]
+    kept = packing.usable([r for r in records if r.images], running[1], 600, data.Problems())[:50]
+    assert len(kept) == 50
+    return [packing.encode(r, running[1]) for r in kept]
+
+
+def trainer(policy, prompts, groups, temperature=1.0):
+    with torch.no_grad():
+        return policy(packing.pack([(p, r.ids) for p, g in zip(prompts, groups) for r in g]), temperature)[0]
+
+
+def sampled(groups):
+    return torch.tensor([x for g in groups for r in g for x in r.logprobs])
+
+
+def seeds(n, step=0):
+    return [(0, step, i) for i in range(n)]
+
+
+# ---- the same tokens, the same log-probabilities
+
+
+def test_greedy_tokens_of_vllm_torchengine_and_generate_are_one(restored, prompts):
+    policy, processor, engine = restored
+    got = engine.generate(prompts, 1, 12, seeds(50), temperature=0)
+    ours = rollout.TorchEngine(model.replica(policy), processor, policy.banned)
+    ours.sync(policy)
+    second = ours.generate(prompts, 1, 12, seeds(50), temperature=0)
+    hf = AutoModelForImageTextToText.from_config(copy.deepcopy(policy.hf.config), attn_implementation="sdpa")
+    model.copy_weights(policy, hf)
+    for prompt, (a,), (b,) in zip(prompts, got, second):
+        row = torch.tensor([prompt.ids])
+        third = hf.generate(input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=12, do_sample=False,
+                            mm_token_type_ids=(row == processor.image_token).int(), eos_token_id=processor.eos_ids,
+                            suppress_tokens=policy.banned.tolist(), pad_token_id=0, pixel_values=prompt.pixel_values,
+                            image_grid_thw=prompt.image_grid)  # fmt: skip
+        assert a.ids == b.ids == third[0, len(prompt.ids) :].tolist()
+        assert a.finish == b.finish and a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
+    assert (trainer(policy, prompts, got) - sampled(got)).abs().max() < 1e-3
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_sampled_logprobs_are_the_trainers_and_follow_from_the_seed(restored, pictures, temperature):
+    """images of several sizes, two images, none; log-probabilities are those after temperature and ban"""
+    policy, processor, engine = restored
+    mixed = [packing.encode(r, processor) for r in pictures]
+    done = []
+    groups = engine.generate(mixed, 4, 24, seeds(6), temperature, on_done=lambda p, s, r: done.append((p, s)))
+    assert sorted(done) == [(p, s) for p in range(6) for s in range(4)]
+    assert (trainer(policy, mixed, groups, temperature) - sampled(groups)).abs().max() < 1e-3
+    ids = [[r.ids for r in g] for g in groups]
+    backwards = engine.generate(mixed[::-1], 4, 24, seeds(6)[::-1], temperature)
+    assert [[r.ids for r in g] for g in backwards[::-1]] == ids
+    assert len({tuple(r) for g in ids for r in g}) > (20 if temperature == 1 else 10)
+    other = engine.generate(mixed, 4, 24, seeds(6, step=1), temperature)
+    assert [[r.ids for r in g] for g in other] != ids
+
+
+def test_the_draws_follow_the_distribution(restored, pictures):
+    policy, processor, engine = restored
+    prompt = packing.encode(pictures[0], processor)
+    n, temperature = 2000, 2.0
+    first = torch.tensor([r.ids[0] for r in engine.generate([prompt], n, 1, seeds(1), temperature)[0]])
+    size = policy.hf.get_output_embeddings().weight.shape[0]
+    every = [rollout.Rollout([i], [], "") for i in range(size) if i not in set(policy.banned.tolist())]
+    p = torch.zeros(size).index_put_(
+        (torch.tensor([r.ids[0] for r in every]),), trainer(policy, [prompt] * len(every), [[r] for r in every], temperature).exp()
+    )
+    assert p.sum() == pytest.approx(1, abs=1e-4)
+    z = (first.bincount(minlength=size) - n * p) / (n * p * (1 - p)).sqrt()
+    common = n * p > 5
+    assert common.sum() > 20 and z[common].abs().max() < 4.5 and 0.5 < (z[common] ** 2).mean() < 1.5
+
+
+def test_vision_tokens_are_never_sampled_even_if_the_policy_loves_them(restored, pictures):
+    policy, processor, engine = restored
+    with torch.no_grad():  # every hidden state now points at <|image_pad|>
+        policy.hf.model.language_model.norm.weight.zero_()
+        policy.hf.model.language_model.norm.weight.add_(1.0)
+        head = model.full(policy.hf.get_output_embeddings().weight)
+        head.zero_()
+        head[processor.image_token] = 50.0
+    policy.load_state_dict(policy.state_dict())
+    engine.sync(policy)
+    groups = engine.generate([packing.encode(r, processor) for r in pictures], 8, 24, seeds(6))
+    banned = set(policy.banned.tolist())
+    assert processor.image_token in banned and not any(banned & set(r.ids) for g in groups for r in g)
+    assert (trainer(policy, [packing.encode(r, processor) for r in pictures], groups) - sampled(groups)).abs().max() < 1e-3
+
+
+def test_both_of_vllms_model_runners_take_the_ban(running):
+    """the CPU build uses the first; GPUs the second, whose interface is another one"""
+    from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
+
+    policy, _, engine, _ = running
+    build_custom_logits_processors_params_validator([vllm_engine.Ban])
+    ban = vllm_engine.Ban(engine.llm.llm_engine.vllm_config, object())
+    logits = ban.apply(torch.zeros(2, engine.llm.model_config.get_vocab_size()), object())
+    assert (logits == -float("inf")).all(0).nonzero()[:, 0].tolist() == policy.banned.tolist()
+
+
+def test_what_vllm_read_must_be_what_the_trainer_reads(restored, prompts, monkeypatch):
+    _, _, engine = restored
+    assert vllm_engine.unexpanded(prompts[0], engine.processor).count(engine.processor.image_token) == 1
+    for image in vllm_engine.resized_images(prompts[0], engine.processor):  # the second resize is none
+        again = engine.processor.image_processor(images=[image], return_tensors="pt")
+        assert torch.equal(again["pixel_values"], prompts[0].pixel_values)
+    rule = vllm_engine.resized_images
+    monkeypatch.setattr(vllm_engine, "resized_images", lambda *a: [i.resize((i.width // 2, i.height)) for i in rule(*a)])
+    with pytest.raises(RuntimeError, match="vLLM read .* prompt tokens, the trainer"):
+        engine.generate(prompts[:1], 1, 2, seeds(1))
+    monkeypatch.undo()
+    with pytest.raises(RuntimeError, match="weights"):
+        vllm_engine.check_rollout(prompts[0], prompts[0].ids, "stop", {"1"}, "2", "vLLM")
+
+
+# ---- weights
+
+
+KINDS = ["visual.patch_embed", "visual.blocks.1.attn.qkv", "visual.blocks.1.attn.proj", "visual.blocks.0.mlp.gate_proj",
+         "visual.blocks.0.mlp.up_proj", "visual.blocks.0.mlp.down_proj", "visual.blocks.0.norm1", "visual.merger",
+         "layers.1.self_attn.q_proj", "layers.1.self_attn.k_proj", "layers.1.self_attn.v_proj", "layers.2.self_attn.o_proj",
+         "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "layers.1.input_layernorm",
+         "language_model.norm", "embed_tokens", "visual."]  # fmt: skip
+
+
+@torch.no_grad()
+def change(policy, kind):
+    """noise on the parameters of one kind -> how many there were"""
+    torch.manual_seed(1)
+    for module in policy.modules():  # a forward leaves the root's weights whole
+        if hasattr(module, "reshard"):
+            module.reshard()
+    touched = [p for name, p in policy.hf.named_parameters() if kind in name]
+    for p in touched:
+        whole = p.to_local()  # of one rank's shards
+        whole.add_(torch.randn(whole.shape) * (0.3 if p.dim() == 1 else 0.1))
+    return len(touched)
+
+
+def probe(engine, prompt):
+    return engine.generate([prompt], 1, 8, seeds(1), temperature=0)[0][0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_change_of_one_kind_of_layer_arrives(restored, prompts, kind):
+    policy, _, engine = restored
+    before = probe(engine, prompts[0])
+    assert change(policy, kind)
+    engine.sync(policy)
+    after = probe(engine, prompts[0])
+    assert (torch.tensor(before.logprobs) - torch.tensor(after.logprobs)).abs().max() > 1e-4
+    assert (trainer(policy, prompts[:1], [[after]]) - torch.tensor(after.logprobs)).abs().max() < 1e-3
+
+
+def test_a_stale_cache_would_be_noticed(restored, prompts, monkeypatch):
+    """the vision tower changes, the caches stay: the old embeddings are served, and the check of the probe says so"""
+    policy, _, engine = restored
+    engine.probe.compare(engine, policy)  # the picture is in the caches now
+    change(policy, "visual.")
+    monkeypatch.setattr(engine, "drop_caches", lambda: None)
+    engine.sync(policy)
+    with pytest.raises(RuntimeError, match="stale caches"):
+        engine.probe.compare(engine, policy)
+    monkeypatch.undo()
+    engine.sync(policy)
+    assert engine.probe.compare(engine, policy) < 1e-3
+
+
+def test_a_weight_that_does_not_arrive_ends_the_run(restored, monkeypatch):
+    policy, _, engine = restored
+    whole = list(vllm_engine.buckets(policy, torch.float32))
+    monkeypatch.setattr(vllm_engine, "buckets", lambda *_: [[(n, t) for b in whole for n, t in b if "layers.1.mlp" not in n]])
+    with pytest.raises(RuntimeError, match="nothing arrived for 2 parameters"):
+        engine.sync(policy)
+    monkeypatch.undo()
+    engine.llm.collective_rpc(lambda wrapper: setattr(wrapper.worker, "_weight_update_active", False))
+    engine.sync(policy)
+
+
+def test_no_bucket_holds_the_whole_model(running):
+    policy = running[0]
+    sizes = [sum(t.nbytes for _, t in b) for b in vllm_engine.buckets(policy, torch.float32, size=200_000)]
+    total = sum(p.numel() * 4 for p in policy.hf.parameters())
+    largest = max(p.numel() * 4 for p in policy.hf.parameters())
+    assert sum(sizes) == total and len(sizes) > 5 and max(sizes) <= 200_000 + largest
+
+
+def test_the_acts_of_a_sync_come_in_order(running, monkeypatch):
+    """what a GPU does, asked of the CPU build, whose worker ignores sleep"""
+    policy, _, engine, _ = running
+    acts = []
+    for name in ("wake_up", "start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache", "reset_mm_cache",
+                 "get_weight_version", "sleep"):  # fmt: skip
+        def spy(*args, real=getattr(engine.llm, name), name=name, **kwargs):
+            acts.append(name + str(kwargs.get("tags", "")))
+            return real(*args, **kwargs)
+
+        monkeypatch.setattr(engine.llm, name, spy)
+    monkeypatch.setattr(engine, "sleeps", True)
+    engine.sleep()
+    assert acts == ["sleep"] and engine.asleep
+    engine.sync(policy)
+    assert acts[1:] == ["wake_up['weights']", "start_weight_update", "update_weights", "finish_weight_update",
+                        "reset_prefix_cache", "reset_mm_cache", "wake_up['kv_cache']", "get_weight_version"]  # fmt: skip
+    assert not engine.asleep
+
+
+# ---- whole runs
+
+
+@pytest.fixture(scope="module")
+def problem_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("problems") / "problems.parquet"
+    data.write_parquet(path, toy.problems(40, 5, "g"))
+    return path
+
+
+def command(out, problem_file, ranks=1, **flags):
+    flags = dict(model=ROOT / "assets" / "toy-base", data=problem_file, out=out, stages="16x8x3,24x4x1", questions=8, lr=1e-4,
+                 save_every=2, seed=1, engine="vllm", max_num_seqs=64) | flags  # fmt: skip
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return [*launch, str(ROOT / "grpo.py"), "--recipe", "toy-zero", *[w for k, v in flags.items() for w in (f"--{k}", str(v))]]
+
+
+def log_of(out):
+    return [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
+
+
+def wait_for(what, process, seconds=400):
+    end = time.time() + seconds
+    while not what():
+        assert process.poll() is None and time.time() < end, process.stdout.read() if process.poll() is not None else "too slow"
+        time.sleep(0.05)
+
+
+def begin(words):
+    return subprocess.Popen(words, env=os.environ | SPARE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ends(process, within):
+    """its output and exit code; it must end in so many seconds"""
+    out, _ = process.communicate(timeout=within)
+    return out, process.returncode
+
+
+def ranks_of(out):
+    """process ids of the run's ranks, not of torchrun"""
+    found = subprocess.run(["pgrep", "-f", f"python.*-u .*grpo.py.*{out}"], capture_output=True, text=True).stdout.split()
+    return [int(p) for p in found]
+
+
+def test_two_ranks_killed_and_resumed_are_one_rank(problem_file, tmp_path):
+    """each rank its own vLLM, fed from FSDP2 shards; a killed rank ends the run, and the next start goes on"""
+    out, code = ends(begin(command(tmp_path / "one", problem_file)), 500)
+    assert code == 0, out
+    process = begin(command(tmp_path / "two", problem_file, ranks=2))
+    wait_for(lambda: len(log_of(tmp_path / "two")) >= 2, process)
+    victims = ranks_of(tmp_path / "two")
+    assert len(victims) == 2
+    os.kill(victims[-1], signal.SIGKILL)
+    out, code = ends(process, 60)
+    assert code != 0 and "Signal 9" in out
+    out, code = ends(begin(command(tmp_path / "two", problem_file, ranks=2)), 500)
+    assert code == 0 and "resumed after step 2" in out, out
+    rows = list(zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True))
+    assert len(rows) == 4
+    for a, b in rows:
+        assert a["logprob_gap_max"] < 1e-3 and b["logprob_gap_max"] < 1e-3 and 0 <= b["logprob_gap_kl"] < 1e-6
+        for key in ("reward", "accuracy", "len_mean", "entropy", "kl", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (a["step"], key)
+
+
+class Server:
+    """vLLM's server of vllm_engine.py"""
+
+    def __init__(self, path):
+        with socket.socket() as s:
+            s.bind(("127.0.0.1", 0))
+            self.port = s.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        words = ["--port", self.port, "--host", "127.0.0.1", "--max-model-len", 1024, "--max-num-seqs", 64]
+        self.process = subprocess.Popen([sys.executable, str(ROOT / "vllm_engine.py"), str(path), *map(str, words)], text=True,
+                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+
+    def ready(self):
+        import httpx
+
+        def healthy():
+            try:
+                return httpx.get(self.url + "/health", timeout=5, trust_env=False).status_code == 200
+            except httpx.HTTPError:
+                return False
+
+        wait_for(healthy, self.process)
+        return self
+
+    def kill(self):
+        if self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # the server and its engine, a session of their own
+        self.process.communicate()
+
+
+def test_a_server_that_is_killed_ends_the_run_which_resumes_with_the_next_one(problem_file, tmp_path):
+    first = Server(ROOT / "assets" / "toy-base").ready()
+    try:
+        process = begin(command(tmp_path, problem_file, engine="http", url=first.url, stages="16x8x3,24x4x1"))
+        wait_for(lambda: len(log_of(tmp_path)) >= 2, process)
+        first.kill()
+        out, code = ends(process, 60)
+        assert code != 0 and "the vLLM server at" in out and "goes on from its checkpoint" in out, out
+    finally:
+        first.kill()
+    second = Server(ROOT / "assets" / "toy-base").ready()
+    try:
+        out, code = ends(begin(command(tmp_path, problem_file, engine="http", url=second.url)), 500)
+        assert code == 0 and "resumed after step 2" in out, out
+    finally:
+        second.kill()
+    rows = log_of(tmp_path)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4] and all(r["logprob_gap_max"] < 1e-3 for r in rows)
+
+
+# ---- the other families, last: each start takes the process groups of the one before with it
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_other_families_names_and_fused_layouts(running, family, tmp_path, pictures):
+    running[2].close()
+    path = toy.random_relative(tmp_path / family, family)
+    if family == "qwen3_vl":  # as in the released checkpoints; transformers takes it for granted, vLLM reads it
+        config = json.loads((tmp_path / family / "config.json").read_text())
+        config["text_config"]["rope_parameters"]["mrope_interleaved"] = True
+        (tmp_path / family / "config.json").write_text(json.dumps(config))
+    policy, processor, engine = start(path)
+    try:
+        mixed = [packing.encode(r, processor) for r in pictures]
+        for kind in ("", "visual.", "k_proj", "up_proj" if family == "qwen2_vl" else "deepstack"):
+            if kind:
+                assert change(policy, kind)
+                engine.sync(policy)
+            groups = engine.generate(mixed, 2, 12, seeds(6))
+            assert (trainer(policy, mixed, groups) - sampled(groups)).abs().max() < 1e-3, kind
+    finally:
+        engine.close()
