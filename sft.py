@@ -10,19 +10,12 @@ that was stopped goes on where it stopped, in the middle of an epoch too.
 
 import copy
 import math
-import os
-import pickle
-import re
-import resource
 import time
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 import budget
@@ -31,6 +24,7 @@ import mllama
 import model
 import packing
 import run
+from steps import Shelf, Steps, ahead, batches, encode, kind, shelve
 
 
 @dataclass
@@ -109,115 +103,6 @@ def learning_rate(step, total, config):
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * turn))
 
 
-def read(path, strict, say):
-    """records with a response; what is wrong with the others is said"""
-    records, problems = data.read(path, strict=strict, check_images=False)
-    for record in [r for r in records if not r.response]:
-        problems.add("no response", "", path, None, record.id)
-    if problems:
-        say(problems.summary())
-    if not any(r.response for r in records):
-        raise ValueError(f"{path}: no record with a response in it; sft.py needs chains (cold_start.py makes them)")
-    return [r for r in records if r.response]
-
-
-def hold_out(records, count, seed):
-    """-> records to train on, records to hold out: `count` drawn by the seed, and with them all that share their pictures"""
-    drawn = set(torch.randperm(len(records), generator=torch.Generator().manual_seed(seed))[:count].tolist())
-    pictures = {image for i in drawn for image in records[i].images}
-    kept = [i not in drawn and pictures.isdisjoint(r.images) for i, r in enumerate(records)]
-    return [r for r, keep in zip(records, kept) if keep], [r for r, keep in zip(records, kept) if not keep]
-
-
-def response_ids(record, processor, drop_chains):
-    """token ids of the response and the end of turn; without its chain only <answer>...</answer> is left"""
-    text = record.response
-    if drop_chains:
-        text = re.sub(r"<think>.*</think>\s*", "", text, flags=re.S)
-    return processor.tokenizer(text, add_special_tokens=False).input_ids + [processor.tokenizer.eos_token_id]
-
-
-def kind(processor):
-    """the module that makes tokens and batches: rows are packed, except for Llama-3.2-Vision's"""
-    return mllama if isinstance(processor, mllama.Processor) else packing
-
-
-def encode(records, processor, config, problems):
-    """records -> [(Prompt, response ids)]; what cannot be read or does not fit is reported and left out"""
-    sequences = []
-    for record in records:
-        try:
-            prompt = kind(processor).encode(record, processor, config.system_prompt)
-            ids = response_ids(record, processor, config.drop_chains)
-            if len(prompt.ids) + len(ids) > config.cutoff:
-                raise data.BadRow(
-                    "sequence too long", f"{len(prompt.ids) + len(ids)} tokens, --cutoff is {config.cutoff}"
-                )
-            sequences.append((prompt, ids))
-        except data.BadRow as bad:
-            problems.add(*bad.args, record.source, None, record.id)
-        except ValueError as error:
-            problems.add("broken image", str(error), record.source, None, record.id)
-    return sequences
-
-
-def cost(record, processor, config, width):
-    """the work of a sequence, known without decoding its images; nothing for one that encode() will leave out"""
-    try:
-        prompt = kind(processor).prompt_length(record, processor, config.system_prompt)
-        return packing.work(prompt + len(response_ids(record, processor, config.drop_chains)), width)
-    except (data.BadRow, ValueError):
-        return 0
-
-
-class Steps(Dataset):
-    """item k -> what this rank computes in step k, [(Prompt, response ids)], and the Problems met while reading it.
-
-    ranks get about the same work, every epoch an order of its own. all of it follows from the seed and k alone: worker
-    processes may make the steps ahead of time, and a run can be resumed at any of them.
-    """
-
-    def __init__(self, records, processor, config, width):
-        # as bytes in one block. forked workers share it; lists of objects they would copy page by page, since in Python
-        # to look at an object is to write to its count of references
-        rows = [pickle.dumps(record) for record in records]
-        self.ends, self.block = np.cumsum([0, *map(len, rows)]), np.frombuffer(b"".join(rows), np.uint8)
-        self.processor, self.config, self.width = processor, config, width
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()  # a worker need not know of the others
-        self.per_epoch = -(-len(records) // config.batch_size)
-
-    def __len__(self):
-        return self.config.epochs * self.per_epoch
-
-    def __getitem__(self, step):
-        config = self.config
-        epoch, place = divmod(step, self.per_epoch)
-        order = torch.randperm(len(self.ends) - 1, generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
-        places = order[place * config.batch_size :][: config.batch_size].tolist()
-        chosen = [pickle.loads(self.block[self.ends[i] : self.ends[i + 1]]) for i in places]  # our own bytes
-        owners = [i % self.world for i in range(len(chosen))]
-        if self.world > 1:
-            costs = [cost(r, self.processor, config, self.width) for r in chosen]
-            owners = packing.rebalance(costs, owners, self.world)
-        bad = data.Problems()
-        return encode([r for r, owner in zip(chosen, owners) if owner == self.rank], self.processor, config, bad), bad
-
-
-def ahead(steps, start, workers):
-    """the items of `steps` from `start` on, made by worker processes, or by a thread while the device computes"""
-    if workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or the tokenizer complains about the fork
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # each tensor that comes from a worker is an open file
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    order = range(start, len(steps))
-    items = iter(DataLoader(steps, batch_size=None, sampler=order, num_workers=workers, collate_fn=tuple))
-    with ThreadPoolExecutor(1) as thread:
-        upcoming = thread.submit(next, items, None)
-        while (item := upcoming.result()) is not None:
-            upcoming = thread.submit(next, items, None)
-            yield item
-
-
 def report(problems, told, strict):
     """say each problem once, from the rank that met it, and not again in every epoch; under --strict end the run"""
     for problem in set(problems) - told:
@@ -225,14 +110,6 @@ def report(problems, told, strict):
             raise SystemExit(f"error: {problem}; without --strict such data is reported and the rest goes on")
         tqdm.write(str(problem))
     told.update(problems)
-
-
-def batches(sequences, processor, config, width, device):
-    """this rank's sequences as batches of micro_tokens, for Llama-3.2-Vision one by one; as many on every rank (a collective)"""
-    lengths = [len(p.ids) + len(ids) for p, ids in sequences]
-    micro_tokens = 1 if kind(processor) is mllama else config.micro_tokens
-    for part in packing.micro_batches(lengths, micro_tokens, width):
-        yield kind(processor).pack(sequences[part] or [kind(processor).blank(processor)], device)
 
 
 def model_flops(shape, sequences, frozen_vision):
@@ -263,7 +140,8 @@ def evaluate(steps, policy, config, device, told):
 
 def preflight(config, shape, records, policy, optimizer, processor, device, say):
     """memory on paper, then one step at the cutoff: too little of it shows now, with the knob to turn"""
-    sequences = encode(records[:20], processor, config, data.Problems()) or [kind(processor).blank(processor)]
+    some = [records[i] for i in range(min(20, len(records)))]
+    sequences = encode(some, processor, config, data.Problems()) or [kind(processor).blank(processor)]
     prompt = max((p for p, _ in sequences), key=lambda p: len(p.ids))
     response = [processor.eos_ids[0]] * (config.cutoff - len(prompt.ids))
     if shape is None:
@@ -292,13 +170,17 @@ def main(config):
     run.claim(config, ("model", "data", "seed", "batch_size", "epochs", "holdout"))
     say = tqdm.write if rank == 0 else lambda *_: None
 
+    shelf, shelf_held = out / "records.pkl", out / "held-out.pkl"
+
+    def read():
+        shelve(config.data, shelf, config.strict, say, 0 if config.eval_data else config.holdout, config.seed)
+        if config.eval_data:
+            shelve(config.eval_data, shelf_held, config.strict, say)
+
     with run.for_people():
-        records = read(config.data, config.strict, say)
-        held = read(config.eval_data, config.strict, say) if config.eval_data else []
-        if not held:
-            records, held = hold_out(records, config.holdout, config.seed)
-        if not records:
-            raise ValueError(f"{config.data}: --holdout {config.holdout} leaves nothing to train on")
+        run.on_main_first(read)
+    records = Shelf(shelf, held=False)
+    held = Shelf(shelf_held, held=False) if config.eval_data else Shelf(shelf, held=True)
 
     library = mllama if mllama.is_one(config.model) else model
     processor = library.Processor(config.model)
@@ -325,8 +207,7 @@ def main(config):
     resumed = f"; resumed after step {start}" if start else ""
     about = f"recipe {config.recipe}: {len(records)} records, {len(held)} held out"
     say(f"{about}; {config.epochs} epochs of {per_epoch} steps")
-    exam = Steps(held, processor, replace(config, epochs=1), width) if held else None
-    del records, held  # the Steps keep them
+    exam = Steps(held, processor, replace(config, epochs=1), width) if len(held) else None
     told = set()
     say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
 
@@ -370,6 +251,10 @@ def main(config):
         began = time.perf_counter()
     bar.close()
 
+    if rank == 0:
+        for file in (shelf, shelf_held):
+            file.unlink(missing_ok=True)
+            file.with_suffix(".npz").unlink(missing_ok=True)
     model.export(policy, processor, out / "final")
     say(f"{'nothing left to do' if start == total else 'done'}: the model is in {out / 'final'}")
     dist.destroy_process_group()

@@ -47,8 +47,8 @@ def llama(tmp_path_factory):
 
 def sequences(records, processor):
     g = torch.Generator().manual_seed(0)
-    draw = lambda n: torch.randint(10, 400, (n,), generator=g).tolist()
-    return [(mllama.encode(r, processor), draw(n)) for r, n in zip(records, [5, 1, 17, 9, 30, 3])]
+    responses = [torch.randint(10, 400, (n,), generator=g).tolist() for n in [5, 1, 17, 9, 30, 3]]
+    return [(mllama.encode(r, processor), ids) for r, ids in zip(records, responses)]
 
 
 def reference(hf, path, prompt, ids):
@@ -121,7 +121,7 @@ def test_hostile_text_and_a_base_model_without_a_template(llama, pictures):
 
 @pytest.mark.filterwarnings("ignore:.*hidden_state. is deprecated")
 def test_sft_trains_it_and_transformers_reads_the_result(llama, chains, tmp_path):  # noqa: F811
-    """two ranks, one of them without records in the held-out batch; falling loss; the export has the names of the original"""
+    """two ranks, one of them without held-out records; falling loss; the export has the names of the original"""
     from safetensors.torch import load_file
 
     said = run_sft(tmp_path, chains, ranks=2, model=llama, epochs=1, lr=3e-3, holdout=1, freeze_vision=False)

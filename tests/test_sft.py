@@ -16,6 +16,7 @@ from transformers import AutoModelForImageTextToText, get_cosine_schedule_with_w
 import data
 import model
 import sft
+import steps
 import toy
 
 
@@ -149,7 +150,7 @@ def one_by_one(folder, records):
     hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     total, right, count = 0.0, 0, 0
     for record in records:
-        prompt, ids = sft.encode([record], processor, sft.Config(), data.Problems())[0]
+        prompt, ids = steps.encode([record], processor, sft.Config(), data.Problems())[0]
         row = torch.tensor([prompt.ids + ids])
         images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid} if record.images else {}
         kinds = (row == processor.image_token).int()
@@ -166,7 +167,9 @@ def test_held_out_loss_and_accuracy_are_those_of_transformers(chains, tmp_path):
     """two ranks; in the last of the batches of the held-out records one of them has nothing"""
     run_sft(tmp_path, chains, ranks=2, workers=1, epochs=1, holdout=9, eval_every=4)
     rows = log_of(tmp_path)
-    records, held = sft.hold_out(data.read(chains)[0], 9, 0)
+    everything = data.read(chains)[0]
+    out = steps.hold_out([set(r.images) for r in everything], 9, 0)
+    records, held = ([r for r, o in zip(everything, out) if o == which] for which in (False, True))
     assert len(held) == 9 and len(records) == 41 and not {r.id for r in held} & {r.id for r in records}
     assert [r["step"] for r in rows if "eval_loss" in r] == [4, 6]
     loss, accuracy, _ = one_by_one(tmp_path / "final", held)
@@ -176,16 +179,14 @@ def test_held_out_loss_and_accuracy_are_those_of_transformers(chains, tmp_path):
 
 
 def test_questions_about_one_picture_are_held_out_together():
-    records = [data.Record(str(i), "", "-", [f"{i // 2}.png"]) for i in range(20)]
-    kept, held = sft.hold_out(records, 4, 0)
-    assert 4 < len(held) <= 8 and len(kept) + len(held) == 20
-    assert not {r.images[0] for r in kept} & {r.images[0] for r in held}
+    held = steps.hold_out([{f"{i // 2}.png"} for i in range(20)], 4, 0)
+    assert 4 < sum(held) <= 8 and held[::2] == held[1::2]
 
 
 def test_answers_without_chains(tiny):
     processor = model.Processor(tiny)
     record = data.Record("a", "x", "B", [], response="<think>\nWait, B.\n</think>\n<answer>Final Answer:B</answer>")
-    ids = sft.response_ids(record, processor, drop_chains=True)
+    ids = steps.response_ids(record, processor, drop_chains=True)
     assert processor.tokenizer.decode(ids) == "<answer>Final Answer:B</answer><|im_end|>"
 
 
@@ -206,7 +207,7 @@ def test_overlong_and_broken_records_are_reported_and_left_out(tiny, pictures):
         r.response = "<think> a </think> <answer> 1 </answer>"
     pictures[0].images = [pictures[0].images[0][:200]]
     pictures[1].response = "so " * 300
-    kept = sft.encode(pictures, processor, sft.Config(cutoff=120), problems)
+    kept = steps.encode(pictures, processor, sft.Config(cutoff=120), problems)
     assert {p.id: p.kind for p in problems} == {"t-0": "broken image", "t-1": "sequence too long"} and len(kept) == len(
         pictures
     ) - 2
