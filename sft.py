@@ -105,11 +105,11 @@ def learning_rate(step, total, config):
 
 def report(problems, told, strict):
     """say each problem once, from the rank that met it, and not again in every epoch; under --strict end the run"""
-    for problem in set(problems) - told:
+    for problem in [p for p in problems if p not in told]:
         if strict:
             raise SystemExit(f"error: {problem}; without --strict such data is reported and the rest goes on")
         tqdm.write(str(problem))
-    told.update(problems)
+        told.add(problem)
 
 
 def model_flops(shape, sequences, frozen_vision):
@@ -145,6 +145,7 @@ def preflight(config, shape, records, policy, optimizer, processor, device, say)
     prompt = max((p for p, _ in sequences), key=lambda p: len(p.ids))
     response = [processor.eos_ids[0]] * (config.cutoff - len(prompt.ids))
     if shape is None:
+        say("no table of its memory: budget.py knows the Qwen-VL models")
         return model.rehearse(policy, optimizer, mllama.pack([(prompt, response)], device))
     fits = max(1, min(config.micro_tokens // config.cutoff, config.batch_size // dist.get_world_size()))
     cuda = device.type == "cuda"
@@ -173,7 +174,8 @@ def main(config):
     shelf, shelf_held = out / "records.pkl", out / "held-out.pkl"
 
     def read():
-        shelve(config.data, shelf, config.strict, say, 0 if config.eval_data else config.holdout, config.seed)
+        holdout = 0 if config.eval_data else config.holdout
+        shelve(config.data, shelf, config.strict, say, holdout, config.seed)
         if config.eval_data:
             shelve(config.eval_data, shelf_held, config.strict, say)
 
