@@ -80,7 +80,7 @@ class Heartbeat:
         """end this process when beat() found a reason, when it hangs, or when torchrun is gone"""
         while self.end is None:
             rung = os.read(self.alarm, 99) if select.select([self.alarm], [], [], BEAT)[0] else b""
-            self.silent += 1
+            self.silent += not rung  # the end of a DataLoader's worker rings too
             if {signal.SIGTERM, signal.SIGINT} & set(rung):
                 self.why = self.why or f"rank {self.rank} on {self.host} was told to stop (SIGTERM or Ctrl-C): another rank " \
                     "on this host died, torchrun on another host is gone, or somebody stopped the run"  # fmt: skip

@@ -219,6 +219,17 @@ class TokenLogprobs(torch.autograd.Function):
         return (grad_hidden.to(hidden.dtype) if needs_hidden else None, grad_weight, *[None] * 5)
 
 
+@torch.no_grad()
+def likeliest(hidden, weight, banned, rows=1024):
+    """the most likely id at each position, hidden (N, H), weight (V, H) -> (N,); logits of so many rows at a time"""
+    out = []
+    for part in hidden.split(rows):
+        logits = product(part, weight.t())
+        logits[:, banned] = FLOOR
+        out.append(logits.argmax(-1))
+    return torch.cat(out)
+
+
 def token_logprobs(hidden, weight, labels, temperature=1.0, banned=None, width=None, fused=None):
     """log-probability of each label and the entropy of each distribution, softmax(hidden @ weight.T / temperature).
 

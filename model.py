@@ -25,7 +25,7 @@ from transformers import AttentionInterface, AutoConfig, AutoImageProcessor, Aut
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
-from logprobs import token_logprobs
+from logprobs import likeliest, token_logprobs
 
 # -----------------------------------------------------------------------------------------------------------------
 # attention over packed rows
@@ -154,11 +154,23 @@ class Policy(nn.Module):
         self.hf = hf
         self.register_buffer("banned", banned, persistent=False)
 
-    def forward(self, batch, temperature=1.0):
-        """-> logprobs (N,), entropy (N,) of the N labelled positions of the packed batch, in its order"""
-        hidden = hidden_states(self.hf, batch)[batch.label_index]  # (N, H): the prompt never reaches the head
-        weight = self.hf.get_output_embeddings().weight
-        return token_logprobs(hidden, weight, batch.labels, temperature, self.banned)
+    @property
+    def visual(self):
+        return self.hf.model.visual
+
+    @property
+    def vision_blocks(self):
+        return self.visual.blocks
+
+    def hidden(self, batch):
+        return hidden_states(self.hf, batch)[batch.label_index]  # (N, H): the prompt never reaches the head
+
+    def forward(self, batch, temperature=1.0, judge=False):
+        """-> logprobs (N,), entropy (N,) of the N labelled positions of the packed batch, in its order; with `judge`
+        also (N,) whether the label is what the model would have said"""
+        hidden, weight = self.hidden(batch), self.hf.get_output_embeddings().weight
+        out = token_logprobs(hidden, weight, batch.labels, temperature, self.banned)
+        return (*out, likeliest(hidden, weight, self.banned) == batch.labels) if judge else out
 
 
 class Processor:
@@ -167,6 +179,10 @@ class Processor:
     def __init__(self, path):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        if not hasattr(self.image_processor, "merge_size"):
+            raise ValueError(
+                f"{path}: not a Qwen-VL model; of the others sft.py alone trains one kind, Llama-3.2-Vision"
+            )
         token = self.tokenizer.convert_tokens_to_ids
         self.image_token = token("<|image_pad|>")
         self.merge_size = self.image_processor.merge_size
@@ -204,7 +220,7 @@ def wrap(hf, path, device="cpu", freeze_vision=False):
     return Policy(hf, processor.banned_ids(vocab_size)), processor
 
 
-def load_sharded(path, device, dtype=torch.float32, freeze_vision=False, offload=False, **knobs):
+def load_sharded(path, device, dtype=torch.float32, freeze_vision=False, offload=False, wrap=wrap, **knobs):
     """as `load`, but spread over the ranks by `shard` before a weight is read -> Policy.
 
     the model is made without memory (meta device); then every rank reads the slices of the safetensors that it keeps.
@@ -219,7 +235,7 @@ def load_sharded(path, device, dtype=torch.float32, freeze_vision=False, offload
     shard(policy, device, offload=offload, **knobs)
     policy.to_empty(device="cpu" if offload else device)
     if freeze_vision:
-        hf.model.visual.to_empty(device=device)
+        policy.visual.to_empty(device=device)
     for module in hf.modules():  # what no checkpoint holds: the frequencies of the rotary embeddings
         if module._buffers:
             module.to(device)
@@ -249,8 +265,7 @@ def read_weights(policy, folder):
 
 def blocks(policy):
     """the repeated layers: the units of sharding, activation checkpointing and compilation; a frozen vision tower has none"""
-    visual = policy.hf.model.visual
-    return [*policy.hf.model.language_model.layers, *(visual.blocks if is_trained(visual) else [])]
+    return [*policy.hf.model.language_model.layers, *(policy.vision_blocks if is_trained(policy.visual) else [])]
 
 
 def is_trained(module):
@@ -273,7 +288,7 @@ def shard(policy, device, activation_checkpointing=False, shard_size=0, offload=
     mesh = init_device_mesh(device, (world,))
     if shard_size and shard_size < world:
         mesh = init_device_mesh(device, (world // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
-    visual = policy.hf.model.visual
+    visual = policy.visual
     options = dict(
         mesh=mesh,
         mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device == "cuda" else MixedPrecisionPolicy(),

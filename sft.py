@@ -2,6 +2,7 @@
 
   python sft.py                                               the toy (bridges its cold-start data first)
   torchrun --nproc_per_node 8 sft.py --recipe vision-r1-ci-7b --data Vision-R1-cold
+  torchrun --nproc_per_node 8 sft.py --recipe vision-r1-llamav-ci --data Vision-R1-cold
 
 Sequences are packed without padding, the loss counts the response alone, the learning rate falls along a cosine. A run
 that was stopped goes on where it stopped, in the middle of an epoch too.
@@ -9,10 +10,8 @@ that was stopped goes on where it stopped, in the middle of an epoch too.
 
 import copy
 import math
-import re
 import time
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +20,11 @@ from tqdm import tqdm
 
 import budget
 import data
+import mllama
 import model
 import packing
 import run
+from steps import Shelf, Steps, ahead, batches, encode, kind, shelve
 
 
 @dataclass
@@ -35,6 +36,8 @@ class Config:
     data: str = (
         ""  # records with a response, any format of data.py (Vision-R1-cold as downloaded, cold_start.py's output)
     )
+    eval_data: str = ""  # held-out records of the same kind: their loss and accuracy are logged now and then
+    holdout: int = 0  # without eval_data: so many records of `data` are left out of training for it
     strict: bool = False  # stop at the first bad record instead of reporting it
     seed: int = 0
     # the task
@@ -52,12 +55,14 @@ class Config:
     micro_tokens: int = 16384  # tokens of a packed micro-batch on one rank
     freeze_vision: bool = False
     # memory and speed, for real models
+    workers: int = 2  # processes of each rank that read images and cut them into patches ahead of time
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of the blocks
     offload: bool = False  # weights, gradients and optimizer live in the CPU's memory
     shard_size: int = 0  # ranks that share one copy of the weights, e.g. those of a node (HSDP); 0 = all ranks
     preflight: bool = True  # first print what the memory will hold, and try a step at the greatest length
     # the run
+    eval_every: int = 250  # steps; and after the last one
     save_every: int = 500  # steps; the last one is always saved
     keep: int = 1  # checkpoints
     resume: bool = True  # --no_resume starts over
@@ -75,12 +80,16 @@ RECIPES = {
         freeze_vision=True,
         cutoff=1024,
         micro_tokens=4096,
+        workers=0,
         save_every=200,
     ),
     # App. A: Vision-R1-CI in its three sizes, and the answers-only start of Zero+SFT+PTST
     "vision-r1-ci-7b": PAPER | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/vision-r1-ci-7b"),
     "vision-r1-ci-32b": PAPER | dict(model="Qwen/Qwen2.5-VL-32B-Instruct", out="runs/vision-r1-ci-32b"),
     "vision-r1-ci-72b": PAPER | dict(model="Qwen/Qwen2.5-VL-72B-Instruct", out="runs/vision-r1-ci-72b"),
+    # Table 2: the same data on another base
+    "vision-r1-llamav-ci": PAPER
+    | dict(model="meta-llama/Llama-3.2-11B-Vision-Instruct", out="runs/vision-r1-llamav-ci"),
     "zero-sft": PAPER | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/zero-sft", drop_chains=True),
 }
 
@@ -94,55 +103,58 @@ def learning_rate(step, total, config):
     return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * turn))
 
 
-def response_ids(record, processor, drop_chains):
-    """token ids of the response and the end of turn; without its chain only <answer>...</answer> is left"""
-    text = record.response
-    if drop_chains:
-        text = re.sub(r"<think>.*</think>\s*", "", text, flags=re.S)
-    return processor.tokenizer(text, add_special_tokens=False).input_ids + [processor.tokenizer.eos_token_id]
+def report(problems, told, strict):
+    """say each problem once, from the rank that met it, and not again in every epoch; under --strict end the run"""
+    for problem in [p for p in problems if p not in told]:
+        if strict:
+            raise SystemExit(f"error: {problem}; without --strict such data is reported and the rest goes on")
+        tqdm.write(str(problem))
+        told.add(problem)
 
 
-def encode(records, processor, config, problems):
-    """records -> [(Prompt, response ids)]; what cannot be read or does not fit is reported and left out"""
-    sequences = []
-    for record in records:
-        try:
-            prompt = packing.encode(record, processor, config.system_prompt)
-            ids = response_ids(record, processor, config.drop_chains)
-            if len(prompt.ids) + len(ids) > config.cutoff:
-                raise data.BadRow(
-                    "sequence too long", f"{len(prompt.ids) + len(ids)} tokens, --cutoff is {config.cutoff}"
-                )
-            sequences.append((prompt, ids))
-        except data.BadRow as bad:
-            problems.add(*bad.args, record.source, None, record.id)
-        except ValueError as error:
-            problems.add("broken image", str(error), record.source, None, record.id)
-    return sequences
+def model_flops(shape, sequences, frozen_vision):
+    """what these sequences cost by budget.py, forward and backward; 0 where it does not know the model"""
+    if shape is None:
+        return 0.0
+    grids = [grid for p, _ in sequences for grid in p.image_grid.tolist()]
+    lengths = [len(p.ids) + len(ids) for p, ids in sequences]
+    return budget.flops(shape, lengths, sum(len(ids) for _, ids in sequences), grids).training(frozen_vision)
 
 
-def cost(record, processor, config, width):
-    """the work of a sequence, known without decoding its images; nothing for one that encode() will leave out"""
-    try:
-        prompt = packing.prompt_length(record, processor, config.system_prompt)
-        return packing.work(prompt + len(response_ids(record, processor, config.drop_chains)), width)
-    except (data.BadRow, ValueError):
-        return 0
+@torch.no_grad()
+def evaluate(steps, policy, config, device, told):
+    """held-out records: mean loss per response token, and the share of response tokens that the model would have said
+    itself, given those before. every rank takes part, with or without records of its own"""
+    total = {"loss": 0.0, "right": 0, "tokens": 0}
+    for sequences, bad in ahead(steps, 0, config.workers):
+        report(bad, told, config.strict)
+        for batch in batches(sequences, steps.processor, config, steps.width, device):
+            logprobs, _, right = policy(batch, judge=True)
+            total["loss"] -= logprobs.sum().item()
+            total["right"] += right.sum().item()
+            total["tokens"] += len(logprobs)
+    total = run.all_sum(total)
+    tokens = max(1, total["tokens"])
+    return {"eval_loss": total["loss"] / tokens, "eval_accuracy": total["right"] / tokens}
 
 
-def preflight(config, records, policy, optimizer, processor, device, say):
+def preflight(config, shape, records, policy, optimizer, processor, device, say):
     """memory on paper, then one step at the cutoff: too little of it shows now, with the knob to turn"""
-    sequences = encode(records[:20], processor, config, data.Problems()) or [packing.blank(processor)]
+    some = [records[i] for i in range(min(20, len(records)))]
+    sequences = encode(some, processor, config, data.Problems()) or [kind(processor).blank(processor)]
     prompt = max((p for p, _ in sequences), key=lambda p: len(p.ids))
+    response = [processor.eos_ids[0]] * (config.cutoff - len(prompt.ids))
+    if shape is None:
+        say("no table of its memory: budget.py knows the Qwen-VL models")
+        return model.rehearse(policy, optimizer, mllama.pack([(prompt, response)], device))
     fits = max(1, min(config.micro_tokens // config.cutoff, config.batch_size // dist.get_world_size()))
     cuda = device.type == "cuda"
     items = budget.memory(
-        budget.shape(policy.hf.config), fits * config.cutoff, fits * int(prompt.image_grid.prod(-1).sum()), cuda=cuda,
+        shape, fits * config.cutoff, fits * int(prompt.image_grid.prod(-1).sum()), cuda=cuda,
         world=dist.get_world_size(), shard_size=config.shard_size or None, frozen_vision=config.freeze_vision,
         activation_checkpointing=config.activation_checkpointing, reference="", offload=config.offload,
     )  # fmt: skip
     budget.announce(items, device, say)
-    response = [processor.eos_ids[0]] * (config.cutoff - len(prompt.ids))
     model.rehearse(policy, optimizer, packing.pack([(copy.copy(prompt), response) for _ in range(fits)], device))
 
 
@@ -156,23 +168,25 @@ def main(config):
 
         run.on_main_first(lambda: (toy.find(config.model), toy.find(config.data)))
         config.model, config.data = toy.find(config.model), toy.find(config.data)
-    run.claim(config, ("model", "data", "seed", "batch_size", "epochs"))
+    run.claim(config, ("model", "data", "seed", "batch_size", "epochs", "holdout"))
     say = tqdm.write if rank == 0 else lambda *_: None
 
-    with run.for_people():
-        records, problems = data.read(config.data, strict=config.strict, check_images=False)
-        for record in [r for r in records if not r.response]:
-            problems.add("no response", "", config.data, None, record.id)
-    records = [r for r in records if r.response]
-    if problems:
-        say(problems.summary())
-    if not records:
-        raise SystemExit(
-            f"{config.data}: no record with a response in it; sft.py needs chains (cold_start.py makes them)"
-        )
+    shelf, shelf_held = out / "records.pkl", out / "held-out.pkl"
 
-    processor = model.Processor(config.model)
-    policy = model.load_sharded(
+    def read():
+        holdout = 0 if config.eval_data else config.holdout
+        shelve(config.data, shelf, config.strict, say, holdout, config.seed)
+        if config.eval_data:
+            shelve(config.eval_data, shelf_held, config.strict, say)
+
+    with run.for_people():
+        run.on_main_first(read)
+    records = Shelf(shelf, held=False)
+    held = Shelf(shelf_held, held=False) if config.eval_data else Shelf(shelf, held=True)
+
+    library = mllama if mllama.is_one(config.model) else model
+    processor = library.Processor(config.model)
+    policy = library.load_sharded(
         config.model,
         device,
         freeze_vision=config.freeze_vision,
@@ -185,46 +199,33 @@ def main(config):
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
 
-    per_epoch = -(-len(records) // config.batch_size)
-    total = config.epochs * per_epoch
+    steps = Steps(records, processor, config, width)
+    per_epoch, total = steps.per_epoch, len(steps)
+    shape = None if library is mllama else budget.shape(policy.hf.config)  # which budget.py cannot count
     if config.preflight:
-        preflight(config, records, policy, optimizer, processor, device, say)
+        preflight(config, shape, records, policy, optimizer, processor, device, say)
     start, _ = run.load_checkpoint(out, policy, optimizer)
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
     resumed = f"; resumed after step {start}" if start else ""
-    say(f"recipe {config.recipe}: {len(records)} records, {config.epochs} epochs of {per_epoch} steps")
+    about = f"recipe {config.recipe}: {len(records)} records, {len(held)} held out"
+    say(f"{about}; {config.epochs} epochs of {per_epoch} steps")
+    exam = Steps(held, processor, replace(config, epochs=1), width) if len(held) else None
+    told = set()
     say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
 
-    def prepare(step):
-        """this rank's share of a step's sequences, about as much work as the others'; every epoch has an order of its own that follows from the seed"""
-        epoch, place = divmod(step, per_epoch)
-        order = torch.randperm(len(records), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
-        chosen = [records[i] for i in order[place * config.batch_size :][: config.batch_size].tolist()]
-        owners = [i % world for i in range(len(chosen))]
-        if world > 1:
-            owners = packing.rebalance([cost(r, processor, config, width) for r in chosen], owners, world)
-        bad = data.Problems(config.strict)
-        return encode([r for r, owner in zip(chosen, owners) if owner == rank], processor, config, bad), bad
-
-    ahead = ThreadPoolExecutor(1)  # images of the next step are read while this one computes
-    upcoming = ahead.submit(prepare, start) if start < total else None
     bar = tqdm(total=total, initial=start, desc="sft", disable=None if rank == 0 else True)
-    for step in range(start, total):
-        began = time.perf_counter()
-        sequences, bad = upcoming.result()
-        if step + 1 < total:
-            upcoming = ahead.submit(prepare, step + 1)
-        for item in bad if step < per_epoch else []:  # once, not in every epoch
-            say(str(item))
+    began = time.perf_counter()
+    for step, (sequences, bad) in enumerate(ahead(steps, start, config.workers), start):
+        t_data = time.perf_counter() - began  # how long the device had to wait for them
+        report(bad, told, config.strict)
         lr = learning_rate(step, total, config)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        tokens = run.all_sum({"n": sum(len(ids) for _, ids in sequences)})["n"]
+        counts = run.all_sum({"tokens": sum(len(ids) for _, ids in sequences), "left_out": len(bad)})
+        tokens = counts["tokens"]
         loss_sum = 0.0
-        lengths = [len(p.ids) + len(ids) for p, ids in sequences]
-        for part in packing.micro_batches(lengths, config.micro_tokens, width):
-            batch = packing.pack(sequences[part] or [packing.blank(processor)], device)
+        for batch in batches(sequences, processor, config, width, device):
             logprobs, _ = policy(batch)
             loss = -logprobs.sum() / max(tokens, 1)  # mean over the response tokens of all ranks
             (loss * world).backward()  # FSDP takes the mean over ranks
@@ -233,18 +234,29 @@ def main(config):
         optimizer.step()
         optimizer.zero_grad()
 
-        loss = run.all_sum({"loss": loss_sum})["loss"]
-        seconds = time.perf_counter() - began
+        sums = run.all_sum({"loss": loss_sum, "flops": model_flops(shape, sequences, config.freeze_vision)})
+        loss, seconds = sums["loss"], time.perf_counter() - began
+        mfu = budget.mfu(sums["flops"] / world, seconds, device) if shape else None
+        last, exams = step + 1 == total, {}
+        if exam and (last or (step + 1) % config.eval_every == 0):
+            exams = evaluate(exam, policy, config, device, told)
+            say(f"step {step + 1:5d}/{total}  held out: {', '.join(f'{k} {v:.4f}' for k, v in exams.items())}")
         log.write(dict(step=step + 1, epoch=step / per_epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=int(tokens),
-                       tokens_per_s=tokens / seconds, t_total=seconds, mem_peak=run.peak_memory()))  # fmt: skip
+                       left_out=int(counts["left_out"]), tokens_per_s=tokens / seconds, mfu=mfu, t_data=t_data,
+                       t_total=seconds, mem_peak=run.peak_memory(), **exams))  # fmt: skip
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:.0f}")
         if (step + 1) % max(1, total // 20) == 0:
             say(f"step {step + 1:5d}/{total}  loss {loss:.4f}  lr {lr:.2e}  {tokens / seconds:.0f} tokens/s")
-        if (step + 1) % config.save_every == 0 or step + 1 == total:
+        if last or (step + 1) % config.save_every == 0:
             run.save_checkpoint(out, step + 1, policy, optimizer, {}, config.keep)
+        began = time.perf_counter()
     bar.close()
 
+    if rank == 0:
+        for file in (shelf, shelf_held):
+            file.unlink(missing_ok=True)
+            file.with_suffix(".npz").unlink(missing_ok=True)
     model.export(policy, processor, out / "final")
     say(f"{'nothing left to do' if start == total else 'done'}: the model is in {out / 'final'}")
     dist.destroy_process_group()
