@@ -232,11 +232,13 @@ def rank_in_environment():
     before = dict(os.environ)
     os.environ.setdefault("RANK", "0")
     os.environ.setdefault("LOCAL_RANK", "0")
-    yield
-    for key in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD"):
-        os.environ.pop(key, None)
-        if key in before:
-            os.environ[key] = before[key]
+    try:
+        yield
+    finally:
+        for key in ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD"):
+            os.environ.pop(key, None)
+            if key in before:
+                os.environ[key] = before[key]
 
 
 class VLLMEngine:
@@ -368,14 +370,14 @@ class HTTPEngine:
         self.processor, self.device = processor, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.url = self.urls[dist.get_rank() % len(self.urls)]
-        self.client = httpx.Client(timeout=httpx.Timeout(None, connect=10), limits=httpx.Limits(max_connections=None), trust_env=False)
+        self.client = httpx.Client(limits=httpx.Limits(max_connections=None), trust_env=False)  # no proxy in between
         self.version, self.probe, self.senders = 0, Probe(processor), None
         self.ask("GET", self.url, "/health", timeout=30)
 
     def ask(self, how, url, path, body=None, timeout=600):
         """one request; whatever goes wrong names the server and ends the run"""
         try:
-            answer = self.client.request(how, url + path, json=body, timeout=timeout)
+            answer = self.client.request(how, url + path, json=body, timeout=httpx.Timeout(timeout, connect=10))
         except httpx.HTTPError as error:
             raise SystemExit(f"the vLLM server at {url} did not answer {path} ({type(error).__name__}: {error}). "
                              "Start it again and run the same command: the run goes on from its checkpoint") from error  # fmt: skip

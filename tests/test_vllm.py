@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 
 import pytest
@@ -284,7 +285,7 @@ def problem_file(tmp_path_factory):
 
 
 def command(out, problem_file, ranks=1, **flags):
-    flags = dict(model=ROOT / "assets" / "toy-base", data=problem_file, out=out, stages="16x8x3,24x4x1", questions=8, lr=1e-4,
+    flags = dict(model=ROOT / "assets" / "toy-base", data=problem_file, out=out, stages="16x8x4,24x4x1", questions=8, lr=1e-4,
                  save_every=2, seed=1, engine="vllm", max_num_seqs=64) | flags  # fmt: skip
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return [*launch, str(ROOT / "grpo.py"), "--recipe", "toy-zero", *[w for k, v in flags.items() for w in (f"--{k}", str(v))]]
@@ -294,21 +295,30 @@ def log_of(out):
     return [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
 
 
-def wait_for(what, process, seconds=400):
-    end = time.time() + seconds
-    while not what():
-        assert process.poll() is None and time.time() < end, process.stdout.read() if process.poll() is not None else "too slow"
-        time.sleep(0.05)
+def begin(words, **kwargs):
+    """a process of its own session that writes to a file"""
+    file = tempfile.TemporaryFile("w+")
+    process = subprocess.Popen(words, env=os.environ | SPARE, stdout=file, stderr=file, start_new_session=True, **kwargs)
+    process.file = file
+    return process
 
 
-def begin(words):
-    return subprocess.Popen(words, env=os.environ | SPARE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+def said(process):
+    process.file.seek(0)
+    return process.file.read()
 
 
 def ends(process, within):
     """its output and exit code; it must end in so many seconds"""
-    out, _ = process.communicate(timeout=within)
-    return out, process.returncode
+    process.wait(within)
+    return said(process), process.returncode
+
+
+def wait_for(what, process, seconds=400):
+    end = time.time() + seconds
+    while not what():
+        assert process.poll() is None and time.time() < end, said(process)
+        time.sleep(0.2)
 
 
 def ranks_of(out):
@@ -322,7 +332,7 @@ def test_two_ranks_killed_and_resumed_are_one_rank(problem_file, tmp_path):
     out, code = ends(begin(command(tmp_path / "one", problem_file)), 500)
     assert code == 0, out
     process = begin(command(tmp_path / "two", problem_file, ranks=2))
-    wait_for(lambda: len(log_of(tmp_path / "two")) >= 2, process)
+    wait_for(lambda: (tmp_path / "two" / "checkpoints" / "step-000002").exists(), process)
     victims = ranks_of(tmp_path / "two")
     assert len(victims) == 2
     os.kill(victims[-1], signal.SIGKILL)
@@ -331,7 +341,7 @@ def test_two_ranks_killed_and_resumed_are_one_rank(problem_file, tmp_path):
     out, code = ends(begin(command(tmp_path / "two", problem_file, ranks=2)), 500)
     assert code == 0 and "resumed after step 2" in out, out
     rows = list(zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True))
-    assert len(rows) == 4
+    assert len(rows) == 5
     for a, b in rows:
         assert a["logprob_gap_max"] < 1e-3 and b["logprob_gap_max"] < 1e-3 and 0 <= b["logprob_gap_kl"] < 1e-6
         for key in ("reward", "accuracy", "len_mean", "entropy", "kl", "grad_norm"):
@@ -347,8 +357,7 @@ class Server:
             self.port = s.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         words = ["--port", self.port, "--host", "127.0.0.1", "--max-model-len", 1024, "--max-num-seqs", 64]
-        self.process = subprocess.Popen([sys.executable, str(ROOT / "vllm_engine.py"), str(path), *map(str, words)], text=True,
-                                        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)  # fmt: skip
+        self.process = begin([sys.executable, str(ROOT / "vllm_engine.py"), str(path), *map(str, words)])
 
     def ready(self):
         import httpx
@@ -364,15 +373,15 @@ class Server:
 
     def kill(self):
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # the server and its engine, a session of their own
-        self.process.communicate()
+            os.killpg(self.process.pid, signal.SIGKILL)  # the server and its engine
+        self.process.wait()
 
 
 def test_a_server_that_is_killed_ends_the_run_which_resumes_with_the_next_one(problem_file, tmp_path):
     first = Server(ROOT / "assets" / "toy-base").ready()
     try:
-        process = begin(command(tmp_path, problem_file, engine="http", url=first.url, stages="16x8x3,24x4x1"))
-        wait_for(lambda: len(log_of(tmp_path)) >= 2, process)
+        process = begin(command(tmp_path, problem_file, engine="http", url=first.url))
+        wait_for(lambda: (tmp_path / "checkpoints" / "step-000002").exists(), process)
         first.kill()
         out, code = ends(process, 60)
         assert code != 0 and "the vLLM server at" in out and "goes on from its checkpoint" in out, out
@@ -385,7 +394,7 @@ def test_a_server_that_is_killed_ends_the_run_which_resumes_with_the_next_one(pr
     finally:
         second.kill()
     rows = log_of(tmp_path)
-    assert [r["step"] for r in rows] == [1, 2, 3, 4] and all(r["logprob_gap_max"] < 1e-3 for r in rows)
+    assert [r["step"] for r in rows] == [1, 2, 3, 4, 5] and all(r["logprob_gap_max"] < 1e-3 for r in rows)
 
 
 # ---- the other families, last: each start takes the process groups of the one before with it
