@@ -33,9 +33,7 @@ class Config:
     recipe: str = "toy"
     out: str = ""  # folder of the run; "" = named after model and data
     model: str = ""  # a Hugging Face folder or hub name; toy:NAME = the toy's, made if missing
-    data: str = (
-        ""  # records with a response, any format of data.py (Vision-R1-cold as downloaded, cold_start.py's output)
-    )
+    data: str = ""  # records with a response: Vision-R1-cold as downloaded, cold_start.py's, any format of data.py
     eval_data: str = ""  # held-out records of the same kind: their loss and accuracy are logged now and then
     holdout: int = 0  # without eval_data: so many records of `data` are left out of training for it
     strict: bool = False  # stop at the first bad record instead of reporting it
@@ -87,9 +85,8 @@ RECIPES = {
     "vision-r1-ci-7b": PAPER | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/vision-r1-ci-7b"),
     "vision-r1-ci-32b": PAPER | dict(model="Qwen/Qwen2.5-VL-32B-Instruct", out="runs/vision-r1-ci-32b"),
     "vision-r1-ci-72b": PAPER | dict(model="Qwen/Qwen2.5-VL-72B-Instruct", out="runs/vision-r1-ci-72b"),
-    # Table 2: the same data on another base
-    "vision-r1-llamav-ci": PAPER
-    | dict(model="meta-llama/Llama-3.2-11B-Vision-Instruct", out="runs/vision-r1-llamav-ci"),
+    # Table 2: the same data on another base; "Llama-3.2-11B-Vision" there, of which we take the one with a chat template
+    "vision-r1-llamav-ci": PAPER | dict(model="meta-llama/Llama-3.2-11B-Vision-Instruct", out="runs/vision-r1-llamav"),
     "zero-sft": PAPER | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/zero-sft", drop_chains=True),
 }
 

@@ -12,6 +12,7 @@ import ptst
 import rollout
 import run
 import sft
+import steps
 
 STAGES = [cold_start, sft, grpo, evaluation]
 
@@ -94,7 +95,7 @@ def test_no_flag_is_dead_or_hidden_by_torchrun():
         for f in dataclasses.fields(stage.Config):
             assert not [t for t in theirs if t.startswith(f"--{f.name}")], f.name
     for stage in [sft, grpo, evaluation]:
-        source = open(stage.__file__).read() + open(run.__file__).read() + open(rollout.__file__).read()
+        source = "".join(open(part.__file__).read() for part in (stage, run, rollout, steps))
         for f in dataclasses.fields(stage.Config):
             assert source.count(f".{f.name}") + source.count(f'"{f.name}"') >= 1 or f.name == "recipe", (
                 stage.__name__,
