@@ -10,7 +10,7 @@ and through it the end token has probability 0 (every completion reaches the lim
 every token, so that the mean length is half the limit. Left out: vLLM, several ranks, published checkpoints.
 
   python bench/grpo_step.py --size 3b --completion 2048 --image-tokens 512 --max_rows 128 --activation_checkpointing True
-  (unknown flags go to grpo.py; --share: instead, the worth of encoding the image of a group once)
+  (unknown flags go to grpo.py; --share: instead, the worth of encoding image and prompt of a group once)
 """
 
 import argparse
@@ -237,7 +237,7 @@ def trl(args, rest):
 
 
 def share(args, rest):
-    """forward + backward of one group whose rollouts share a Prompt, hence its image, and of one where each has its own"""
+    """forward + backward of one group whose rollouts share a Prompt, so image and prompt go through once, and one where they do not"""
     import copy
 
     import data
@@ -269,14 +269,17 @@ def share(args, rest):
 
 
 def update_flops(args, length):
-    """of one update: 6 x weights per token and 12 x hidden x keys of causal attention per layer; vision once per question"""
+    """of one update, forward + backward, the same for both: what has to be done, each prompt and its image once.
+
+    6 x weights per token, 12 x hidden x keys per token and layer for attention, where a response token sees half of its
+    response on the average; recomputation and padding do not count.
+    """
     text, vision = SIZES[args.size]
     h, kv = text["hidden_size"], text["num_key_value_heads"] * (text["hidden_size"] // text["num_attention_heads"])
-    layers = text["num_hidden_layers"] * (2 * h * h + 2 * h * kv + 3 * h * text["intermediate_size"])
-    prompt = args.prompt_tokens
-    n = QUESTIONS * GROUP
-    flops = n * (prompt + length) * 6 * layers + n * length * 6 * h * text["vocab_size"]
-    flops += n * 12 * text["num_hidden_layers"] * h * (prompt + length) ** 2 / 2
+    layers, prompt, answers = text["num_hidden_layers"], args.prompt_tokens, QUESTIONS * GROUP
+    weights = layers * (2 * h * h + 2 * h * kv + 3 * h * text["intermediate_size"])
+    flops = 6 * weights * (QUESTIONS * prompt + answers * length) + 6 * h * text["vocab_size"] * answers * length
+    flops += 12 * layers * h * (QUESTIONS * prompt**2 / 2 + answers * length * (prompt + length / 2))
     v = vision["hidden_size"]
     tower = vision["depth"] * (4 * v * v + 3 * v * vision["intermediate_size"]) * 4 + (4 * v) ** 2 + 4 * v * h
     return flops + QUESTIONS * args.image_tokens * 6 * tower
@@ -328,7 +331,9 @@ def main():
     parser.add_argument("--image-tokens", type=int, default=4)
     parser.add_argument("--ragged", action="store_true", help="lengths vary, mean half the limit")
     parser.add_argument(
-        "--share", action="store_true", help="update of one group with its image encoded once, and per rollout"
+        "--share",
+        action="store_true",
+        help="instead: update of one group with image and prompt encoded once, and per rollout",
     )
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=2, help="timed steps of a round, after one that is not")
@@ -354,7 +359,7 @@ def main():
         )
         if args.share:
             s = child("share", args, rest, folder)
-            print(f"update of {GROUP} rollouts x {args.completion} tokens: image once {s['one']:.2f} s, image per rollout {s['each']:.2f} s, "
+            print(f"update of {GROUP} rollouts x {args.completion} tokens: image and prompt once {s['one']:.2f} s, per rollout {s['each']:.2f} s, "
                   f"{s['each'] / s['one']:.2f}x")  # fmt: skip
             return
         names = ["ours"] if args.no_trl or not importlib.util.find_spec("trl") else ["ours", "trl"]
