@@ -189,7 +189,7 @@ def test_states_of_a_real_step(tmp_path):
     policy(batch)[0].sum().backward()
     optimizer = torch.optim.AdamW(policy.parameters())
     optimizer.step()
-    cache = rollout.KVCache(policy.hf.model.language_model.config, 5, "cpu", torch.float32)
+    cache = rollout.KVCache(policy.hf.model.language_model.config, 5, 70, "cpu", torch.float32)
     cache.reserve(70)
     real = [sum(p.nbytes for p in policy.parameters()), sum(p.grad.nbytes for p in policy.parameters()),
             sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.ndim)]  # fmt: skip
