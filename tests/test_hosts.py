@@ -278,7 +278,7 @@ def test_sft_and_eval_on_two_hosts_are_one_process(hosts, problem_file, tmp_path
     alone(sft, tmp_path / "sft1", **tune)
     alone(evaluation, tmp_path / "eval1", **ask)
     assert finish(one + two, 120) == [0] * 4, "".join(s.read_text() for s in said_one + said_two)
-    for a, b in zip(*(log_of(tmp_path / f, (*TIMES, "tokens_per_s")) for f in ("sft", "sft1")), strict=True):
+    for a, b in zip(*(log_of(tmp_path / f, (*TIMES, "t_data", "tokens_per_s", "mfu")) for f in ("sft", "sft1")), strict=True):
         assert all(a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5) for k in a), (a, b)
     a, b = weights_of(tmp_path / "sft1"), weights_of(tmp_path / "sft")
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5
