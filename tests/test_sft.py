@@ -44,7 +44,7 @@ def chains(tmp_path_factory):
 
 def command(out, chains, ranks=1, **flags):
     flags = (
-        dict(model=ROOT / "assets" / "toy-base", data=chains, out=out, epochs=2, batch_size=8, save_every=3, lr=1e-4)
+        dict(model=ROOT / "assets" / "toy-base", data=chains, out=out, epochs=2, batch_size=8, save_every=100, lr=1e-4)
         | flags
     )
     launch = (
@@ -138,7 +138,7 @@ def test_two_ranks_are_one_rank(one_rank, chains, tmp_path):
 def test_killed_in_mid_epoch_and_resumed_is_uninterrupted(one_rank, chains, tmp_path):
     """with worker processes before and after, without them in the run that is compared"""
     p = subprocess.Popen(
-        command(tmp_path, chains, workers=2),
+        command(tmp_path, chains, workers=2, save_every=3),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -149,7 +149,7 @@ def test_killed_in_mid_epoch_and_resumed_is_uninterrupted(one_rank, chains, tmp_
     kill_all(str(tmp_path))
     p.wait()
     assert p.returncode == -signal.SIGKILL and not (tmp_path / "final").exists()
-    assert "resumed after step" in run_sft(tmp_path, chains, workers=2)
+    assert "resumed after step" in run_sft(tmp_path, chains, workers=2, save_every=3)
     assert log_of(tmp_path) == log_of(one_rank)
     a, b = weights_of(one_rank), weights_of(tmp_path)
     assert all(torch.equal(a[k], b[k]) for k in a)
