@@ -43,7 +43,7 @@ def start(path):
     policy, processor = model.load(path)
     with torch.no_grad():
         policy.hf.model.language_model.norm.weight.mul_(6)
-    model.shard(policy)
+    model.shard(policy, CPU)
     engine = vllm_engine.VLLMEngine(path, processor, 1024, CPU, max_num_seqs=128)
     engine.sync(policy)
     return policy, processor, engine
@@ -140,6 +140,27 @@ def test_the_draws_follow_the_distribution(restored, pictures):
     z = (first.bincount(minlength=size) - n * p) / (n * p * (1 - p)).sqrt()
     common = n * p > 5
     assert common.sum() > 20 and z[common].abs().max() < 4.5 and 0.5 < (z[common] ** 2).mean() < 1.5
+
+
+def test_top_p_draws_from_the_smallest_set_that_holds_its_mass(restored, pictures):
+    """as evaluation asks for it; greedy stays greedy"""
+    policy, processor, engine = restored
+    prompt, top_p, n = packing.encode(pictures[0], processor), 0.8, 1000
+    size = policy.hf.get_output_embeddings().weight.shape[0]
+    every = [i for i in range(size) if i not in set(policy.banned.tolist())]
+    p = trainer(policy, [prompt] * len(every), [[rollout.Rollout([i], [], "")] for i in every]).double().exp()
+    ranked = sorted(zip(p.tolist(), every), reverse=True)
+    nucleus, mass = {}, 0.0
+    while mass < top_p:
+        q, i = ranked[len(nucleus)]
+        nucleus[i], mass = q, mass + q
+    drawn = [r.ids[0] for r in engine.generate([prompt], n, 1, seeds(1), top_p=top_p)[0]]
+    assert 1 < len(nucleus) < len(every) / 2 and set(drawn) <= set(nucleus)
+    for i, q in nucleus.items():
+        q /= mass
+        assert abs(drawn.count(i) - n * q) < 4.5 * (n * q * (1 - q)) ** 0.5 + 1
+    greedy = engine.generate([prompt], 2, 4, seeds(1), temperature=0, top_p=top_p)[0]
+    assert greedy[0].ids == greedy[1].ids and greedy[0].ids[0] == ranked[0][1]
 
 
 def test_vision_tokens_are_never_sampled_even_if_the_policy_loves_them(restored, pictures):
