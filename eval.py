@@ -2,6 +2,7 @@
 
   python eval.py                                                     the toy: base, CI and Vision-R1 side by side
   torchrun --nproc_per_node 8 eval.py --model DIR --bench mathvista,mathverse --out runs/eval [--limit N] [--samples N]
+  torchrun --nproc_per_node 8 eval.py --model DIR --bench mathvista --engine vllm        (http: servers of vllm_engine.py)
   python eval.py --model DIR --bench mathvista=FOLDER,mm-math=FOLDER  where there is no network: files that you have
   python eval.py --model DIR --data problems.jsonl                   any file, scored by the training reward
   python eval.py compare RUN_A RUN_B                                 paired differences with a significance test
@@ -37,6 +38,7 @@ import report as reports
 import run
 from report import interval, summarize, table  # noqa: F401
 from rollout import TorchEngine, judge
+from rollout import make_engine as make_vllm
 
 
 @dataclass
@@ -55,7 +57,11 @@ class Config:
     max_len: int = 16384  # new tokens, the paper's
     max_prompt_len: int = 8192  # a longer prompt is reported and left out
     system_prompt: str = ""
-    engine: str = "torch"  # torch, vllm or http
+    engine: str = "torch"  # torch: rollout.py; vllm: one vLLM per rank, in this process; http: servers of vllm_engine.py
+    url: str = ""  # of the servers, separated by commas
+    vllm_memory: float = 0.9  # share of a GPU that vLLM may take: nothing else is there
+    vllm_tp: int = 1  # neighbouring ranks that share one vLLM (tensor parallel)
+    max_num_seqs: int = 256  # sequences that one vLLM decodes at a time
     max_rows: int = 256  # sequences that one rank decodes at a time
     chunk: int = 256  # questions between two writes to responses.jsonl
     judge_url: str = (
@@ -75,11 +81,20 @@ DROPPED = ("bench", "tags", "query", "query_cot")  # of a question's meta: stand
 
 
 def make_engine(config, device):
-    """-> (engine with generate(prompts, n, max_len, seeds, temperature, top_p, on_done), processor): --engine is chosen here"""
+    """-> (engine with generate(prompts, n, max_len, seeds, temperature, top_p, on_done), processor): --engine is chosen here.
+
+    nothing is synced here: a vLLM samples with the weights that it read from the checkpoint itself.
+    """
+    if config.engine not in (known := ("torch", "vllm", "http")):
+        raise SystemExit(f"error: no engine {config.engine!r}{run.nearest(config.engine, known)}; there are: {', '.join(known)}")
     if config.engine == "torch":
         policy, processor = model.load(config.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
         return TorchEngine(policy.hf, processor, policy.banned, config.max_rows), processor
-    raise SystemExit(f"error: no engine {config.engine!r}{run.nearest(config.engine, ['torch'])}; there is: torch")
+    processor = model.Processor(config.model)
+    engine = make_vllm(config, None, processor, config.max_len, device)
+    if config.engine == "http":
+        engine.must_serve(config.model, config.max_prompt_len + config.max_len)
+    return engine, processor
 
 
 def questions(config, processor, say):
@@ -140,7 +155,8 @@ def read_responses(path):
 def generate(engine, processor, config, mine, order, on_row):
     """answers to these records: a list of rows for each; on_row(number of the record, row) as each one is ready"""
     got, todo, attempt, n = [[] for _ in mine], list(range(len(mine))), 0, config.samples
-    while todo:
+    # ranks that share a vLLM ask together, as long as one of them has a question
+    while run.all_max(len(todo)) if config.vllm_tp > 1 else todo:
         prompts = [packing.encode(mine[i], processor, config.system_prompt) for i in todo]
         # a later draw is seeded by its number, so that it does not depend on who else needed one
         number = lambda id: (
@@ -245,6 +261,8 @@ def evaluate(config, device):
     if rank == 0:
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     log.write(dict(step=len(rows), **brief))
+    if config.engine == "vllm":
+        engine.close()  # and torch's process groups with it
     return report
 
 
@@ -305,7 +323,10 @@ def agree(*paths):
 def main(config):
     if not config.model or bool(config.bench) + bool(config.data) != 1:
         raise SystemExit("error: say --model, and one of --bench (mathvista, mathverse=FOLDER, ...) and --data")
+    if config.model == "toy:all" and config.engine != "torch":
+        raise SystemExit("error: a vLLM holds one model, toy:all is three: say --model toy:base, toy:ci or toy:rl")
     device = run.start_ranks()
+    first = run.is_main()
     config.out = config.out or run.default_out("eval", config.model, config.data or config.bench.replace("=", ","))
     if config.model == "toy:all":
         lines = toy_table(config, device)
@@ -322,7 +343,7 @@ def main(config):
             if not config.bench
             else []
         )
-    if run.is_main():
+    if first:
         text = (
             table(lines)
             if lines
@@ -330,7 +351,8 @@ def main(config):
         )
         (Path(config.out) / "table.md").write_text(text + "\n")
         print(text)
-    dist.destroy_process_group()
+    if dist.is_initialized():  # vLLM has taken them along
+        dist.destroy_process_group()
 
 
 def configure(argv):

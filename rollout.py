@@ -255,7 +255,8 @@ def sample(logits, u, temperature, top_p, banned):
 
 
 def make_engine(config, policy, processor, max_len, device):
-    """what samples: all three give sync(policy) and generate(prompts, ...)"""
+    """what samples: all three give sync(policy) and generate(prompts, ...). policy None: evaluation with vLLM, which keeps
+    the weights that it read from the checkpoint and never sleeps"""
     if config.engine == "torch":
         return TorchEngine(replica(policy), processor, policy.banned, config.max_rows)
     import vllm_engine
@@ -263,7 +264,7 @@ def make_engine(config, policy, processor, max_len, device):
     if config.engine == "http":
         return vllm_engine.HTTPEngine(config.url, processor, device)
     return vllm_engine.VLLMEngine(config.model, processor, config.max_prompt_len + max_len, device, config.vllm_memory,
-                                  config.vllm_tp, config.max_num_seqs, may_sleep=not config.async_steps)  # fmt: skip
+                                  config.vllm_tp, config.max_num_seqs, may_sleep=policy is not None and not config.async_steps)  # fmt: skip
 
 
 def check_engine(config):

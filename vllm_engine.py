@@ -51,6 +51,7 @@ except ImportError as error:
 HERE = os.path.dirname(os.path.abspath(__file__))
 BUCKET = 256 << 20  # bytes of weights that are whole at a time, on any rank
 CHECK_EVERY = 50  # syncs between two probes; the first is always checked
+FRESH = "default"  # what vLLM calls the weights that it read itself
 
 # -----------------------------------------------------------------------------------------------------------------
 # what both engines share
@@ -251,7 +252,7 @@ class VLLMEngine:
         self.processor, self.tp = processor, tp
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as in the trainer's forward
         self.sleeps = may_sleep and device.type == "cuda"
-        self.version, self.probe = 0, Probe(processor)
+        self.syncs, self.probe = 0, Probe(processor)
         first = dist.get_rank() // tp * tp
         groups = [dist.new_group(range(r, r + tp)) for r in range(0, dist.get_world_size(), tp)] if tp > 1 else []
         self.team, self.place = (groups[first // tp] if groups else None), dist.get_rank() - first
@@ -266,7 +267,7 @@ class VLLMEngine:
                 logits_processors=[Ban], weight_transfer_config={"backend": "buckets"},
                 **(cpu if device.type == "cpu" else {}),
             )  # fmt: skip
-        self.asleep = False
+        self.version, self.asleep = self.llm.get_weight_version(), False
         self.sleep()
 
     def close(self):
@@ -282,18 +283,19 @@ class VLLMEngine:
         """take over the weights of the training policy (a collective)"""
         if self.asleep:
             self.llm.wake_up(tags=["weights"])
-        self.version += 1
+        self.syncs += 1
+        self.version = str(self.syncs)
         self.llm.start_weight_update()
         for bucket in buckets(policy, self.dtype):
             self.llm.update_weights({"update_info": {"tensors": bucket}})
-        self.llm.finish_weight_update(str(self.version))
+        self.llm.finish_weight_update(self.version)
         self.drop_caches()
         if self.asleep:
             self.llm.wake_up(tags=["kv_cache"])
             self.asleep = False
-        if (got := self.llm.get_weight_version()) != str(self.version):
+        if (got := self.llm.get_weight_version()) != self.version:
             raise RuntimeError(f"weight sync: vLLM is at version {got}, expected {self.version}")
-        if self.version % CHECK_EVERY == 1:
+        if self.syncs % CHECK_EVERY == 1:
             self.gap = self.probe.compare(self, policy)
 
     def drop_caches(self):
@@ -332,7 +334,7 @@ class VLLMEngine:
             for done in engine.step():
                 (p, s), out = map(int, done.request_id.split()), done.outputs[0]
                 versions = {span.version for span in out.weight_versions or []}
-                check_rollout(prompts[p], done.prompt_token_ids, out.finish_reason, versions, str(self.version), "vLLM")
+                check_rollout(prompts[p], done.prompt_token_ids, out.finish_reason, versions, self.version, "vLLM")
                 if offset <= p < offset + mine:
                     rollout = Rollout(list(out.token_ids), list(out.logprobs.logprobs), out.finish_reason)
                     results[p - offset][s] = rollout
@@ -371,8 +373,30 @@ class HTTPEngine:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.url = self.urls[dist.get_rank() % len(self.urls)]
         self.client = httpx.Client(limits=httpx.Limits(max_connections=None), trust_env=False)  # no proxy in between
-        self.version, self.probe, self.senders = 0, Probe(processor), None
+        self.syncs, self.probe, self.senders = 0, Probe(processor), None
         self.ask("GET", self.url, "/health", timeout=30)
+        self.version = self.version_of(self.url)
+
+    def version_of(self, url):
+        return self.ask("GET", url, "/weight_info")["weight_version"]
+
+    def must_serve(self, path, max_len):
+        """evaluation, which pushes no weights: every server must hold this checkpoint, as it read it, and have the room.
+
+        a path that does not exist here is a server's on another machine: then its last two folders must be the same.
+        """
+        place = lambda p: os.path.realpath(p) if os.path.exists(p) else p
+        for url in self.urls:
+            card = self.ask("GET", url, "/v1/models")["data"][0]
+            theirs, ours = place(card["root"]), place(path)
+            if theirs != ours and (os.path.exists(theirs) or theirs.split("/")[-2:] != ours.split("/")[-2:]):
+                raise SystemExit(f"the vLLM server at {url} serves {card['root']}, not {path}: start one that does")
+            if self.version_of(url) != FRESH:
+                raise SystemExit(f"the vLLM server at {url} holds the weights of a training run, no longer those of {path}: "
+                                 "start it again")  # fmt: skip
+            if card["max_model_len"] < max_len:
+                raise SystemExit(f"the vLLM server at {url} takes {card['max_model_len']} tokens, --max_prompt_len and --max_len "
+                                 f"are {max_len} together: start it with --max-model-len {max_len}")  # fmt: skip
 
     def ask(self, how, url, path, body=None, timeout=600):
         """one request; whatever goes wrong names the server and ends the run"""
@@ -387,7 +411,8 @@ class HTTPEngine:
 
     def sync(self, policy):
         """take over the weights of the training policy (a collective): rank 0 sends, all ranks gather"""
-        self.version += 1
+        self.syncs += 1
+        self.version = str(self.syncs)
         sender = dist.get_rank() == 0
         if sender:
             for url in self.urls:  # no request may run; keys, values, images and the vision tower's outputs are dropped
@@ -398,12 +423,12 @@ class HTTPEngine:
             self.send_json(policy, sender)
         if sender:
             for url in self.urls:
-                self.ask("POST", url, "/update_weight_version", {"new_version": str(self.version)})
+                self.ask("POST", url, "/update_weight_version", {"new_version": self.version})
                 self.ask("POST", url, "/resume")
         dist.barrier()
-        if (got := self.ask("GET", self.url, "/weight_info")["weight_version"]) != str(self.version):
+        if (got := self.version_of(self.url)) != self.version:
             raise RuntimeError(f"weight sync: {self.url} is at version {got}, expected {self.version}")
-        if self.version % CHECK_EVERY == 1:
+        if self.syncs % CHECK_EVERY == 1:
             self.gap = self.probe.compare(self, policy)
 
     def send_nccl(self, policy):
@@ -483,7 +508,7 @@ class HTTPEngine:
         rollouts = [None] * n
         for c in answer["choices"]:
             versions = {v["version"] for v in c["weight_versions"] or []}
-            check_rollout(prompt, answer["prompt_token_ids"], c["finish_reason"], versions, str(self.version), self.url)
+            check_rollout(prompt, answer["prompt_token_ids"], c["finish_reason"], versions, self.version, self.url)
             logprobs = [x["logprob"] for x in c["logprobs"]["content"]]
             rollouts[c["index"]] = Rollout(c["token_ids"], logprobs, c["finish_reason"])
         return rollouts
@@ -491,6 +516,7 @@ class HTTPEngine:
 
 def serve(path, *flags):
     """`vllm serve` with what HTTPEngine counts on; further flags are vLLM's own and have the last word"""
+    path = os.path.abspath(path) if os.path.isdir(path) else path  # evaluation asks which folder it is
     gpu = torch.cuda.is_available()
     backend = "nccl" if gpu else "buckets"
     if not gpu:
