@@ -23,7 +23,6 @@ import threading
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-import httpx
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -37,6 +36,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; only the CPU build reads it
 
 try:
+    import httpx
     from vllm import LLM, SamplingParams
     from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
