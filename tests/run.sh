@@ -31,4 +31,4 @@ if not torch.version.cuda:
 PY
     echo "$wanted" > $stamp
 fi
-exec .venv-vllm/bin/python -m pytest -q -m vllm tests/test_vllm.py "$@"
+exec .venv-vllm/bin/python -m pytest -q -m vllm tests/test_vllm.py tests/test_cold_start.py "$@"
