@@ -51,7 +51,7 @@ class KVCache:
     def reserve(self, length):
         have = self.kv[0].shape[3]
         if length > have:
-            more = max(length, min(max(2 * have, 64), self.most)) - have
+            more = max(length, min(max(2 * have, 256), self.most)) - have
             self.kv = [F.pad(layer, (0, 0, 0, more)) for layer in self.kv]
 
     def move(self, src, dst):
