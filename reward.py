@@ -318,6 +318,8 @@ class Worker:
         pipe = subprocess.PIPE
         command = [sys.executable, "-E", os.path.abspath(__file__), "--worker"]
         self.proc = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
+        if select.select([self.proc.stdout], [], [], 60)[0]:  # a slow start on a busy machine is not a slow answer
+            self.proc.stdout.readline()
 
     def ask(self, key, limit):
         """(right?, why), or None if the worker died or was too slow."""
@@ -348,7 +350,7 @@ def lend(keys, workers):
             if key is None:
                 break
             worker = worker or Worker()
-            begun = time.monotonic()
+            begun = time.monotonic()  # after its start
             got = worker.ask(tuple(x[:LONGEST + 1] if isinstance(x, str) else x for x in key), TIME_LIMIT)
             if got is None:  # replaced by the next need
                 late = time.monotonic() - begun >= TIME_LIMIT
@@ -382,6 +384,7 @@ def serve():
     """The worker's loop. The alarm kills it (default action) even if the parent is gone while it works."""
     import resource, signal
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
+    print("ready", flush=True)
     for line in sys.stdin:
         signal.alarm(int(TIME_LIMIT) + 1)
         pred, gold, choices = json.loads(line)

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 
-import httpx
 import pytest
 import torch
 from conftest import ROOT, single_rank
@@ -24,6 +23,7 @@ pytestmark = pytest.mark.vllm
 SPARE = dict(TORCHDYNAMO_DISABLE="1", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1")  # no compilation of small helpers
 os.environ |= SPARE
 
+import httpx  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
 import data  # noqa: E402
