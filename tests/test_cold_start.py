@@ -461,7 +461,7 @@ def test_the_official_client_of_https_servers_does_the_same(tmp_path, serve, mon
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     threading.Timer(0.5, lambda: serve(port=port)).start()
-    cold_start.make(config(tmp_path, f"http://127.0.0.1:{port}/v1", retries=0, out=str(tmp_path / "down")))
+    cold_start.make(config(tmp_path, f"http://127.0.0.1:{port}/v1", retries=1, out=str(tmp_path / "down")))
     assert contents(tmp_path / "down") == contents(tmp_path / "calm")
 
 
