@@ -36,7 +36,7 @@ import llm_judge
 import packing
 import report as reports
 import run
-from report import interval, summarize, table  # noqa: F401
+from report import summarize, table
 from rollout import TorchEngine, judge
 from rollout import make_engine as make_vllm
 

@@ -35,9 +35,7 @@ class Config:
     # what to run
     recipe: str = "toy"
     out: str = ""  # folder of the run; "" = named after model and data
-    model: str = (
-        ""  # where RL starts: a Hugging Face folder or hub name (Vision-R1-CI); toy:NAME = the toy's, made if missing
-    )
+    model: str = ""  # where RL starts: a Hugging Face folder or hub name; toy:NAME = the toy's, made if missing
     data: str = ""  # problems, any format of data.py, or toy:NAME
     strict: bool = False  # stop at the first bad record instead of reporting it
     seed: int = 0
@@ -66,9 +64,7 @@ class Config:
     tis: float = 0.0  # truncated importance sampling: a token counts min(pi_trainer / pi_rollout, tis). 0 = the paper: off
     kl_coef: float = 1e-2  # beta. 0 = no reference model is loaded
     std_norm: bool = True  # divide advantages by the group's std; off = Dr. GRPO
-    loss_mean: str = (
-        "sequence"  # sequence: mean over tokens, then over samples; token: over all tokens; fixed: / max_len
-    )
+    loss_mean: str = "sequence"  # mean over tokens, then over samples; token: over all tokens; fixed: / max_len
     drop_zero_var: bool = False  # leave groups without an advantage out of the means
     # optimization
     lr: float = 1e-4
@@ -205,7 +201,7 @@ def preflight(config, stages, records, policy, reference, engine, optimizer, pro
     cuda = device.type == "cuda"
     stored = {"none": "bfloat16" if cuda else "float32"}.get(config.offload, "cpu") if reference else ""
     items = budget.memory(
-        budget.shape(policy.hf.config), fits * longest, int(prompt.image_grid.prod(-1).sum()), cuda=cuda,
+        budget.shape(policy.hf.config), fits * longest, fits * int(prompt.image_grid.prod(-1).sum()), cuda=cuda,
         world=dist.get_world_size(), shard_size=config.shard_size or None, frozen_vision=config.freeze_vision,
         activation_checkpointing=config.activation_checkpointing, reference=stored, offload=config.offload == "all",
         replica=config.engine == "torch", rows=min(config.max_rows, rollouts), row_tokens=longest,

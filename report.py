@@ -151,11 +151,6 @@ def wilson(right, n, z=1.959964):
     return [max(0.0, float((centre - half) / (1 + z * z / n))), min(1.0, float((centre + half) / (1 + z * z / n)))]
 
 
-def interval(scores, groups, seed=0, draws=2000):
-    """95 % interval of the mean score of responses (N,), groups (N,) being their questions"""
-    return np.quantile(bootstrap(scores, groups, seed, draws), [0.025, 0.975]).tolist()
-
-
 def estimate(groups):
     """[(weight, scores, clusters), ...] -> {value, low, high, n}; groups are drawn with one seed each, independently"""
     value = sum(weight * np.mean(scores) for weight, scores, _ in groups)

@@ -50,9 +50,14 @@ def problem_file(tmp_path_factory):
     return path
 
 
+def interval(scores, groups):
+    found = report.estimate([(1.0, scores, groups)])
+    return found["low"], found["high"]
+
+
 def test_interval_is_the_binomial_one_for_single_answers():
     right = np.random.default_rng(0).random(4000) < 0.3
-    low, high = evaluation.interval(right.astype(float), np.arange(4000))
+    low, high = interval(right.astype(float), np.arange(4000))
     half = 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / 4000)
     assert low == pytest.approx(right.mean() - half, abs=0.002) and high == pytest.approx(
         right.mean() + half, abs=0.002
@@ -61,7 +66,7 @@ def test_interval_is_the_binomial_one_for_single_answers():
 
 def test_samples_of_one_question_are_not_independent():
     right = np.repeat(np.random.default_rng(0).random(200) < 0.5, 10).astype(float)
-    low, high = evaluation.interval(right, np.repeat(np.arange(200), 10))
+    low, high = interval(right, np.repeat(np.arange(200), 10))
     assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 200), rel=0.15)  # 200 questions, not 2,000 answers
 
 
