@@ -11,7 +11,7 @@ pseudo-CoT -> detailed description -> the reasoner's chain -> filters -> word re
 Keys come from the environment: MLLM_API_KEY, REASONER_API_KEY, else OPENAI_API_KEY. Every finished call goes to OUT/journal.jsonl
 at once: kill the run when you like, the same command goes on and ends with the same bytes.
 """
-import asyncio, base64, errno, fcntl, hashlib, json, os, re, shlex, shutil, sys, time, zlib
+import asyncio, base64, errno, fcntl, gc, hashlib, json, os, re, shlex, shutil, sys, time, zlib
 from collections import Counter
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -89,20 +89,24 @@ Question: {question}"""
 # ---- post-processing: text about "the description" becomes text about the image (Sec. 3.3.1). ours, in this order
 
 KIND = r"(image|picture|figure|diagram|chart|graph|photo|plot|table|map)"
-REPLACEMENTS = [(guard, re.compile(pattern, re.I), new) for guard, pattern, new in [  # the guard: plain text without which there is no match
-    (" of ", rf"\b(?:the|a|this|that|your)(?: \w+)? descriptions? of (?:the|this|an?) {KIND}", r"the \1"),  # "the description of the figure"
-    ("description", rf"\b{KIND}(?:'s)? descriptions?\b", r"\1"),                                      # "the image description"
-    ("description", r"\b(?:detailed|textual|written|verbal|text|given|provided) (?=descriptions?\b)", r""),
+REPLACEMENTS = [(guard, re.compile(pattern, re.I), new) for guard, pattern, new in [  # the guard: what `plain` text has wherever the pattern matches
+    ("description of ", rf"\b(?:the|a|this|that|your)(?: \w+)? descriptions? of (?:the|this|an?) {KIND}", r"the \1"),  # "the description of the figure"
+    (" description", rf"\b{KIND}(?:'s)? descriptions?\b", r"\1"),                                      # "the image description"
+    (" description", r"\b(?:detailed|textual|written|verbal|text|given|provided) (?=descriptions?\b)", r""),
     ("description", r"\bdescription,? (?:says|states|mentions|tells (?:me|us)|reads|notes|specifies|indicates|describes)\b", r"image shows"),
     ("description", r"\bdescription (?:said|stated|mentioned|told (?:me|us)|noted|specified|indicated|described)\b", r"image showed"),
     ("read", r"\bread(ing)? (?:through )?(?=(?:the|this) descriptions?\b)", r"look\1 at "),
     ("describe", r"\bthe (?:user|problem|question) (?:described|describes)\b", r"the image shows"),
-    ("a ", r"\ba description\b", r"an image"),
+    ("a description", r"\ba description\b", r"an image"),
     ("description", r"\bdescription(s?)\b", r"image\1"),
     ("described", r"\b(?:described) (?=as\b|in\b|by\b|here\b|above\b)", r"shown "),
     ("described", r"\b(as|is|are|was|were) described\b", r"\1 shown"),
     ("caption", r"\bthe captions?\b", r"the image"),
 ]]
+
+def plain(sentence):
+    """what guards look at. " description" with its space is now one that no "the" precedes: most follow a "the", which some patterns cannot"""
+    return sentence.lower().replace("descriptions", "description").replace("the description", "the_description")
 
 def as_seen(chain):
     """the chain as if its writer had seen the image; a capital stays a capital"""
@@ -112,11 +116,12 @@ def as_seen(chain):
 
     sentences = chain.split(".")  # no rule reaches beyond one. a word is found in microseconds, a pattern in hundreds of them
     for i, sentence in enumerate(sentences):
-        low = sentence.lower()
-        if "descri" in low or "caption" in low:
+        if "descri" in (low := sentence.lower()) or "caption" in low:
+            low = plain(sentence)
             for guard, pattern, new in REPLACEMENTS:
                 if guard in low:
                     sentence = pattern.sub(partial(say, new), sentence)
+                    low = plain(sentence)
             sentences[i] = sentence
     return ".".join(sentences)
 
@@ -128,8 +133,8 @@ BLIND = re.compile(
     + r"|(?:without|don't have|do not have) (?:seeing |access to |having )?(?:the|any|an) (?:actual )?" + KIND
     + r"|(?:image|picture|figure|diagram|description|data|information)s? (?:is|are|was|were) (?:missing|not (?:provided|given|available|attached)|incomplete)"
     + r"|(?:image|description|caption) (?:doesn't|does not|didn't|did not) (?:say|state|mention|specify|provide|give|include|show|describe|tell|indicate)"
-    + r"|(?:not enough|insufficient|missing) (?:information|data) to (?:answer|determine|solve|find|compute)", re.I)
-DENIALS = ("not", "n't", "unable", "no ", "without", "missing", "incomplete", "insufficient")  # every way through BLIND has one of them
+    + r"|(?:not enough|insufficient|missing) (?:information|data) to (?:answer|determine|solve|find|compute)")  # for small letters: re.I takes five times as long
+DENIALS = ("not ", "n't ", "unable ", "no ", "without ", "missing", "incomplete", "insufficient ")  # every way through BLIND has one of them
 OTHER_SCRIPTS = re.compile(r"[\u0400-\u04ff\u0590-\u06ff\u0900-\u0e7f\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]")  # not Greek: maths
 CONCLUSION = re.compile(r"\b(?i:answer|option|choice)\s*(?i:is|=|:|must be|should be|has to be)\s*(?i:option\s*)?[*$(]*"
                         r"(-?\d[\d,]*(?:\.\d+)?(?:/\d+)?|[A-H])(?![\w\\√π^*+/]|\.\d)")
@@ -138,7 +143,7 @@ CHOICE = re.compile(r"^\s*\(?([A-H])[:.)]\s*(.+?)\s*$", re.M)
 def looping(text):
     """a loop compresses far better (12x) than prose (2-3x) or tables (5x): over 2,000 characters anywhere, or the whole"""
     for part in [text] + [text[i:i + 2000] for i in range(0, len(text), 1000) if len(text) > 2000]:
-        if len(part) >= 400 and len(part.encode()) > 12 * len(zlib.compress(part.encode(), 1)):  # level 1: the fastest, and as telling
+        if len(part) >= 400 and len(raw := part.encode()) > 12 * len(zlib.compress(raw, 1)):  # level 1: the fastest, and as telling
             return part[-120:]
 
 def blind(text, question):
@@ -149,13 +154,13 @@ def blind(text, question):
         while at >= 0:
             start, end = low.rfind(".", 0, at) + 1, low.find(".", at) % (len(low) + 1)  # of this sentence, the last one too
             if found := BLIND.search(low, start, end):
-                return not BLIND.search(question) and text[max(0, found.start() - 40):found.end() + 40]
+                return not BLIND.search(question.lower()) and text[max(0, found.start() - 40):found.end() + 40]
             at = low.find(word, end)
 
 def language_mix(chain, question):
     """letters of another script in a chain whose question has none (R1 slips into Chinese)"""
-    found = OTHER_SCRIPTS.findall(chain)
-    return len(found) > 2 and not OTHER_SCRIPTS.search(question) and "".join(found[:40])
+    found = not chain.isascii() and OTHER_SCRIPTS.findall(chain)
+    return found and len(found) > 2 and not OTHER_SCRIPTS.search(question) and "".join(found[:40])
 
 def choices_of(record):
     """the options of a multiple-choice problem; Mulberry has them only as lines "A: 12" of the question"""
@@ -164,7 +169,8 @@ def choices_of(record):
 
 def contradiction(chain, record, choices):
     """the last conclusion near the chain's end, when it is a number or a letter, is not the answer"""
-    found = CONCLUSION.findall(chain[-600:])
+    end = chain[-600:]
+    found = any(word in end.lower() for word in ("answer", "option", "choice")) and CONCLUSION.findall(end)  # guards, as above
     if found and found[-1] not in re.findall(r"-?[\d.,/]*\d|\b[A-H]\b", record.answer):
         comparable = choices or found[-1].isalpha() == bool(re.fullmatch(r"[A-H]", record.answer))
         return comparable and not is_equiv(found[-1], record.answer, choices) and f"the chain ends with {found[-1]!r}"
@@ -211,7 +217,7 @@ def ending(image):
     return next((kind for magic, kind in kinds if image.startswith(magic)), "png")
 
 async def bridge(config, record, mllm, reasoner):
-    """one record through the steps of Sec. 3.3.1 -> its response; raises Reject"""
+    """one record through the calls of Sec. 3.3.1 -> the reasoner's reply, or else the pseudo-CoT; raises Reject"""
     question = record.problem.replace(MARK, "").strip()
     try:
         images = [Path(i).read_bytes() for i in record.images]
@@ -226,14 +232,18 @@ async def bridge(config, record, mllm, reasoner):
         prompt = PSEUDO_COT.format(question=question, answer=record.answer)
         pseudo_cot = checked("pseudo-CoT", await mllm.ask(record, "pseudo-CoT", prompt, *seen), question)
         draft = DRAFT.format(pseudo_cot=pseudo_cot)
-    description, chain, rest = pseudo_cot, re.split(r"(?i)\W*final answer\W*:", pseudo_cot)[0], pseudo_cot
-    if not config.pseudo_cot_only:
-        if not config.skip_description:  # step 2: every detail that the question needs
-            prompt = DESCRIPTION.format(question=question) + draft
-            description = checked("description", await mllm.ask(record, "description", prompt, *seen), question)
-        prompt = REASON.format(description=description, question=question)  # step 3: the text-only reasoner
-        chain, rest = split(checked("chain", await reasoner.ask(record, "chain", prompt), question))
-    for rule, evidence in objections(config, record, chain, final_answer(rest)):  # step 4: filter, reword, wrap
+    description = pseudo_cot
+    if config.pseudo_cot_only:
+        return pseudo_cot
+    if not config.skip_description:  # step 2: every detail that the question needs
+        prompt = DESCRIPTION.format(question=question) + draft
+        description = checked("description", await mllm.ask(record, "description", prompt, *seen), question)
+    return await reasoner.ask(record, "chain", REASON.format(description=description, question=question))  # step 3: the text-only reasoner
+
+def finish(config, record, reply):
+    """step 4: filter, reword, wrap -> the record's response; raises Reject"""
+    chain, rest = (re.split(r"(?i)\W*final answer\W*:", reply)[0], reply) if config.pseudo_cot_only else split(checked("chain", reply, record.problem))
+    for rule, evidence in objections(config, record, chain, final_answer(rest)):
         if evidence:
             raise Reject("filter", rule, evidence)
     return config.template.format(chain=as_seen(chain), answer=record.answer)  # the truth, in the form that the question asks for
@@ -281,11 +291,14 @@ class Output:
         if isinstance(result, Reject):
             self.lost[result.step, result.rule] += 1
             self.again += result.again
+            for image in record.images:
+                if os.path.dirname(image) == self.waits and os.path.exists(image):
+                    os.unlink(image)
             row = {"id": record.id, "step": result.step, "rule": result.rule, "evidence": result.evidence, "answer": record.answer, "source": record.source}
             self.files["rejected.jsonl"].write(json.dumps(row, ensure_ascii=False) + "\n")
             return
         self.kept += 1
-        images = [self.move(i) for i in record.images]
+        images = [self.place(i) for i in record.images]
         rest = {"choices": record.choices, "source": record.source}
         row = {"id": record.id, "images": images, "problem": record.problem, "answer": record.answer, **rest, "response": result}
         self.files["cold.jsonl"].write(json.dumps(row, ensure_ascii=False) + "\n")
@@ -296,16 +309,17 @@ class Output:
         self.files[f"{name}.json"].write((",\n" if self.rows[name] else "[\n") + json.dumps(row, ensure_ascii=False))
         self.rows[name] += 1
 
-    def move(self, image):
-        """a picture that was waiting belongs to the output now, others stay where they are -> path relative to the output"""
+    def place(self, image):
+        """where a picture is when the run is complete, relative to the output: one that waits in images/, others where they are"""
         folder, name = os.path.split(image)
-        if folder != self.waits:
-            return os.path.relpath(image, self.out)
-        os.replace(image, f"{self.out}/images/{name}")
-        return f"images/{name}"
+        return f"images/{name}" if folder == self.waits else os.path.relpath(image, self.out)
 
     def close(self):
-        shutil.rmtree(self.out / "waiting")
+        try:
+            os.replace(self.waits, self.out / "images")  # the whole folder at once, in place of an empty one
+        except OSError:  # an earlier run's pictures are there: one after the other
+            shutil.copytree(self.waits, self.out / "images", copy_function=os.replace, dirs_exist_ok=True)
+            shutil.rmtree(self.waits)
         for name in self.rows:
             self.files[f"{name}.json"].write("\n]\n")
         info = {name: {"file_name": f"{name}.json", "formatting": "sharegpt", "columns": {"messages": "conversations", "images": RELEASED[name][0]},
@@ -341,11 +355,12 @@ def plot(path, draw):
 # ---- the run
 
 async def run_all(config, records, mllm, reasoner, tally, output, log):
-    """`concurrency` workers; each takes a record through all its steps, so that the steps of different records overlap"""
+    """`concurrency` workers; each takes a record through all its calls, so that the steps of different records overlap"""
     from tqdm import tqdm
 
     numbered, start, cpu = iter(enumerate(records)), time.monotonic(), time.process_time()
-    bar, shown = tqdm(total=len(records), unit=" records", mininterval=1, desc="bridging"), start
+    answered = asyncio.Queue(config.concurrency)  # bounded: from the journal answers come faster than they are filtered
+    bar = tqdm(total=len(records), unit=" records", mininterval=1, desc="bridging")
 
     def show():
         cost = sum(p * tally[k] for p, k in zip(config.prices, ("mllm_in", "mllm_out", "reasoner_in", "reasoner_out"))) / 1e6
@@ -356,23 +371,28 @@ async def run_all(config, records, mllm, reasoner, tally, output, log):
                             f"kept {output.kept / max(output.next, 1):.0%}, ${cost:.2f} {tally['trouble']}")
 
     async def worker():
-        nonlocal shown
         for n, record in numbered:
             try:
-                result = await bridge(config, record, mllm, reasoner)
+                reply = await bridge(config, record, mllm, reasoner)
+            except Reject as reject:
+                reply = reject
+            await answered.put((n, record, reply))
+
+    async def finisher():  # the filters can wait until the worker's next question is on its way
+        for _ in records:
+            n, record, result = await answered.get()
+            try:
+                result = result if isinstance(result, Reject) else finish(config, record, result)
             except Reject as reject:
                 result = reject
             output.add(n, record, result)
             bar.update()
-            if time.monotonic() > shown + 2:  # teachers in this process never let the ticker in
-                shown = time.monotonic()
-                show()
 
     async def ticker():
-        while await asyncio.sleep(10, True):
+        while await asyncio.sleep(2, True):
             show()
 
-    tasks = [asyncio.create_task(work) for work in [ticker(), *[worker() for _ in range(min(config.concurrency, len(records)))]]]
+    tasks = [asyncio.create_task(work) for work in [ticker(), finisher(), *[worker() for _ in range(min(config.concurrency, len(records)))]]]
     try:
         await asyncio.gather(*tasks[1:])
     finally:
@@ -416,6 +436,7 @@ def make(config):
         raise Stop(e) from e
     print(f"{len(records):,} records. {problems.summary()}", flush=True)
     output = Output(out, records)
+    gc.freeze()  # what lives to the end, records and libraries, need not be searched for garbage again and again
     with open(out / "log.jsonl", "a") as log:
         asyncio.run(run_all(config, records, mllm, reasoner, tally, output, log))
     output.close()
