@@ -430,6 +430,8 @@ def make(config):
 
         config = replace(config, **{name: toy.find(getattr(config, name)) for name in ("mllm_url", "reasoner_url", "data")})
     mllm, reasoner = Server("mllm", config, journal, tally), Server("reasoner", config, journal, tally)
+    if mllm.at[:2] == reasoner.at[:2]:
+        reasoner.idle = mllm.idle  # one host with both models: its connections serve both
     try:
         records, problems = load(config, out)
     except ValueError as e:

@@ -171,6 +171,7 @@ def test_run_writes_the_released_look_and_reads_back(tmp_path, serve):
     theirs, bad = read(out / "vision_r1_mulberry_sft_full.json")
     assert not len(bad) and ours == theirs  # ids, problems, answers, choices, sources, responses and images
     assert Path(ours[3].images[0]).read_bytes() == read(tmp_path / "problems.parquet")[0][4].images[0]
+    assert {p.name for p in (out / "images").iterdir()} == {Path(r.images[0]).name for r in ours} and not (out / "waiting").exists()  # none of a rejected record
     info = json.loads((out / "dataset_info.json").read_text())
     sample = SAMPLES / "vision_r1_cold" / "dataset_info.json"
     if sample.exists():
@@ -485,6 +486,7 @@ def test_a_record_that_always_fails_is_given_up_and_tried_again_next_time(tmp_pa
     broken[0], before = False, len(server.requests)
     cold_start.make(config(tmp_path, server, retries=2))
     assert len(server.requests) == before + 3 and "p/3" in [r["id"] for r in rows(tmp_path / "out" / "cold.jsonl")]
+    assert {i for r in rows(tmp_path / "out" / "cold.jsonl") for i in r["images"]} == {f"images/{p.name}" for p in (tmp_path / "out" / "images").iterdir()}
 
 
 def test_data_and_servers_must_be_named(tmp_path):
@@ -509,6 +511,36 @@ def test_retry_after_is_honoured(tmp_path, serve):
 
     cold_start.make(config(tmp_path, serve(script=script)))
     assert times[1] - times[0] >= 0.6
+
+
+def test_a_kept_connection_gives_every_question_its_own_time(tmp_path):
+    """answers after 0.1 s pass a timeout of 0.25 s however long the connection lives, idle times included; a late one does not"""
+    from teachers import Server
+
+    connections = []
+
+    async def serve_slowly(reader, writer):
+        connections.append(writer)
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            await asyncio.sleep(float(await reader.readexactly(int(head.lower().split(b"content-length:")[1].split()[0]))))
+            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+
+    async def talk():
+        tcp = await asyncio.start_server(serve_slowly, "127.0.0.1", 0)
+        server = Server("mllm", config(tmp_path, f"http://127.0.0.1:{tcp.sockets[0].getsockname()[1]}/v1", timeout=0.25), None, {})
+        for delay in (b"0.1", b"0.1", b"0.1", b"0", b"0.1"):
+            assert (await server.post(delay))[2] == b"ok"
+            await asyncio.sleep(0.4 if delay == b"0" else 0)
+        assert len(connections) == 1
+        for delay in (b"9", b"9"):  # on the kept connection, and on a new one
+            start = time.monotonic()
+            with pytest.raises(ConnectionError):
+                await server.post(delay)
+            assert 0.24 < time.monotonic() - start < 2
+        assert (await server.post(b"0"))[2] == b"ok" and len(connections) == 3
+        tcp.close()
+
+    asyncio.run(talk())
 
 
 def test_a_server_that_is_down_pauses_the_run(tmp_path, serve):
