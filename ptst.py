@@ -7,6 +7,7 @@ suppresses overthinking, and is then allowed to think longer; L_s x G_s stays at
   python ptst.py [NAME or STAGES ...] [--questions N]  schedules with their token budgets
   python ptst.py plot RUN... [--out FILE.png]          Fig. 1: lengths and accuracy over steps and tokens, right and wrong chains
   python ptst.py cost --recipe vision-r1-7b --gpus 8   tokens, FLOPs and GPU hours of a recipe, before it is run
+  python ptst.py ablate [--quick] [--rows ...]         the paper's tables in miniature, on the toy (ablate.py)
 """
 import argparse
 import contextlib
@@ -317,6 +318,10 @@ def cost(argv: list[str]):
 def main(argv: list[str]):
     if argv[:1] == ["cost"]:
         return cost(argv[1:])
+    if argv[:1] == ["ablate"]:
+        import ablate  # needs the toy, nothing else here does
+
+        return ablate.main(argv[1:])
     parser = argparse.ArgumentParser(prog="ptst.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     if argv[:1] == ["plot"]:
         parser.prog += " plot"

@@ -1,9 +1,10 @@
 """Vision-R1 in miniature: a small visual world, teachers that can talk about it, and a tiny real Qwen2.5-VL.
 
-The world: a 3 x 3 picture of digits; "Add the numbers from A1 to B3." asks for the sum of the first cells in reading
-order (level 2 to 9 = how many). Reading takes the vision tower, adding takes several steps.
-The teachers stand in for the MLLM and for DeepSeek-R1, behind an OpenAI-compatible server like theirs. The MLLM knows the
-truth from a text chunk of the PNG (the model never sees it: it gets pixels); the reasoner sees no picture at all.
+The world: a 3 x 3 picture of digits; "Column 2 is 11. Add the numbers from A1 to B3." asks for the sum of the first cells
+in reading order (level 2 to 9 = how many). Reading takes the vision tower, adding takes several steps. In a hard problem
+one of the cells is smudged: a short chain can only guess, a longer one works its digit out from the column's total.
+The teachers stand in for the MLLM and for DeepSeek-R1, behind an OpenAI-compatible server like theirs. The MLLM knows what
+can be read from a text chunk of the PNG (the model never sees it: it gets pixels); the reasoner sees no picture at all.
 The tiny model plays the pretrained Qwen2.5-VL: it reads digits and answers tersely. `python toy.py pretrain` makes it.
 
   python toy.py pretrain [--out DIR]   train the base model from nothing (a few CPU minutes; the result is in assets/)
@@ -43,8 +44,8 @@ def font(size):
     return ImageFont.load_default(size)
 
 
-def draw(cells, rng):
-    """nine digits -> PNG bytes, with the truth in a text chunk for the scripted MLLM"""
+def draw(cells, rng, smudged=None):
+    """nine digits -> PNG bytes; the number of a smudged cell; what can be read is in a text chunk for the scripted MLLM"""
     light = rng.random() < 0.5
     shade = lambda lo, hi: tuple(rng.randint(lo, hi) for _ in range(3))
     image = Image.new("RGB", (SIDE, SIDE), shade(200, 255) if light else shade(0, 60))
@@ -52,27 +53,32 @@ def draw(cells, rng):
     for i, digit in enumerate(cells):
         x, y = 28 * (i % 3) + 14 + rng.randint(-3, 3), 28 * (i // 3) + 14 + rng.randint(-3, 3)
         ink = shade(0, 110) if light else shade(150, 255)
-        pen.text((x, y), str(digit), fill=ink, font=font(rng.randint(16, 22)), anchor="mm")
+        if i == smudged:  # a blot, and no trace of the digit
+            pen.ellipse((x - rng.randint(8, 11), y - rng.randint(8, 11), x + rng.randint(8, 11), y + rng.randint(8, 11)), fill=ink)
+        else:
+            pen.text((x, y), str(digit), fill=ink, font=font(rng.randint(16, 22)), anchor="mm")
     truth, out = PngImagePlugin.PngInfo(), io.BytesIO()
-    truth.add_text("cells", " ".join(map(str, cells)))
+    truth.add_text("cells", " ".join("0" if i == smudged else str(digit) for i, digit in enumerate(cells)))
     image.save(out, "PNG", pnginfo=truth)
     return out.getvalue()
 
 
-def question(level):
-    return f"Add the numbers from A1 to {CELLS[level - 1]} ."
+def question(level, cells, column):
+    return f"column {column + 1} is {sum(cells[column::3])} . Add the numbers from A1 to {CELLS[level - 1]} ."
 
 
-def problems(n, seed, name):
-    """n records of the world, levels 2 to 9 in turn"""
+def problems(n, seed, name, hard=0.5):
+    """n records of the world, levels 2 to 9 in turn; in a share `hard` of them one of the cells to add is smudged"""
     from data import Record
 
     records = []
     for i in range(n):
         rng = random.Random(f"{seed}-{name}-{i}")
         cells, level = [rng.randint(1, DIGITS) for _ in CELLS], 2 + i % 8
-        text = f"<image>{question(level)}"
-        records.append(Record(f"{name}-{i}", text, str(sum(cells[:level])), [draw(cells, rng)], f"level {level}"))
+        smudged = rng.randrange(level) if rng.random() < hard else None
+        column = rng.randrange(3) if smudged is None else smudged % 3
+        text, source = f"<image>{question(level, cells, column)}", f"level {level}" + ", smudged" * (smudged is not None)
+        records.append(Record(f"{name}-{i}", text, str(sum(cells[:level])), [draw(cells, rng, smudged)], source))
     return records
 
 
@@ -106,56 +112,75 @@ class MLLM:
     def chat(self, messages):
         text, cells = read_messages(messages)
         rng = random.Random(zlib.crc32(text.encode()) + sum(c * 7**i for i, c in enumerate(cells)))
-        seen = [rng.randint(1, DIGITS) if rng.random() < self.misread else c for c in cells]
-        listed = [f"{name} is {c}" for name, c in zip(CELLS, seen)]
-        if "description" not in text:  # step 1: caption and reasoning
+        seen = [rng.randint(1, DIGITS) if c and rng.random() < self.misread else c for c in cells]
+        listed = [f"{name} is {c or 'smudged'}" for name, c in zip(CELLS, seen)]
+        if "description" not in text:  # step 1: caption and reasoning. the prompt tells the answer
             level = CELLS.index(re.search(r"from A1 to (\w\d)", text)[1]) + 1
-            return f"Caption : a grid of digits .\nReasoning : {' , '.join(listed[:level])} . Adding gives {sum(seen[:level])} .\nFinal Answer: {sum(seen[:level])}"
+            answer = re.search(r"Correct answer: (\d+)", text)[1]
+            return f"Caption : a grid of digits .\nReasoning : {' , '.join(listed[:level])} . Adding gives {answer} .\nFinal Answer: {answer}"
         if "Reasoning :" not in text:
             listed = [line for line in listed if rng.random() > self.forget]
         return f"A 3 by 3 grid of digits . {' , '.join(listed)} ."
 
 
 class Reasoner:
-    """writes chains the way DeepSeek-R1 does, without seeing: it slips, doubts, looks again, and often sets it right.
+    """writes chains the way DeepSeek-R1 does, without seeing: it guesses, slips, doubts, looks again, and often sets it right.
 
-    nothing here knows which chains will be kept. `slip`: wrong running total or digit, per cell; `again`: probability of
-    another round after each total; `doubt`: share of those rounds that start from a doubted digit.
+    nothing here knows which chains will be kept. `slip`: a wrong digit or total, per cell; `look`: it works out a smudged
+    digit that it has guessed so far; `again`: one more round when nothing calls for it, after each total; `doubt`: share
+    of those rounds that start from a doubted digit.
     """
 
-    slip, again, doubt, most_rounds = 0.06, 0.55, 0.4, 6
+    slip, look, again, doubt, most_rounds = 0.025, 0.7, 0.55, 0.4, 8
 
     def chat(self, messages):
         text, _ = read_messages(messages)
         rng = random.Random(zlib.crc32(text.encode()))
         level = CELLS.index(re.search(r"from A1 to (\w\d)", text)[1]) + 1
+        column = int(re.search(r"column \d is (\d+)", text)[1])
         told = {name: int(digit) for name, digit in re.findall(r"\b([ABC][123]) is (\d)", text)}
-        digits = [told.get(name, rng.randint(1, DIGITS)) for name in CELLS[:level]]  # it makes up what it was not told
-        chain, total = self.scan(digits, rng)
+        digits = [told.get(name) or rng.randint(1, DIGITS) for name in CELLS]  # it makes up what it was not told
+        guessed = re.search(r"([ABC][123]) is smudged", text)
+        guessed = CELLS.index(guessed[1]) if guessed else None
+        chain, total = self.scan(digits[:level], rng, guessed)
         chain = f"Okay , the description shows {chain}"
-        for _ in range(rng.choice([self.most_rounds]) - 1):
-            if rng.random() > self.again:
+        for _ in range(self.most_rounds - 1):
+            if guessed is not None and guessed < level and rng.random() < self.look:
+                words, digits[guessed] = self.work_out(digits, guessed, column, rng)
+                guessed, (scan, total) = None, self.scan(digits[:level], rng)
+                chain += f" Hmm , {words} {scan}"
+            elif rng.random() > self.again:
                 break
-            if rng.random() < self.doubt:
+            elif rng.random() < self.doubt:
                 cell, other = rng.randrange(level), rng.randint(1, DIGITS)
-                words, total = self.scan([*digits[:cell], other, *digits[cell + 1 :]], rng)
+                words, total = self.scan([*digits[:cell], other, *digits[cell + 1 : level]], rng, guessed)
                 chain += f" Hmm , maybe {CELLS[cell]} is {other} . {words}"
             else:
-                words, total = self.scan(digits, rng)
+                words, total = self.scan(digits[:level], rng, guessed)
                 chain += f" Wait , let me check again . {words}"
         return f"<think> {chain} </think> {total}"
 
-    def scan(self, digits, rng):
-        """cell, digit, running total, ...; a slip is carried on"""
+    def scan(self, digits, rng, guessed=None):
+        """cell, digit, running total, ...; a slip is carried on, a guess is marked"""
         words, total = [], 0
-        for name, digit in zip(CELLS, digits):
+        for i, (name, digit) in enumerate(zip(CELLS, digits)):
             if rng.random() < self.slip:
                 digit = rng.randint(1, DIGITS)
             total += digit
             if rng.random() < self.slip / 2:
                 total += rng.choice([-1, 1])
-            words.append(f"{name} {digit} {total}")
+            words.append(f"{name} {'maybe ' * (i == guessed)}{digit} {total}")
         return f"{' , '.join(words)} . so {total} .", total
+
+    def work_out(self, digits, cell, left, rng):
+        """the column's total less its other two digits, one after the other -> words, digit"""
+        words = f"{CELLS[cell]} is not clear . column {cell % 3 + 1} is {left}"
+        for other in range(cell % 3, 9, 3):
+            if other != cell:
+                left -= digits[other] if rng.random() > self.slip else rng.randint(1, DIGITS)
+                left = max(1, left)
+                words += f" , {CELLS[other]} {digits[other]} {left}"
+        return f"{words} . so {CELLS[cell]} is {left} .", left
 
 
 async def serve(reader, writer):
@@ -187,9 +212,9 @@ async def teachers():
 
 
 @functools.cache
-def start_teachers():
+def start_teachers(again=Reasoner.again):
     """the URL of the teachers, served by a process of their own that ends with this one, however it ends"""
-    command = [sys.executable, str(HERE / "toy.py"), "teachers"]
+    command = [sys.executable, str(HERE / "toy.py"), "teachers", "--again", str(again)]
     start_teachers.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     return start_teachers.process.stdout.readline().strip()
 
@@ -204,8 +229,8 @@ def tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     words = " ".join(map(str, range(1, 60))) + " " + " ".join(CELLS)
-    words += f" . , {ZERO_PROMPT} {question(2)} Okay the image shows so Wait let me check again Hmm maybe is I add them one by"
-    words += " Describe the picture The answer The sum is <think> </think> <answer> </answer> user assistant system"
+    words += f" . , {ZERO_PROMPT} {question(2, [1] * 9, 1)} Okay the image shows so Wait let me check again Hmm maybe is I add them one by"
+    words += " smudged not clear column Take Describe the picture The answer The sum is <think> </think> <answer> </answer> user assistant system"
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
     special += ["<|image_pad|>", "<|video_pad|>"]
     bpe = Tokenizer(models.BPE())
@@ -290,16 +315,23 @@ def lesson(rng):
     from data import Record
 
     cells, level = [rng.randint(1, DIGITS) for _ in CELLS], rng.randint(2, 9)
-    total, png = sum(cells[:level]), draw(cells, rng)
+    smudged = rng.randrange(9) if rng.random() < 0.5 else None
+    total, png = sum(cells[:level]), draw(cells, rng, smudged)
     kind = rng.random()
-    if kind < 0.3:
-        describe = " , ".join(f"{name} is {digit}" for name, digit in zip(CELLS, cells))
-        return Record("", "<image>Describe the picture .", "-", [png]), "", f"{describe} ."
-    if kind < 0.6:  # a pretrained model can add
-        digits = [rng.randint(1, DIGITS) for _ in range(rng.randint(2, 10))]
+    column = rng.randrange(3)
+    if kind < 0.3:  # a pretrained model can say what it sees and what it was told
+        describe = " , ".join(f"{name} is {'smudged' if i == smudged else digit}" for i, (name, digit) in enumerate(zip(CELLS, cells)))
+        told = f"column {column + 1} is {sum(cells[column::3])} ."
+        return Record("", f"<image>{told} Describe the picture .", "-", [png]), "", f"{describe} . {told}"
+    digits = [rng.randint(1, DIGITS) for _ in range(rng.randint(2, 10))]
+    if kind < 0.4:  # take away
+        a, b = digits[:2]
+        left = rng.randint(1, DIGITS)
+        return Record("", f"Take {a} {b} from {left + a + b} .", "-", []), "", f"{a} {left + b} , {b} {left} ."
+    if kind < 0.6:  # and add
         sums = " , ".join(f"{d} {sum(digits[: i + 1])}" for i, d in enumerate(digits))
         return Record("", f"Add {' '.join(map(str, digits))} .", "-", []), "", f"{sums} ."
-    record = Record("", f"<image>{question(level)}", "-", [png])
+    record = Record("", f"<image>{question(level, cells, column)}", "-", [png])
     if kind < 0.8:
         return record, "", f"The answer is {total} ."
     return record, ZERO_PROMPT, f"<think> I add them one by one . </think> <answer> {total} </answer>"
@@ -311,6 +343,7 @@ def pretrain(out=BASE, steps=1300, batch=64, lr=3e-3, warm=200, seed=1):
     import torch.nn.functional as F
     from tqdm import tqdm
 
+    from data import Record
     from packing import encode, pack
     from model import encode_images, load
 
@@ -326,9 +359,9 @@ def pretrain(out=BASE, steps=1300, batch=64, lr=3e-3, warm=200, seed=1):
     optimizer = torch.optim.AdamW([*visual.parameters(), *probe.parameters()], lr=2e-3)
     for step in (bar := tqdm(range(warm), "vision")):
         truth = [[rng.randint(1, DIGITS) for _ in CELLS] for _ in range(128)]
-        from data import Record
-
-        prompts = [encode(Record("", "<image>Describe the picture .", "-", [draw(c, rng)]), processor) for c in truth]
+        blots = [rng.randrange(18) for _ in truth]  # of 18 numbers nine are cells: half the pictures have one
+        prompts = [encode(Record("", "<image>Describe the picture .", "-", [draw(c, rng, b)]), processor) for c, b in zip(truth, blots)]
+        truth = [[0 if i == b else digit for i, digit in enumerate(c)] for c, b in zip(truth, blots)]
         feats = torch.cat(encode_images(policy.hf, pack([(p, []) for p in prompts])).pooler_output)  # (128 * 9, 128)
         logits, truth = probe(feats), torch.tensor(truth).flatten()
         loss = F.cross_entropy(logits, truth)
@@ -373,8 +406,8 @@ def find(name):
 def ensure(what, root="runs/toy"):
     """path of a piece of the toy, made first if it is missing: base, {cold,rl,test}-problems, cold, ci, rl; URL of teachers"""
     root = Path(root)
-    if what == "teachers":
-        return start_teachers()
+    if what.startswith("teachers"):  # teachers?again=0.7: another strength of overthinking
+        return start_teachers(*map(float, re.findall(r"\?again=(.+)", what)))
     if what == "base":
         if not (BASE / "config.json").exists():
             print("[toy] no base model here: pretraining it, a few minutes")
@@ -410,12 +443,14 @@ if __name__ == "__main__":
     parser.add_argument("act", choices=["pretrain", "random", "show", "teachers"])
     parser.add_argument("--out")
     parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--again", type=float, default=Reasoner.again, help="of the reasoner: how readily it looks again")
     args = parser.parse_args()
     if args.act == "pretrain":
         pretrain(args.out or BASE, seed=args.seed)
     elif args.act == "random":
         random_model(args.out or parser.error("random needs --out DIR"), args.seed, max_pixels=16 * 28 * 28)
     elif args.act == "teachers":
+        Reasoner.again = args.again
         asyncio.run(teachers())
     else:
         sheet = Image.new("RGB", (8 * SIDE, SIDE))

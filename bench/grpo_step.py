@@ -124,7 +124,7 @@ def make_workload(folder, size, image_tokens, limit, ragged, questions=QUESTIONS
         out = io.BytesIO()
         Image.effect_noise((28 * image_tokens // high, 28 * high), 80).convert("RGB").save(out, "PNG")
         records.append(
-            Record(f"q{i}", f"<image>Describe the picture . Okay , {toy.question(2 + i)}", str(i), [out.getvalue()])
+            Record(f"q{i}", f"<image>Describe the picture . Okay , Add the numbers from A1 to {toy.CELLS[1 + i % 8]} .", str(i), [out.getvalue()])
         )
     write_parquet(folder / "problems.parquet", records)
     return records

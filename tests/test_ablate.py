@@ -1,0 +1,158 @@
+"""ablate.py: the arms differ in their stages and their start alone, what they share runs once, and a run that continues
+another is the uninterrupted run. Which arm wins is asserted nowhere."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+import ablate
+import ptst
+
+
+def words(task):
+    """--flag -> value of a command"""
+    found = dict(zip(task.command, [*task.command[1:], None]))
+    return {k: v for k, v in found.items() if k.startswith("--")}
+
+
+def of_stage(tasks, stage):
+    return [t for t in tasks.values() if t.command[0].endswith(stage)]
+
+
+def test_the_rows_are_the_papers_with_shorter_limits():
+    setting = ablate.Setting()
+    for name, paper in {"zero": "vision-r1-zero", "long": "vision-r1-long", "vision-r1": "vision-r1", "zero-ptst": "zero-ptst", "third": "three-stage",
+                        "short": "table5-4kx16-4kx16", "double": "table5-4kx16-8kx16", "three-stage": "table5-4kx16-6kx12-8kx8",
+                        "long-16": "table5-16kx16-16kx16"}.items():  # fmt: skip
+        theirs = {(s.max_len * setting.scale // 4096, s.group_size) for s in ptst.SCHEDULES[paper]}
+        ours = ptst.parse(ablate.text_of(ablate.ROWS[name][1], setting))
+        assert {(s.max_len, s.group_size) for s in ours} == theirs, name
+        assert ptst.total_steps(ours) == (180 if name == "third" else 120)
+    for name in ("zero", "long", "vision-r1", "third", "zero-ptst", "zero-sft-ptst", "pseudo-ptst", "medium"):
+        assert {ptst.token_budget(s) for s in ptst.parse(ablate.text_of(ablate.ROWS[name][1], setting))} == {16 * setting.scale}
+    assert {row for table in ablate.TABLES.values() for row, *_ in table} == set(ablate.ROWS)
+    facts = (ROOT.parent / "shared" / "paper.md")
+    if facts.exists():  # the figures beside ours are the paper's
+        facts = facts.read_text()
+        for table in ablate.TABLES.values():
+            for _, name, accuracy, length in table:
+                assert all(re.search(rf"(?<![\d.]){x}(?![\d.]\d)", facts) for x in (accuracy, length) if x), name
+
+
+def test_all_arms_share_everything_but_stages_and_start(tmp_path):
+    tasks, runs = ablate.plan(list(ablate.ROWS), [0, 1], tmp_path, ablate.Setting())
+    for seed in "01":
+        arms = [words(t) for t in of_stage(tasks, "grpo.py") if words(t)["--seed"] == seed]
+        assert len(arms) >= 13
+        own = ("--stages", "--out", "--model", "--format_weight", "--system_prompt")
+        assert len({tuple((k, v) for k, v in sorted(arm.items()) if k not in own) for arm in arms}) == 1
+        starts = {}
+        for t in of_stage(tasks, "grpo.py"):
+            if words(t)["--seed"] == seed:
+                starts.setdefault(t.out.name.split("-")[1], set()).add(words(t)["--model"])
+        assert set(starts) == {"base", "ci", "answers", "pseudo"} and all(len(s) == 1 for s in starts.values())
+    evals = [words(t) for t in of_stage(tasks, "eval.py")]
+    assert len({(e["--data"], e["--limit"], e["--max_len"]) for e in evals}) == 1
+    for (row, seed), run in runs.items():
+        assert run["rl"] is None or words(tasks[run["t1"]])["--model"] == str(run["rl"] / "final")
+        assert row == "base" or f"seed-{seed}" in str(run["t1"])
+
+
+def test_what_rows_share_runs_once_and_comes_first(tmp_path):
+    tasks, _ = ablate.plan(list(ablate.ROWS), [0], tmp_path, ablate.Setting())
+    assert len(of_stage(tasks, "cold_start.py")) == 2 and len(of_stage(tasks, "sft.py")) == 3
+    stages = [words(t)["--stages"] for t in of_stage(tasks, "grpo.py") if "rl-ci" in t.out.name]
+    assert stages.count("96x16x60") == 1 and len(stages) == len(set(stages)) == 10 + 2  # rows, and two first stages
+    by_stages = {words(t)["--stages"]: t for t in of_stage(tasks, "grpo.py") if "rl-ci" in t.out.name}
+    assert by_stages["96x16x60,192x8x60"].parent == by_stages["96x16x60"].out
+    assert by_stages["96x16x60,192x8x60,384x4x60"].parent == by_stages["96x16x60,192x8x60"].out
+    for t in tasks.values():  # files that a command reads are made by what it waits for
+        made = [n.out for n in t.needs] + ([t.parent] if t.parent else [])
+        read = [v for k, v in words(t).items() if k in ("--model", "--data") and str(tmp_path) in v]
+        assert all(any(v.startswith(str(m)) for m in made) for v in read)
+
+
+def test_the_interval_is_students():
+    """the density of Student's t between -q and q, integrated, is .95"""
+    for degrees, q in ablate.T_975.items():
+        c = math.gamma((degrees + 1) / 2) / math.sqrt(degrees * math.pi) / math.gamma(degrees / 2)
+        x = np.linspace(-q, q, 200_001)
+        assert abs(np.trapezoid(c * (1 + x * x / degrees) ** (-(degrees + 1) / 2), x) - 0.95) < 1e-4
+    mean, half = ablate.interval([1.0, 2.0, 4.0])
+    assert math.isclose(mean, 7 / 3) and math.isclose(half, 4.303 * math.sqrt(7 / 3) / math.sqrt(3))  # variance 7/3
+    assert math.isnan(ablate.interval([1.0])[1])
+
+
+def test_another_setting_in_the_same_folder_is_refused(tmp_path):
+    def say(_):
+        raise AssertionError("nothing may run")
+
+    tasks, _ = ablate.plan(["long"], [0], tmp_path, ablate.Setting())
+    task = of_stage(tasks, "grpo.py")[0]
+    task.out.mkdir(parents=True)
+    (task.out / "task.json").write_text(json.dumps({"command": [*task.command, "--kl_coef", "0"]}))
+    with pytest.raises(ValueError, match="another setting"):
+        ablate.run_all(tasks, 1, say)
+
+
+def test_a_command_that_fails_ends_the_run_with_its_last_words(tmp_path):
+    task = ablate.Task(tmp_path / "a", ["-c", "print('no such digit'); raise SystemExit(3)"], [])
+    after = ablate.Task(tmp_path / "b", ["-c", "pass"], [task])
+    with pytest.raises(ValueError, match="(?s)status 3.*no such digit"):
+        ablate.run_all({t.out: t for t in (task, after)}, 2, lambda _: None)
+    assert not task.done() and not after.out.exists()
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """three rows in earnest, a few problems and steps"""
+    root = tmp_path_factory.mktemp("ablate")
+    setting = ablate.Setting(steps=2, questions=2, cold=48, test=12)
+    tasks, runs = ablate.plan(["ci", "vision-r1"], [0], root, setting)
+    said = []
+    ablate.run_all(tasks, 2, said.append)
+    return SimpleNamespace(root=root, setting=setting, tasks=tasks, runs=runs, said=said)
+
+
+def test_a_run_that_continues_a_shared_stage_is_the_uninterrupted_run(small):
+    task = small.tasks[small.runs["vision-r1", 0]["rl"]]
+    assert task.parent
+    out = small.root / "at-once"
+    subprocess.run([sys.executable, *[str(out) if word == str(task.out) else word for word in task.command]], check=True, cwd=ROOT, capture_output=True)
+    logs = [[json.loads(line) for line in open(folder / "log.jsonl")] for folder in (task.out, out)]
+    strip = lambda rows: [{k: v for k, v in row.items() if not k.startswith(("t_", "mem"))} for row in rows]
+    assert strip(logs[0]) == strip(logs[1])
+    assert [(r["max_len"], r["group_size"]) for r in logs[0]] == [(96, 16)] * 2 + [(192, 8)] * 2
+
+
+def test_in_every_arm_a_cut_answer_earns_nothing_and_only_the_format_with_the_answer_does(small):
+    rows = [json.loads(line) for line in open(small.runs["vision-r1", 0]["rl"] / "samples.jsonl")]
+    assert rows and any(row["finish"] == "length" for row in rows)
+    assert all(row["reward"] == 0 for row in rows if row["finish"] == "length")
+    form = re.compile(r"<think>((?!</?think>|</?answer>).)*</think>\s*<answer>\s*(\d+)\s*</answer>", re.S)
+    for row in rows:
+        found = form.fullmatch(row["completion"].strip())
+        assert row["reward"] == float(bool(found) and row["finish"] != "length" and found[2] == row["answer"])
+        assert row["length"] <= row["max_len"]
+
+
+def test_tables_from_a_finished_run_and_nothing_runs_twice(small):
+    before = {out: task.done() for out, task in small.tasks.items()}
+    ablate.run_all(small.tasks, 2, lambda line: small.said.append(line))
+    assert "0 of them" in small.said[0] and f"{len(small.tasks)} of them" in small.said[-1]
+    assert before == {out: task.done() for out, task in small.tasks.items()}
+    found = {key: ablate.measure(run, small.tasks) for key, run in small.runs.items()}
+    text = ablate.tables(found, [0], small.setting)
+    line = next(line for line in text.splitlines() if line.startswith("| Vision-R1 |"))
+    answers = [json.loads(row) for row in open(small.runs["vision-r1", 0]["t1"] / "responses.jsonl")]
+    assert len(answers) == 12 and f"| {100 * sum(r['right'] for r in answers) / 12:.1f} |" in line
+    log = [json.loads(row) for row in open(small.runs["vision-r1", 0]["rl"] / "log.jsonl")]
+    assert found["vision-r1", 0]["tokens"] == sum(row["tokens"] for row in log)
+    assert "| Vision-R1-CI | 44.5 (3,566) |" in text and "Zero" not in text
