@@ -3,7 +3,7 @@
   python ptst.py ablate                          all rows, 3 seeds: tables (Markdown) and a figure in runs/ablate
   python ptst.py ablate --quick                  Zero, CI, Long and Vision-R1, one seed: under 20 minutes on 2 cores
   python ptst.py ablate --rows long,vision-r1 --seeds 5
-  python ptst.py ablate --map                    where PTST beats Long: a grid of settings, a heat map
+  python ptst.py ablate --map [scale,lr,again]   where PTST beats Long: grids of settings, a heat map
 
 A limit of 96 tokens stands for 4K, 1.1 times CI's mean length, as in the paper (3,566); all rows but the three-stage one train the
 same number of steps. All arms share everything but their stages and their start: reward, learning rate, questions, seeds of data. The learning
@@ -83,7 +83,7 @@ TABLES = {
         ("zero-sft-ptst", "the same, then PTST", 39.8, None), ("vision-r1", "Vision-R1", 55.4, None)],
 }  # fmt: skip
 QUICK = ("zero", "ci", "long", "vision-r1")
-MAP = [("lr", (1e-5, 3e-5, 1e-4)), ("again", (0.35, 0.55, 0.75))]  # each against `hard`, around the setting of the tables
+MAP = {"scale": (64, 96, 128), "lr": (1e-5, 3e-5, 1e-4), "again": (0.35, 0.55, 0.75)}  # levers, each against `hard`, around the tables' setting
 MAP_HARD = (0.1, 0.5, 0.9)
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 
 
 def interval(values):
     """values, one a seed -> (mean, half of the 95 % t interval; nan with one seed)"""
-    n = len(values)
+    n, values = len(values), list(values)
     return float(np.mean(values)), T_975.get(n - 1, 1.96) * float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else math.nan
 
 
@@ -279,49 +279,51 @@ def percent(values, signed=False):
     return f"{mean:{'+' * signed}.1f}" + (f" ± {half:.1f}" if half == half else "")
 
 
-def table_rows(title, found, seeds):
+def table_rows(title, found):
     """Markdown lines of one table: accuracy, paired difference to Vision-R1, length, tokens, time, and the paper's numbers"""
-    lines = [f"### {title}", "", "| | paper: accuracy (length) | T=1 % | on smudged, on clear | minus Vision-R1 | greedy % | length: right, wrong | cut % | tokens sampled | RL, CPU s |",
-             "|---" * 10 + "|"]  # fmt: skip
+    lines = [f"### {title}", "", "| | paper: accuracy (length) | seeds | T=1 % | on smudged, on clear | minus Vision-R1 | greedy % | length: right, wrong | cut % | tokens sampled | RL, CPU s |",
+             "|---" * 11 + "|"]  # fmt: skip
     for row, name, accuracy, length in TABLES[title]:
-        of = [found[row, s] if (row, s) in found else found.get((row, seeds[0])) for s in seeds]
-        if None in of:
+        of = {seed: result for (r, seed), result in found.items() if r == row}
+        if not of:
             continue
-        of, mean = of if len({id(r) for r in of}) == len(of) else of[:1], lambda f, of=of: float(np.mean([f(r) for r in of]))
-        best = [found.get(("vision-r1", s)) for s in seeds]
-        t1 = [r["t1"]["right"].mean() for r in of]
-        apart = "" if row == "vision-r1" or None in best else percent([a - b["t1"]["right"].mean() for a, b in zip(t1 * (len(best) if len(of) == 1 else 1), best)], True)
+        mean = lambda f, of=of: float(np.mean([f(r) for r in of.values()]))
+        t1 = {seed: r["t1"]["right"].mean() for seed, r in of.items()}
+        best = {seed: r["t1"]["right"].mean() for (r_, seed), r in found.items() if r_ == "vision-r1" and row != r_ and (row == "base" or seed in of)}
+        apart = percent([t1[0 if row == "base" else seed] - best[seed] for seed in best], True) if best else ""
         kinds = [mean(lambda r, h=h: r["t1"]["right"][r["t1"]["hard"] == h].mean()) for h in (True, False)]
-        lengths = [np.mean([r["t1"]["length"][r["t1"]["right"] == right].mean() for r in of if (r["t1"]["right"] == right).any()]) for right in (1, 0)]
+        lengths = [np.mean([r["t1"]["length"][r["t1"]["right"] == right].mean() for r in of.values() if (r["t1"]["right"] == right).any()] or np.nan) for right in (1, 0)]
         paper = "" if accuracy is None else f"{accuracy}" + (f" ({length:,})" if length else "")
-        lines.append(f"| {name} | {paper} | {percent(t1)} | {100 * kinds[0]:.1f}, {100 * kinds[1]:.1f} | {apart} | {percent([r['greedy']['right'].mean() for r in of])} | "
+        lines.append(f"| {name} | {paper} | {len(of)} | {percent(t1.values())} | {100 * kinds[0]:.1f}, {100 * kinds[1]:.1f} | {apart} | {percent([r['greedy']['right'].mean() for r in of.values()])} | "
                      f"{mean(lambda r: r['t1']['length'].mean()):.1f}: {lengths[0]:.1f}, {lengths[1]:.1f} | {100 * mean(lambda r: r['t1']['cut'].mean()):.1f} | "
                      f"{mean(lambda r: r['tokens']) / 1e3:,.0f}K | {mean(lambda r: r['cpu']):,.0f} |")  # fmt: skip
     return [*lines, ""]
 
 
-def tables(found, seeds, setting):
-    text = [f"{len(seeds)} seed(s) of SFT and RL, {setting.test:,} held-out problems, the same for all; mean ± half of the 95 % t interval over seeds. A limit of {setting.scale} "
+def tables(found, setting):
+    text = [f"Seeds of SFT and RL; {setting.test:,} held-out problems, the same for all; mean ± half of the 95 % t interval over seeds, differences paired by seed and question. A limit of {setting.scale} "
             f"stands for 4K, {setting.steps} steps a stage, {setting.questions} questions a step, lr {setting.lr:g}, {setting.hard:.0%} of the problems with a smudged cell.", ""]  # fmt: skip
     for title in TABLES:
-        rows = table_rows(title, found, seeds)
-        text += rows if len(rows) > 5 else []
+        rows = table_rows(title, found)
+        text += rows if len(rows) > 6 else []  # more than Vision-R1 itself
     return "\n".join(text)
 
 
-def draw_figure(runs, seeds, root):
+def draw_figure(runs, root):
     """Fig. 1's panels from means over seeds: length, accuracy and reward over steps, over tokens; right and wrong chains of CI"""
     import ptst
 
     names = {"zero": "Zero", "long": "Long", "vision-r1": "Vision-R1", "ci": "CI"}
     folders = []
     for row, name in names.items():
-        of = [runs[row, seed] for seed in seeds if (row, seed) in runs]
+        of = [run for (of_row, _), run in runs.items() if of_row == row]
         folder = root / "figure" / name
         folder.mkdir(parents=True, exist_ok=True)
         if of and of[0]["rl"]:
             logs = [[json.loads(line) for line in open(run["rl"] / "log.jsonl")] for run in of]
-            steps = [{k: float(np.mean(values)) if (values := [r[k] for r in rows if r[k] is not None]) else None for k in rows[0]} for rows in zip(*logs)]
+            mean = lambda key, rows: rows[0][key] if isinstance(rows[0][key], int) and key != "tokens" else np.mean([r[key] for r in rows if r[key] is not None] or np.nan)
+            steps = [{key: mean(key, rows) for key in rows[0]} for rows in zip(*logs)]
+            steps = [{k: None if v != v else v for k, v in step.items()} for step in steps]
             (folder / "log.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
         elif of:
             (folder / "responses.jsonl").write_text("".join((run["t1"] / "responses.jsonl").read_text() for run in of))
@@ -330,36 +332,39 @@ def draw_figure(runs, seeds, root):
 
 
 def draw_map(config):
-    """PTST minus Long at equal steps, T=1, over a grid of settings -> map.md, map.png"""
+    """PTST minus Long at equal steps, T=1, for each lever against the share of hard problems -> map.md, map.png"""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    seeds, cells, tasks = list(range(config.seeds)), {}, {}
-    for lever, values in MAP:
-        for cell in [replace(Setting(), **{lever: value, "hard": hard}) for value in values for hard in MAP_HARD]:
-            more, runs = plan(("long", "vision-r1"), seeds, config.out, cell, (("t1", 1.0),))
-            tasks, cells[tag(cell, ["again", "hard", "lr"])] = more | tasks, runs
+    levers, seeds, tasks, runs = config.map.split(","), list(range(config.seeds)), {}, {}
+    if unknown := set(levers) - set(MAP):
+        raise ValueError(f"no lever {', '.join(sorted(unknown))}; there are {', '.join(MAP)}")
+    cells = [(lever, value, hard) for lever in levers for value in MAP[lever] for hard in MAP_HARD]
+    for lever, value, hard in cells:
+        more, runs[lever, value, hard] = plan(("long", "vision-r1"), seeds, config.out, replace(Setting(), **{lever: value, "hard": hard}), (("t1", 1.0),))
+        tasks = more | tasks
     run_all(tasks, config.jobs, lambda line: print(line, flush=True))
-    lines = ["| lever | value | smudged | Long % | PTST % | PTST - Long |", "|---" * 6 + "|"]
-    fig, axes = plt.subplots(1, len(MAP), figsize=(4.6 * len(MAP), 3.6), dpi=160, layout="constrained")
-    for ax, (lever, values) in zip(axes, MAP):
-        grid = np.zeros((len(values), len(MAP_HARD)))
-        for i, value in enumerate(values):
-            for j, hard in enumerate(MAP_HARD):
-                runs = cells[tag(replace(Setting(), **{lever: value, "hard": hard}), ["again", "hard", "lr"])]
-                long, ptst = ([read_answers(runs[row, s]["t1"])["right"].mean() for s in seeds] for row in ("long", "vision-r1"))
-                apart = [b - a for a, b in zip(long, ptst)]
-                grid[i, j] = 100 * np.mean(apart)
-                lines.append(f"| {lever} | {value:g} | {hard:.0%} | {percent(long)} | {percent(ptst)} | {percent(apart, True)} |")
-                ax.text(j, i, percent(apart, True).replace(" ", "\n", 1), ha="center", va="center")
+    lines, apart = ["| lever | value | smudged | Long %: T=1, length | PTST %: T=1, length | PTST - Long |", "|---" * 6 + "|"], {}
+    for lever, value, hard in cells:
+        read = lambda row, at=runs[lever, value, hard]: [read_answers(at[row, s]["t1"]) for s in seeds]
+        long, ptst = ([r["right"].mean() for r in read(row)] for row in ("long", "vision-r1"))
+        length = [np.mean([r["length"].mean() for r in read(row)]) for row in ("long", "vision-r1")]
+        apart[lever, value, hard] = percent([b - a for a, b in zip(long, ptst)], True)
+        lines.append(f"| {lever} | {value:g} | {hard:.0%} | {percent(long)}, {length[0]:.1f} | {percent(ptst)}, {length[1]:.1f} | {apart[lever, value, hard]} |")
+    fig, axes = plt.subplots(1, len(levers), figsize=(4.2 * len(levers), 3.4), dpi=160, layout="constrained", squeeze=False)
+    for ax, lever in zip(axes[0], levers):
+        grid = [[float(apart[lever, value, hard].split()[0]) for hard in MAP_HARD] for value in MAP[lever]]
         ax.imshow(grid, cmap="RdBu", vmin=-12, vmax=12, aspect="auto")
+        for i, value in enumerate(MAP[lever]):
+            for j, hard in enumerate(MAP_HARD):
+                ax.text(j, i, apart[lever, value, hard].replace(" ± ", "\n± "), ha="center", va="center", color="white" if abs(grid[i][j]) > 8 else "black")
         ax.set_xticks(range(len(MAP_HARD)), [f"{hard:.0%}" for hard in MAP_HARD])
-        ax.set_yticks(range(len(values)), [f"{value:g}" for value in values])
+        ax.set_yticks(range(len(MAP[lever])), [f"{value:g}" for value in MAP[lever]])
         ax.set_xlabel("problems with a smudged cell")
-        ax.set_ylabel({"lr": "learning rate", "again": "strength of overthinking"}[lever])
-    fig.suptitle("PTST minus Long, points of accuracy at T=1 (blue: PTST wins)", fontsize=11)
+        ax.set_ylabel({"scale": "first limit of PTST (tokens)", "lr": "learning rate", "again": "strength of overthinking"}[lever])
+    fig.suptitle("PTST minus Long, points of accuracy at T=1 (blue: PTST ahead)", fontsize=11)
     fig.savefig(Path(config.out) / "map.png")
     (Path(config.out) / "map.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines) + f"\nwrote {Path(config.out) / 'map.md'} and map.png")
@@ -371,17 +376,18 @@ def ablate(config):
     rows = config.rows.split(",") if config.rows else QUICK if config.quick else list(ROWS)
     if unknown := set(rows) - set(ROWS):
         raise ValueError(f"no row {', '.join(sorted(unknown))}; there are {', '.join(ROWS)}")
-    tasks, runs = plan(rows, seeds, config.out, setting)
+    tasks, _ = plan(rows, seeds, config.out, setting)
     began = time.time()
     run_all(tasks, config.jobs, lambda line: print(line, flush=True))
-    found = {key: measure(run, tasks) for key, run in runs.items()}
-    text = tables(found, seeds, setting)
-    spent = sum(task.done()["cpu"] for task in tasks.values())
-    text += f"\n{spent / 3600:.1f} CPU hours in {len(tasks)} commands."
+    known, everything = plan(list(ROWS), range(max(10, config.seeds)), config.out, setting)  # what earlier calls finished is reported too
+    found = {key: measure(run, known) for key, run in everything.items() if all(known[run[how]].done() for how in ("t1", "greedy"))}
+    text = tables(found, setting)
+    times = [task.done() for task in known.values() if task.done()]
+    text += f"\n{len(times)} commands: {sum(t['wall'] for t in times) / 60:.0f} minutes of one core each, {sum(t['cpu'] for t in times) / 3600:.1f} CPU hours."
     (Path(config.out) / "tables.md").write_text(text + "\n")
     print(f"\n{text}\nthis call: {time.time() - began:.0f} s\nwrote {Path(config.out) / 'tables.md'}")
-    if set(rows) & {"zero", "long", "vision-r1"}:
-        print(f"wrote {draw_figure(runs, seeds, Path(config.out))}")
+    if {row for row, _ in found} & {"zero", "long", "vision-r1"}:
+        print(f"wrote {draw_figure({key: everything[key] for key in found}, Path(config.out))}")
 
 
 def main(argv):
@@ -389,7 +395,7 @@ def main(argv):
     parser.add_argument("--rows", help=f"separated by commas, of {', '.join(ROWS)}")
     parser.add_argument("--seeds", type=int, help="default 3; with --quick 1")
     parser.add_argument("--quick", action="store_true", help=f"the rows {', '.join(QUICK)}")
-    parser.add_argument("--map", action="store_true", help="where PTST beats Long: learning rate, share of hard problems, strength of overthinking")
+    parser.add_argument("--map", nargs="?", const=",".join(MAP), metavar="LEVERS", help=f"where PTST beats Long: {', '.join(MAP)} (default all), each against the share of hard problems")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="commands at a time, a thread each (default: the cores)")
     parser.add_argument("--out", default="runs/ablate")
     config = parser.parse_args(argv)

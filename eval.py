@@ -73,7 +73,7 @@ class Config:
 
 
 RECIPES = {
-    "toy": dict(model="toy:all", data="toy:test-problems", max_len=256, top_p=1.0, limit=1000, max_prompt_len=2048),
+    "toy": dict(model="toy:all", data="toy:test-problems", max_len=384, top_p=1.0, limit=1000, max_prompt_len=2048),
     "vision-r1": dict(),
 }
 DRAWS = 5  # the paper's fork: one answer, and up to four more while </answer> is missing

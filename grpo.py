@@ -40,7 +40,7 @@ class Config:
     strict: bool = False  # stop at the first bad record instead of reporting it
     seed: int = 0
     # PTST, Eq. 2
-    stages: str = "64x16x60,128x8x60"  # (max_len, group_size, steps), e.g. 4Kx16x100,8Kx8x100
+    stages: str = "96x16x60,192x8x60"  # (max_len, group_size, steps), e.g. 4Kx16x100,8Kx8x100
     questions: int = 8  # questions per step, over all ranks
     minibatches: int = 1  # parts of a rollout batch, an optimizer step each
     epochs: int = 1  # times that a rollout batch is gone through; with several steps a batch, pi_old of Eq. 1 is computed first
@@ -101,8 +101,8 @@ TOY = dict(model="toy:ci", data="toy:rl-problems", freeze_vision=True)
 
 RECIPES = {
     "toy": TOY,
-    "toy-long": TOY | dict(stages=[(256, 4, 120)], out="runs/toy/long"),
-    "toy-zero": TOY | dict(stages=[(64, 16, 120)], out="runs/toy/zero", model="toy:base", format_weight=1.0,
+    "toy-long": TOY | dict(stages=[(384, 4, 120)], out="runs/toy/long"),
+    "toy-zero": TOY | dict(stages=[(96, 16, 120)], out="runs/toy/zero", model="toy:base", format_weight=1.0,
                            system_prompt="Think first , then answer in tags ."),  # the words that the toy's base was taught
     # App. A
     "vision-r1-7b": PAPER | dict(model="runs/vision-r1-ci-7b/final", out="runs/vision-r1-7b",

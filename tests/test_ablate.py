@@ -149,10 +149,25 @@ def test_tables_from_a_finished_run_and_nothing_runs_twice(small):
     assert "0 of them" in small.said[0] and f"{len(small.tasks)} of them" in small.said[-1]
     assert before == {out: task.done() for out, task in small.tasks.items()}
     found = {key: ablate.measure(run, small.tasks) for key, run in small.runs.items()}
-    text = ablate.tables(found, [0], small.setting)
+    text = ablate.tables(found, small.setting)
     line = next(line for line in text.splitlines() if line.startswith("| Vision-R1 |"))
     answers = [json.loads(row) for row in open(small.runs["vision-r1", 0]["t1"] / "responses.jsonl")]
     assert len(answers) == 12 and f"| {100 * sum(r['right'] for r in answers) / 12:.1f} |" in line
     log = [json.loads(row) for row in open(small.runs["vision-r1", 0]["rl"] / "log.jsonl")]
     assert found["vision-r1", 0]["tokens"] == sum(row["tokens"] for row in log)
-    assert "| Vision-R1-CI | 44.5 (3,566) |" in text and "Zero" not in text
+    assert "| Vision-R1-CI | 44.5 (3,566) | 1 |" in text and "Zero" not in text
+
+
+def test_differences_are_paired_by_seed():
+    def result(right):
+        answers = dict(right=np.array(right, float), length=np.arange(1.0, 5), cut=np.zeros(4, bool), hard=np.array([True, False] * 2))
+        return dict(t1=answers, greedy=answers, tokens=1000, cpu=10)
+
+    found = {("base", 0): result([0, 0, 0, 1]), ("ci", 0): result([1, 0, 0, 0]), ("ci", 1): result([1, 1, 0, 0]),
+             ("long", 1): result([1, 1, 1, 0]), ("vision-r1", 0): result([1, 1, 0, 0]), ("vision-r1", 1): result([1, 1, 1, 1])}  # fmt: skip
+    cells = {line.split("|")[1].strip(): line.split("|") for line in ablate.table_rows("Table 3: the models", found)[4:-1]}
+    assert cells["Vision-R1"][6].strip() == "" and cells["Vision-R1"][3].strip() == "2"
+    assert cells["Vision-R1-Long"][6].strip() == "-25.0"  # one seed has both
+    assert cells["Vision-R1-CI"][6].strip() == "-37.5 ± 158.8"  # -25 and -50; 12.706 x 12.5
+    assert cells["base model"][6].strip() == "-50.0 ± 317.6"  # 25 against 50 and 100
+    assert cells["Vision-R1-CI"][5].strip() == "50.0, 25.0"  # smudged: 1 of 2 both times; clear: 0 and 1 of 2
