@@ -292,10 +292,11 @@ def table_rows(title, found):
         best = {seed: r["t1"]["right"].mean() for (r_, seed), r in found.items() if r_ == "vision-r1" and row != r_ and (row == "base" or seed in of)}
         apart = percent([t1[0 if row == "base" else seed] - best[seed] for seed in best], True) if best else ""
         kinds = [mean(lambda r, h=h: r["t1"]["right"][r["t1"]["hard"] == h].mean()) for h in (True, False)]
-        lengths = [np.mean([r["t1"]["length"][r["t1"]["right"] == right].mean() for r in of.values() if (r["t1"]["right"] == right).any()] or np.nan) for right in (1, 0)]
+        chains = [[r["t1"]["length"][r["t1"]["right"] == right].mean() for r in of.values() if (r["t1"]["right"] == right).any()] for right in (1, 0)]
+        lengths = ", ".join(f"{np.mean(each):.1f}" if each else "none" for each in chains)
         paper = "" if accuracy is None else f"{accuracy}" + (f" ({length:,})" if length else "")
         lines.append(f"| {name} | {paper} | {len(of)} | {percent(t1.values())} | {100 * kinds[0]:.1f}, {100 * kinds[1]:.1f} | {apart} | {percent([r['greedy']['right'].mean() for r in of.values()])} | "
-                     f"{mean(lambda r: r['t1']['length'].mean()):.1f}: {lengths[0]:.1f}, {lengths[1]:.1f} | {100 * mean(lambda r: r['t1']['cut'].mean()):.1f} | "
+                     f"{mean(lambda r: r['t1']['length'].mean()):.1f}: {lengths} | {100 * mean(lambda r: r['t1']['cut'].mean()):.1f} | "
                      f"{mean(lambda r: r['tokens']) / 1e3:,.0f}K | {mean(lambda r: r['cpu']):,.0f} |")  # fmt: skip
     return [*lines, ""]
 
