@@ -171,3 +171,23 @@ def test_differences_are_paired_by_seed():
     assert cells["Vision-R1-CI"][6].strip() == "-37.5 ± 158.8"  # -25 and -50; 12.706 x 12.5
     assert cells["base model"][6].strip() == "-50.0 ± 317.6"  # 25 against 50 and 100
     assert cells["Vision-R1-CI"][5].strip() == "50.0, 25.0"  # smudged: 1 of 2 both times; clear: 0 and 1 of 2
+
+
+def test_the_map_has_a_cell_for_each_setting_and_shares_the_tables_runs(tmp_path, monkeypatch):
+    planned = {}
+    monkeypatch.setattr(ablate, "run_all", lambda tasks, *_: planned.update(tasks))
+
+    def answers(folder):
+        long = "384x4" in str(folder) or "x4x120" in folder.name
+        hard = float(re.search(r"hard-([\d.]+)", folder.name)[1]) if "hard-" in folder.name else 0.5
+        return dict(right=np.array([0.5 if long else 0.5 + hard / 10] * 4), length=np.array([9.0]))
+
+    monkeypatch.setattr(ablate, "read_answers", answers)
+    ablate.draw_map(SimpleNamespace(map="scale,lr", seeds=2, jobs=1, out=str(tmp_path)))
+    rows = [line.split("|")[1:-1] for line in (tmp_path / "map.md").read_text().splitlines()[2:]]
+    assert len(rows) == 2 * 3 * 3 and (tmp_path / "map.png").stat().st_size > 5000
+    for lever, value, hard, _, _, apart in rows:
+        assert apart.strip() == f"+{float(hard.strip()[:-1]) / 10:.1f} ± 0.0"
+    tables, _ = ablate.plan(("long", "vision-r1"), [0, 1], tmp_path, ablate.Setting(), (("t1", 1.0),))
+    assert set(tables) <= set(planned) and all(planned[out].command == tables[out].command for out in tables)
+    assert len({str(t.command) for t in planned.values()}) == len(planned)
