@@ -5,10 +5,10 @@
   python ptst.py ablate --rows long,vision-r1 --seeds 5
   python ptst.py ablate --map [scale,lr,again]   where PTST beats Long: grids of settings, a heat map
 
-A limit of 96 tokens stands for 4K, 1.1 times CI's mean length, as in the paper (3,566); all rows but the three-stage one train the
-same number of steps. All arms share everything but their stages and their start: reward, learning rate, questions, seeds of data. The learning
-rate was chosen on Long alone (NOTES.md). A row is a chain of commands of the four stages, which anybody can give by hand;
-what two rows share (cold start, SFT, a first stage) runs once; a killed run goes on with the same command.
+A limit of 96 tokens stands for 4K: about CI's mean length, as in the paper (3,566). All rows train the same number of steps but
+the one with a third stage. All arms share everything but their stages and their start: reward, learning rate, questions, data.
+The learning rate was chosen on Long alone (NOTES.md). A row is a chain of commands of the four stages, which anybody can
+give by hand; what two rows share (cold start, SFT, a first stage) runs once; a killed run goes on with the same command.
 """
 
 import argparse
@@ -32,6 +32,7 @@ HERE = Path(__file__).resolve().parent
 @dataclass
 class Setting:
     """what all arms of an ablation share"""
+
     steps: int = 60  # of a stage; the paper: 100
     questions: int = 8  # a step
     lr: float = 3e-5  # chosen on Long
@@ -93,6 +94,7 @@ MAP_HARD = (0.1, 0.5, 0.9)
 @dataclass
 class Task:
     """one command of a stage; it is finished when its folder holds task.json with the same command"""
+
     out: Path
     command: list  # of python's arguments
     needs: list  # tasks
@@ -193,7 +195,7 @@ def run_task(task, stop):
     env = os.environ | dict(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     with open(task.out / "output.txt", "a") as output:
         began = time.time()
-        process = subprocess.Popen([sys.executable, *task.command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env, cwd=HERE)
+        process = subprocess.Popen([sys.executable, *task.command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env)
         stop_with_us.append(process)
         _, status, used = os.wait4(process.pid, 0)
     if status:

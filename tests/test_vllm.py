@@ -440,7 +440,7 @@ def test_evaluation_by_vllm_a_server_and_torch_is_one_report(problem_file, serve
         torchs, vllms, servers = ((tmp_path / e / name).read_text() for e in ("torch", "vllm", "http"))
         assert torchs == vllms == servers
     report = json.loads((tmp_path / "torch" / "report.json").read_text())["all"]
-    assert report["n"] == 24 and 0.2 < report["accuracy"] < 0.9 and report["format_rate"] > 0.9
+    assert report["n"] == 24 and 0.05 < report["accuracy"] < 0.9 and report["format_rate"] > 0.9
 
     engine = vllm_engine.HTTPEngine(server.url, model.Processor(setting["model"]), CPU)
     with pytest.raises(SystemExit, match="serves .*toy-base, not"):
