@@ -3,6 +3,7 @@ another is the uninterrupted run. Which arm wins is asserted nowhere."""
 
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -125,7 +126,7 @@ def test_a_run_that_continues_a_shared_stage_is_the_uninterrupted_run(small):
     task = small.tasks[small.runs["vision-r1", 0]["rl"]]
     assert task.parent
     out = small.root / "at-once"
-    subprocess.run([sys.executable, *[str(out) if word == str(task.out) else word for word in task.command]], check=True, cwd=ROOT, capture_output=True)
+    subprocess.run([sys.executable, *[str(out) if word == str(task.out) else word for word in task.command]], check=True, capture_output=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     logs = [[json.loads(line) for line in open(folder / "log.jsonl")] for folder in (task.out, out)]
     strip = lambda rows: [{k: v for k, v in row.items() if not k.startswith(("t_", "mem"))} for row in rows]
     assert strip(logs[0]) == strip(logs[1])
