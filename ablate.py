@@ -26,6 +26,9 @@ from pathlib import Path
 
 import numpy as np
 
+import ptst
+from report import read_run
+
 HERE = Path(__file__).resolve().parent
 
 
@@ -259,17 +262,17 @@ def interval(values):
 
 
 def read_answers(folder):
-    """an evaluation -> right (N,) and length (N,), in the order of the questions"""
-    rows = sorted((json.loads(line) for line in open(folder / "responses.jsonl")), key=lambda row: row["id"])
+    """an evaluation -> right, length, cut and hard, (N,) each, in one order of the questions"""
+    rows = sorted(read_run(folder), key=lambda row: row["id"])
     hard = np.array(["smudged" in row["source"] for row in rows])
     return dict(right=np.array([float(row["right"]) for row in rows]), length=np.array([float(row["length"]) for row in rows]),
-                cut=np.array([row["finish"] == "length" for row in rows]), hard=hard, ids=[row["id"] for row in rows])  # fmt: skip
+                cut=np.array([row["finish"] == "length" for row in rows]), hard=hard)  # fmt: skip
 
 
 def measure(run, tasks):
     """one row and seed -> its numbers; tokens and CPU seconds are those of RL, of shared stages too"""
     t1, greedy = read_answers(run["t1"]), read_answers(run["greedy"])
-    log = [json.loads(line) for line in open(run["rl"] / "log.jsonl")] if run["rl"] else []
+    log = ptst.read_log(run["rl"]) if run["rl"] else []
     cpu, folder = 0, run["rl"]
     while folder:
         cpu, folder = cpu + tasks[folder].done()["cpu"], tasks[folder].parent
@@ -314,8 +317,6 @@ def tables(found, setting):
 
 def draw_figure(runs, root):
     """Fig. 1's panels from means over seeds: length, accuracy and reward over steps, over tokens; right and wrong chains of CI"""
-    import ptst
-
     names = {"zero": "Zero", "long": "Long", "vision-r1": "Vision-R1", "ci": "CI"}
     folders = []
     for row, name in names.items():
@@ -323,7 +324,7 @@ def draw_figure(runs, root):
         folder = root / "figure" / name
         folder.mkdir(parents=True, exist_ok=True)
         if of and of[0]["rl"]:
-            logs = [[json.loads(line) for line in open(run["rl"] / "log.jsonl")] for run in of]
+            logs = [ptst.read_log(run["rl"]) for run in of]
             mean = lambda key, rows: rows[0][key] if isinstance(rows[0][key], int) and key != "tokens" else np.mean([r[key] for r in rows if r[key] is not None] or np.nan)
             steps = [{key: mean(key, rows) for key in rows[0]} for rows in zip(*logs)]
             steps = [{k: None if v != v else v for k, v in step.items()} for step in steps]
@@ -352,10 +353,10 @@ def draw_map(config):
     lines, apart = ["| lever | value | smudged | Long %: T=1, length | PTST %: T=1, length | PTST - Long |", "|---" * 6 + "|"], {}
     for lever, value, hard in cells:
         read = lambda row, at=runs[lever, value, hard]: [read_answers(at[row, s]["t1"]) for s in seeds]
-        long, ptst = ([r["right"].mean() for r in read(row)] for row in ("long", "vision-r1"))
+        long, staged = ([r["right"].mean() for r in read(row)] for row in ("long", "vision-r1"))
         length = [np.mean([r["length"].mean() for r in read(row)]) for row in ("long", "vision-r1")]
-        apart[lever, value, hard] = percent([b - a for a, b in zip(long, ptst)], True)
-        lines.append(f"| {lever} | {value:g} | {hard:.0%} | {percent(long)}, {length[0]:.1f} | {percent(ptst)}, {length[1]:.1f} | {apart[lever, value, hard]} |")
+        apart[lever, value, hard] = percent([b - a for a, b in zip(long, staged)], True)
+        lines.append(f"| {lever} | {value:g} | {hard:.0%} | {percent(long)}, {length[0]:.1f} | {percent(staged)}, {length[1]:.1f} | {apart[lever, value, hard]} |")
     fig, axes = plt.subplots(1, len(levers), figsize=(4.2 * len(levers), 3.4), dpi=160, layout="constrained", squeeze=False)
     for ax, lever in zip(axes[0], levers):
         grid = [[float(apart[lever, value, hard].split()[0]) for hard in MAP_HARD] for value in MAP[lever]]
@@ -386,7 +387,7 @@ def ablate(config):
     found = {key: measure(run, known) for key, run in everything.items() if all(known[run[how]].done() for how in ("t1", "greedy"))}
     text = tables(found, setting)
     times = [task.done() for task in known.values() if task.done()]
-    text += f"\n{len(times)} commands: {sum(t['wall'] for t in times) / 60:.0f} minutes of one core each, {sum(t['cpu'] for t in times) / 3600:.1f} CPU hours."
+    text += f"\n{len(times)} commands: {sum(t['wall'] for t in times) / 60:.0f} minutes of one core, {sum(t['cpu'] for t in times) / 3600:.1f} CPU hours."
     (Path(config.out) / "tables.md").write_text(text + "\n")
     print(f"\n{text}\nthis call: {time.time() - began:.0f} s\nwrote {Path(config.out) / 'tables.md'}")
     if {row for row, _ in found} & {"zero", "long", "vision-r1"}:
