@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 
 import ptst
+import toy
 from report import read_run
 
 HERE = Path(__file__).resolve().parent
@@ -40,7 +41,7 @@ class Setting:
     questions: int = 8  # a step
     lr: float = 3e-5  # chosen on Long
     hard: float = 0.5  # share of RL and test problems with a smudged cell: there, thinking longer pays
-    again: float = 0.55  # strength of overthinking: how readily the reasoner of the cold start looks again
+    again: float = toy.Reasoner.again  # strength of overthinking: how readily the reasoner of the cold start looks again
     scale: int = 96  # the limit that stands for 4K
     cold: int = 10_000  # problems for the cold start
     test: int = 2_000  # held-out problems, the same for all rows and seeds
@@ -87,7 +88,7 @@ TABLES = {
         ("zero-sft-ptst", "the same, then PTST", 39.8, None), ("vision-r1", "Vision-R1", 55.4, None)],
 }  # fmt: skip
 QUICK = ("zero", "ci", "long", "vision-r1")
-MAP = {"scale": (64, 96, 128), "lr": (1e-5, 3e-5, 1e-4), "again": (0.35, 0.55, 0.75)}  # levers, each against `hard`, around the tables' setting
+MAP = {"scale": (64, 96, 128), "lr": (1e-5, 3e-5, 1e-4), "again": (0.3, 0.6, 0.75)}  # levers, each against `hard`, around the tables' setting
 MAP_HARD = (0.1, 0.5, 0.9)
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -129,8 +130,6 @@ def tag(setting, names):
 
 def plan(rows, seeds, root, setting, temperatures=(("t1", 1.0), ("greedy", 0.0))):
     """tasks of these rows by folder, and (row, seed) -> {"t1": folder, "greedy": folder, "rl": folder or None}"""
-    import toy
-
     tasks, runs, data = {}, {}, Path(root) / "data"
     of_start, of_run = tag(setting, ["again"]), tag(setting, ["again", "hard", "lr", "scale"])
 
@@ -408,7 +407,6 @@ def main(argv):
 
 
 if __name__ == "__main__":  # one task of its own: draw OUT N NAME HARD
-    import toy
     from data import write_parquet
 
     _, out, n, name, hard = sys.argv[1:]

@@ -131,7 +131,7 @@ class Reasoner:
     of those rounds that start from a doubted digit.
     """
 
-    slip, look, again, doubt, most_rounds = 0.025, 0.7, 0.55, 0.4, 8
+    slip, look, again, doubt, most_rounds = 0.003, 0.7, 0.6, 0.7, 8
 
     def chat(self, messages):
         text, _ = read_messages(messages)
@@ -319,18 +319,25 @@ def lesson(rng):
     total, png = sum(cells[:level]), draw(cells, rng, smudged)
     kind = rng.random()
     column = rng.randrange(3)
-    if kind < 0.3:  # a pretrained model can say what it sees and what it was told
-        describe = " , ".join(f"{name} is {'smudged' if i == smudged else digit}" for i, (name, digit) in enumerate(zip(CELLS, cells)))
+    if kind < 0.3:  # a pretrained model can say what it sees and what it was told, a digit that it cannot see too
         told = f"column {column + 1} is {sum(cells[column::3])} ."
-        return Record("", f"<image>{told} Describe the picture .", "-", [png]), "", f"{describe} . {told}"
+        hidden = None if smudged is None or rng.random() < 0.5 else smudged
+        hint = f"{CELLS[smudged]} is {cells[smudged]} . " if smudged is not None and hidden is None else ""
+        describe = " , ".join(f"{name} is {'smudged' if i == hidden else digit}" for i, (name, digit) in enumerate(zip(CELLS, cells)))
+        return Record("", f"<image>{told} {hint}Describe the picture .", "-", [png]), "", f"{describe} . {told}"
     digits = [rng.randint(1, DIGITS) for _ in range(rng.randint(2, 10))]
     if kind < 0.4:  # take away
         a, b = digits[:2]
         left = rng.randint(1, DIGITS)
         return Record("", f"Take {a} {b} from {left + a + b} .", "-", []), "", f"{a} {left + b} , {b} {left} ."
-    if kind < 0.6:  # and add
+    if kind < 0.5:  # add
         sums = " , ".join(f"{d} {sum(digits[: i + 1])}" for i, d in enumerate(digits))
         return Record("", f"Add {' '.join(map(str, digits))} .", "-", []), "", f"{sums} ."
+    if kind < 0.6:  # and look up what it adds
+        named = rng.sample(list(zip(CELLS, cells)), rng.randint(2, 9))
+        told = " , ".join(f"{name} is {digit}" for name, digit in rng.sample(named, len(named)))
+        sums = " , ".join(f"{name} {digit} {sum(d for _, d in named[: i + 1])}" for i, (name, digit) in enumerate(named))
+        return Record("", f"{told} . Add {' '.join(name for name, _ in named)} .", "-", []), "", f"{sums} ."
     record = Record("", f"<image>{question(level, cells, column)}", "-", [png])
     if kind < 0.8:
         return record, "", f"The answer is {total} ."
