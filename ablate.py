@@ -200,10 +200,13 @@ def run_task(task, stop):
         process = subprocess.Popen([sys.executable, *task.command], stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, env=env)
         stop_with_us.append(process)
         _, status, used = os.wait4(process.pid, 0)
+    with open(task.out / "tries.jsonl", "a") as tries:  # of a command that was stopped and went on, every try counts
+        tries.write(json.dumps(dict(wall=round(time.time() - began, 1), cpu=round(used.ru_utime + used.ru_stime, 1))) + "\n")
     if status:
         tail = "".join((task.out / "output.txt").read_text(errors="replace").splitlines(True)[-12:])
         return f"{shlex.join(['python', *task.command])}\nended with status {os.waitstatus_to_exitcode(status)}:\n{tail}"
-    row = dict(command=task.command, wall=round(time.time() - began, 1), cpu=round(used.ru_utime + used.ru_stime, 1))
+    each = [json.loads(line) for line in (task.out / "tries.jsonl").read_text().splitlines()]
+    row = dict(command=task.command, **{key: round(sum(t[key] for t in each), 1) for key in ("wall", "cpu")})
     (task.out / "task.json").write_text(json.dumps(row) + "\n")
     return None
 

@@ -111,6 +111,18 @@ def test_a_command_that_fails_ends_the_run_with_its_last_words(tmp_path):
     assert not task.done() and not after.out.exists()
 
 
+def test_every_try_of_a_command_counts_in_its_time(tmp_path):
+    flag = tmp_path / "tried"
+    work = f"import os, time; time.sleep(.3); tried = os.path.exists({str(flag)!r}); open({str(flag)!r}, 'w'); raise SystemExit(not tried)"
+    task = ablate.Task(tmp_path / "a", ["-c", work], [])
+    for _ in range(2):
+        try:
+            ablate.run_all({task.out: task}, 1, lambda _: None)
+        except ValueError:
+            assert not task.done()
+    assert 0.6 <= task.done()["wall"] < 10
+
+
 @pytest.fixture(scope="module")
 def small(tmp_path_factory):
     """three rows in earnest, a few problems and steps"""
