@@ -151,7 +151,8 @@ def plan(rows, seeds, root, setting, temperatures=(("t1", 1.0), ("greedy", 0.0))
         if kind == "base":
             return toy.find("toy:base"), []
         bridged, out = cold("pseudo" if kind == "pseudo" else "chains"), Path(root) / f"seed-{seed}" / f"sft-{kind}{of_start}"
-        flags = ["--drop_chains"] if kind == "answers" else []
+        # the filter drops four in ten chains and no pseudo-CoT, of which three epochs are as many steps as five of the others
+        flags = {"answers": ["--drop_chains"], "pseudo": ["--epochs", 3]}.get(kind, [])
         sft = task(out, [HERE / "sft.py", "--recipe", "toy", "--data", bridged.out / "cold.jsonl", "--seed", seed, "--out", out, *flags], [bridged])
         return str(out / "final"), [sft]
 
