@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -265,11 +266,12 @@ def interval(values):
 
 
 def read_answers(folder):
-    """an evaluation -> right, length, cut and hard, (N,) each, in one order of the questions"""
+    """an evaluation -> right, length, cut, hard and looks after the first, (N,) each, in one order of the questions"""
     rows = sorted(read_run(folder), key=lambda row: row["id"])
     hard = np.array(["smudged" in row["source"] for row in rows])
     return dict(right=np.array([float(row["right"]) for row in rows]), length=np.array([float(row["length"]) for row in rows]),
-                cut=np.array([row["finish"] == "length" for row in rows]), hard=hard)  # fmt: skip
+                cut=np.array([row["finish"] == "length" for row in rows]), hard=hard,
+                looks=np.array([len(re.findall(r"Wait ,|Hmm ,", row["completion"])) for row in rows]))  # fmt: skip
 
 
 def measure(run, tasks):
@@ -309,12 +311,28 @@ def table_rows(title, found):
     return [*lines, ""]
 
 
+def looks_table(found):
+    """accuracy at T=1 (and the share of chains) by how often a chain looks again: the first look helps where a cell is smudged"""
+    lines = ["### What another look is worth", "", "accuracy % at T=1 of the chains that look again so often, all seeds together, and their share of the problems of that kind", "",
+             "| | clear: never | once | twice | more often | smudged: never | once | twice | more often |", "|---" * 9 + "|"]  # fmt: skip
+    for row, name in (("ci", "Vision-R1-CI"), ("long", "Vision-R1-Long"), ("vision-r1", "Vision-R1")):
+        of = [r["t1"] for (r_, _), r in found.items() if r_ == row]
+        if of:
+            right, hard, looks = (np.concatenate([t1[key] for t1 in of]) for key in ("right", "hard", "looks"))
+            chosen = [(hard == h) & (np.minimum(looks, 3) == n) for h in (False, True) for n in range(4)]
+            share = [100 * at.sum() / (hard == (i > 3)).sum() for i, at in enumerate(chosen)]
+            cells = [f"{100 * right[at].mean():.1f} ({part:.0f} %)" if at.any() else "none" for at, part in zip(chosen, share)]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return [*lines, ""] if len(lines) > 6 else []
+
+
 def tables(found, setting):
     text = [f"Seeds of SFT and RL; {setting.test:,} held-out problems, the same for all; mean ± half of the 95 % t interval over seeds, differences paired by seed and question. A limit of {setting.scale} "
             f"stands for 4K, {setting.steps} steps a stage, {setting.questions} questions a step, lr {setting.lr:g}, {setting.hard:.0%} of the problems with a smudged cell.", ""]  # fmt: skip
     for title in TABLES:
         rows = table_rows(title, found)
         text += rows if len(rows) > 6 else []  # more than Vision-R1 itself
+    text += looks_table(found)
     return "\n".join(text)
 
 

@@ -186,6 +186,17 @@ def test_differences_are_paired_by_seed():
     assert cells["Vision-R1-CI"][5].strip() == "50.0, 25.0"  # smudged: 1 of 2 both times; clear: 0 and 1 of 2
 
 
+def test_looks_are_counted_and_their_chains_averaged_by_hand(tmp_path):
+    chains = ["so 4 .", "so 4 . Wait , again so 4 .", "so 4 . Hmm , maybe so 5 . Wait , so 4 .", "Waiting Hmm so 4 ."]
+    rows = [dict(id=str(i), right=i != 1, length=9, finish="stop", source="level 2" + ", smudged" * (i == 2), completion=f"<think> {c} </think>")
+            for i, c in enumerate(chains)]  # fmt: skip
+    (tmp_path / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    answers = ablate.read_answers(tmp_path)
+    assert answers["looks"].tolist() == [0, 1, 2, 0]
+    line = ablate.looks_table({("ci", 0): dict(t1=answers)})[-2]
+    assert line == "| Vision-R1-CI | 100.0 (67 %) | 0.0 (33 %) | none | none | none | none | 100.0 (100 %) | none |"
+
+
 def test_the_map_has_a_cell_for_each_setting_and_shares_the_tables_runs(tmp_path, monkeypatch):
     planned = {}
     monkeypatch.setattr(ablate, "run_all", lambda tasks, *_: planned.update(tasks))
