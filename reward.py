@@ -257,7 +257,7 @@ class Score(NamedTuple):
 def prepare(completion, truncated, format_weight):
     """(answer to judge or None, is the format right)."""
     answer = None if truncated else extract_answer(completion)
-    return (answer, True) if answer is not None else (loose_answer(completion) if format_weight else None, False)
+    return (answer, True) if answer is not None else (loose_answer(completion) if format_weight and not truncated else None, False)
 
 
 def settle(answer, format_ok, truncated, out, format_weight):

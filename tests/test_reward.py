@@ -123,7 +123,9 @@ def test_hffrf_needs_format_and_result():
     assert R.score(wrap(6), "5") == R.Score(0.0, "wrong", True, False, "6")
     assert R.score("\\boxed{5}", "5") == R.Score(0.0, "format", False, False, None)
     assert R.score("<think>so 5", "5", truncated=True) == R.Score(0.0, "truncated", False, False, None)
-    assert R.score(wrap(5), "5", truncated=True).reward == 0.0
+    for weight in (0.0, 1.0):
+        for text in (wrap(5), "<answer>5</answer> and so", "\\boxed{5}"):
+            assert R.score(text, "5", truncated=True, format_weight=weight) == R.Score(0.0, "truncated", False, False, None)
     assert R.score(wrap("the sum of its parts"), "5").why == "unparsable"
     assert R.reward(wrap("B"), "54°", choices=["45°", "54°"]) == 1.0
     assert R.reward(wrap(5), 5) == 1.0
