@@ -70,7 +70,7 @@ ROWS = {
     "group-up": ("ci", ((1, 8, 1), (2, 16, 1))),
     "third": ("ci", ((1, 16, 1), (2, 8, 1), (4, 4, 1))),
     "short-4": ("ci", ((1, 4, 2),)),
-    "long-tokens": ("ci", ((4, 4, 4.6),)),
+    "long-tokens": ("ci", ((4, 4, 2), (4, 4, 2.6))),  # goes on where Long ends
     "answers": ("answers", ()),
     "pseudo": ("pseudo", ()),
     "pseudo-ptst": ("pseudo", ((1, 16, 1), (2, 8, 1))),

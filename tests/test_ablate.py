@@ -75,7 +75,7 @@ def test_what_rows_share_runs_once_and_comes_first(tmp_path):
     tasks, _ = ablate.plan(list(ablate.ROWS), [0], tmp_path, ablate.Setting())
     assert len(of_stage(tasks, "cold_start.py")) == 2 and len(of_stage(tasks, "sft.py")) == 3
     stages = [words(t)["--stages"] for t in of_stage(tasks, "grpo.py") if "rl-ci" in t.out.name]
-    assert stages.count("96x16x60") == 1 and len(stages) == len(set(stages)) == 10 + 2  # rows, and two first stages
+    assert stages.count("96x16x60") == 1 and len(stages) == len(set(stages)) == 12 + 2  # rows, and two first stages
     by_stages = {words(t)["--stages"]: t for t in of_stage(tasks, "grpo.py") if "rl-ci" in t.out.name}
     assert by_stages["96x16x60,192x8x60"].parent == by_stages["96x16x60"].out
     assert by_stages["96x16x60,192x8x60,384x4x60"].parent == by_stages["96x16x60,192x8x60"].out
