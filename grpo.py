@@ -88,6 +88,10 @@ class Config:
     tensorboard: bool = False
 
 
+# what makes a run that run: a folder of other values of these is not gone on with
+METHOD = ("model", "data", "seed", "questions", "minibatches", "epochs", "temperature", "top_p", "system_prompt", "format_weight", "clip_eps", "clip_eps_high",
+          "tis", "kl_coef", "std_norm", "loss_mean", "drop_zero_var", "lr", "weight_decay", "max_grad_norm", "freeze_vision", "async_steps")  # fmt: skip
+
 SYSTEM_PROMPT = (  # ours, in the manner of R1-Zero's
     "Answer the user's question about the image. First think it through step by step inside <think> </think>, then give "
     "the final answer inside <answer> </answer>, that is: <think> reasoning here </think><answer> answer here </answer>."
@@ -228,7 +232,7 @@ def main(config):
 
         run.on_main_first(lambda: (toy.find(config.model), toy.find(config.data)))
         config.model, config.data = toy.find(config.model), toy.find(config.data)
-    run.claim(config, ("model", "data", "seed", "questions"))
+    before = run.claim(config, METHOD)
     with run.for_people():
         stages = ptst.parse(config.stages)
     config.stages = ptst.format_stages(stages)
@@ -271,6 +275,8 @@ def main(config):
     if config.preflight:
         preflight(config, stages, records, policy, reference, engine, optimizer, processor, device, say)
     start, progress = run.load_checkpoint(out, policy, optimizer)
+    if not ptst.agree(ptst.parse(before.get("stages", stages)), stages, start):
+        raise SystemExit(f"{out} holds {start} steps of --stages {before['stages']}, not of {config.stages}; choose another --out, or --no_resume")
     log = run.Log(out, config, start, config.wandb, config.tensorboard)
     resumed = f"; resumed after step {start}" if start else ""
     say(f"recipe {config.recipe}: {len(records)} questions, {config.questions} a step; stages {config.stages}")

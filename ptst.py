@@ -73,6 +73,12 @@ def stage_at(stages: list, step: int) -> tuple[int, Stage]:
             return index, Stage(*stage)
     raise ValueError(f"step {step} is not in {format_stages(stages)}: it has the steps 0 to {end - 1}")
 
+def agree(before: list, now: list, steps: int) -> bool:
+    """Whether both schedules have the same limit and group in each of the first `steps` steps, and have so many."""
+    if min(total_steps(before), total_steps(now)) < steps:
+        return False
+    return all(stage_at(before, step)[1][:2] == stage_at(now, step)[1][:2] for step in range(steps))
+
 def token_budget(stage: tuple) -> int:
     """Tokens one question may cost in a step of this stage: L_s x G_s."""
     return stage[0] * stage[1]

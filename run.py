@@ -178,9 +178,10 @@ def one_writer(out):
 
 
 def claim(config, keys):
-    """take the run's folder: one writer at a time, and one run, since going on with another model or seed would mix two.
+    """take the run's folder: one writer at a time, and one run, since going on with another model or loss would mix two.
 
-    `keys`: the settings that must be those of the run that is there. --no_resume removes what is there instead.
+    `keys`: the settings that must be those of the run that is there. --no_resume removes what is there instead. -> the settings
+    of the run that is there, {} if none is.
     """
     out = Path(config.out)
 
@@ -195,9 +196,12 @@ def claim(config, keys):
                 raise SystemExit(f"{out} holds a run with {key} = {before[key]!r}, now it is {getattr(config, key)!r}; "
                                  "choose another --out, or --no_resume to start over")  # fmt: skip
 
+    there = Path(config.out) / "config.json"
+    before = json.loads(there.read_text()) if there.exists() and config.resume else {}  # before the first log line replaces it
     on_main_first(act)
     if hasattr(config, "keep"):  # every rank writes its part of a checkpoint (eval.py: rank 0 alone writes)
         must_share(out)
+    return before
 
 
 def must_share(out):

@@ -165,7 +165,8 @@ def main(config):
 
         run.on_main_first(lambda: (toy.find(config.model), toy.find(config.data)))
         config.model, config.data = toy.find(config.model), toy.find(config.data)
-    run.claim(config, ("model", "data", "seed", "batch_size", "epochs", "holdout"))
+    run.claim(config, ("model", "data", "seed", "batch_size", "epochs", "holdout", "drop_chains", "system_prompt", "cutoff", "lr", "warmup_ratio", "min_lr",
+                      "weight_decay", "max_grad_norm", "freeze_vision"))  # fmt: skip
     say = tqdm.write if rank == 0 else lambda *_: None
 
     shelf, shelf_held = out / "records.pkl", out / "held-out.pkl"

@@ -239,6 +239,15 @@ def test_without_kl_there_is_no_reference(problem_file, tmp_path):
     assert log_of(tmp_path)[0]["kl"] == 0
 
 
+def test_a_folder_of_another_method_is_not_gone_on_with(one_rank, problem_file):
+    """a finished run must not take the name of settings that it never had"""
+    before = (one_rank / "config.json").read_text()
+    for flags, words in (dict(kl_coef=0.0), "kl_coef = 0.01"), (dict(stages="16x8x3,32x4x3"), "6 steps of --stages 16x8x3,24x4x3"):
+        done = subprocess.run(command(one_rank, problem_file, **flags), capture_output=True, text=True, timeout=120)
+        assert done.returncode != 0 and words in done.stderr and "--no_resume" in done.stderr
+        assert (one_rank / "config.json").read_text() == before
+
+
 def test_errors_are_for_people(problem_file, tmp_path):
     def said(**flags):
         done = subprocess.run(command(tmp_path, problem_file, **flags), capture_output=True, text=True, timeout=120)

@@ -211,3 +211,12 @@ def test_plot_of_no_log(tmp_path, text, words):
     with pytest.raises(ValueError, match=words):
         ptst.plot([str(tmp_path)])
     assert not (tmp_path / "curves.png").exists()
+
+
+def test_schedules_agree_as_far_as_a_run_has_come():
+    parse = ptst.parse
+    assert ptst.agree(parse("96x16x60"), parse("96x16x60,192x8x60"), 60)  # goes on with one stage more
+    assert ptst.agree(parse("96x16x60,96x16x60"), parse("96x16x120"), 120)  # the same steps, written otherwise
+    assert not ptst.agree(parse("96x16x60,192x8x60"), parse("96x16x120"), 61) and ptst.agree(parse("96x16x60,192x8x60"), parse("96x16x120"), 60)
+    assert not ptst.agree(parse("96x16x60"), parse("96x8x60"), 1) and ptst.agree(parse("96x16x60"), parse("96x8x60"), 0)
+    assert not ptst.agree(parse("96x16x60"), parse("96x16x40"), 50)  # fewer steps than were done
