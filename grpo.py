@@ -1,7 +1,7 @@
 """Stage 2 of Vision-R1: GRPO with the hard formatting result reward, under Progressive Thinking Suppression Training.
 
   python grpo.py                                              the toy, on the spot (makes what it needs first)
-  torchrun --nproc_per_node 8 grpo.py --recipe vision-r1-7b --model runs/vision-r1-ci --data Vision-R1-rl
+  torchrun --nproc_per_node 8 grpo.py --recipe vision-r1-7b --data Vision-R1-rl
   torchrun --nproc_per_node 2 grpo.py --model DIR --data FILE --stages 64x4x2,128x2x2
 
 Sec. 3.4 of the paper, in the order in which it runs: questions -> rollouts -> rewards -> advantages -> log-probabilities
