@@ -371,6 +371,8 @@ COMMANDS = {
 
 if __name__ == "__main__":
     if sys.argv[1:2] and sys.argv[1] in COMMANDS:
+        if sys.argv[1] == "compare" and len(sys.argv) != 4:
+            sys.exit("usage: python eval.py compare RUN_A RUN_B, two folders of eval.py")
         with run.for_people():
             COMMANDS[sys.argv[1]](*sys.argv[2:])
     else:
