@@ -6,7 +6,7 @@ cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
 if [ "${1:-}" != --vllm ]; then
     bash speedrun.sh --install-only
-    exec .venv/bin/python -m pytest -q -n 2 --dist loadfile tests "$@"
+    exec .venv/bin/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder tests "$@"
 fi
 shift
 python=${PYTHON:-python3}
