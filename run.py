@@ -184,20 +184,19 @@ def claim(config, keys):
     of the run that is there, {} if none is.
     """
     out = Path(config.out)
+    there = out / "config.json"
+    before = json.loads(there.read_text()) if config.resume and there.exists() else {}  # before the first log line replaces it
 
     def act():
         out.mkdir(parents=True, exist_ok=True)
         locks.append(one_writer(out))
         if not config.resume:
             start_over(out)
-        before = json.loads((out / "config.json").read_text()) if (out / "config.json").exists() else {}
         for key in keys:
             if key in before and before[key] != getattr(config, key):
                 raise SystemExit(f"{out} holds a run with {key} = {before[key]!r}, now it is {getattr(config, key)!r}; "
                                  "choose another --out, or --no_resume to start over")  # fmt: skip
 
-    there = Path(config.out) / "config.json"
-    before = json.loads(there.read_text()) if there.exists() and config.resume else {}  # before the first log line replaces it
     on_main_first(act)
     if hasattr(config, "keep"):  # every rank writes its part of a checkpoint (eval.py: rank 0 alone writes)
         must_share(out)
