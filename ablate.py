@@ -96,8 +96,9 @@ TABLES = {
         ("zero-sft-ptst", "the same, then PTST", 39.8, None), ("vision-r1", "Vision-R1", 55.4, None)],
 }  # fmt: skip
 QUICK = ("zero", "ci", "long", "vision-r1")
-MAP = {"scale": (64, 96, 128), "lr": (1e-5, 3e-5, 1e-4), "again": (0.3, 0.6, 0.75)}  # levers, each against `hard`, around the tables' setting
-MAP_HARD = (0.1, 0.5, 0.9)
+# levers, each against `hard`, around the tables' setting
+MAP = {"scale": (64, Setting.scale, 128), "lr": (1e-5, Setting.lr, 1e-4), "again": (0.3, Setting.again, 0.75)}
+MAP_HARD = (0.1, Setting.hard, 0.9)
 
 # -----------------------------------------------------------------------------------------------------------------
 # from rows to commands
