@@ -21,6 +21,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import textwrap
 import time
 import zlib
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
@@ -421,20 +422,22 @@ def draw_map(config):
         cell = [f"{percent([r['right'].mean() for r in arm])}, {np.mean([r['length'].mean() for r in arm]):.1f}" for arm in (long, staged)]
         apart[lever, value, hard] = difference([(b["right"], a["right"]) for a, b in zip(long, staged)])
         lines.append(f"| {lever} | {value:g} | {hard:.0%} | {cell[0]} | {cell[1]} | {apart[lever, value, hard]} |")
-    fig, axes = plt.subplots(1, len(levers), figsize=(4.2 * len(levers), 3.4), dpi=160, layout="constrained", squeeze=False)
+    fig, axes = plt.subplots(1, len(levers), figsize=(4.2 * len(levers), 3.6), dpi=160, layout="constrained", squeeze=False)
+    points = {cell: float(text.split()[0]) for cell, text in apart.items()}
+    most = max(4, *map(abs, points.values()))  # one scale for all levers
     for ax, lever in zip(axes[0], levers):
-        grid = [[float(apart[lever, value, hard].split()[0]) for hard in MAP_HARD] for value in MAP[lever]]
-        ax.imshow(grid, cmap="RdBu", vmin=-12, vmax=12, aspect="auto")
+        ax.imshow([[points[lever, value, hard] for hard in MAP_HARD] for value in MAP[lever]], cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
         for i, value in enumerate(MAP[lever]):
             for j, hard in enumerate(MAP_HARD):
-                text = apart[lever, value, hard].removesuffix(" q")
-                sure = abs(grid[i][j]) > float(text.split()[-1])  # the interval leaves 0 out
-                ax.text(j, i, text.replace(" ± ", "\n± "), ha="center", va="center", color="white" if abs(grid[i][j]) > 8 else "black", weight="bold" if sure else "normal")
+                text, point = apart[lever, value, hard].removesuffix(" q"), points[lever, value, hard]
+                sure = abs(point) > float(text.split()[-1])  # the interval leaves 0 out
+                ax.text(j, i, text.replace(" ± ", "\n± "), ha="center", va="center", color="white" if abs(point) > 0.7 * most else "black", weight="bold" if sure else "normal")
         ax.set_xticks(range(len(MAP_HARD)), [f"{hard:.0%}" for hard in MAP_HARD])
         ax.set_yticks(range(len(MAP[lever])), [f"{value:g}" for value in MAP[lever]])
         ax.set_xlabel("RL and test problems with a smudged cell")
         ax.set_ylabel({"scale": "first limit of PTST (tokens)", "lr": "learning rate", "again": "strength of overthinking"}[lever])
-    fig.suptitle("PTST minus Long, points of accuracy at T=1 (blue: PTST ahead; bold: the 95 % interval leaves 0 out)", fontsize=11)
+    title = "PTST minus Long, points of accuracy at T=1 (blue: PTST ahead; bold: the 95 % interval leaves 0 out)"
+    fig.suptitle(textwrap.fill(title, 50 * len(levers)), fontsize=11)
     fig.savefig(Path(config.out) / "map.png")
     (Path(config.out) / "map.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines) + f"\nwrote {Path(config.out) / 'map.md'} and map.png")
