@@ -77,38 +77,37 @@ def outcomes(tmp_path_factory):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["run", "test_hosts"])
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # for the preload
-    runs = {}
-    for how in SCENARIOS:
-        folder, port = tmp_path_factory.mktemp("ranks"), free_port()
-        ranks = [context.Process(target=scenario, args=(how, r, port, folder), daemon=True) for r in range(WORLD)]
-        for p in ranks:
-            p.start()
-        runs[how] = ranks, folder
-    happened = {}
-    for how, (ranks, folder) in runs.items():
-        wait_for(lambda folder=folder: len(list(folder.glob("up-*"))) == WORLD, 120)
-        if how.startswith("killed") or how == "store killed":
-            os.kill(ranks[0 if how == "store killed" else 1].pid, signal.SIGKILL)
-        if how.startswith("frozen"):
-            for p in ranks if how == "frozen together" else ranks[1:2]:
-                os.kill(p.pid, signal.SIGSTOP)
-        if how == "terminated":
-            os.kill(ranks[0].pid, signal.SIGTERM)
-        happened[how] = time.monotonic()
-    wait_for(lambda: time.monotonic() > happened["frozen together"] + 1.5 * MISSING * BEAT, 60)
-    for p in runs["frozen together"][0]:
-        os.kill(p.pid, signal.SIGCONT)
-    result = {}
-    for how, (ranks, folder) in runs.items():
-        for p in ranks:
-            if (how, p) != ("frozen", ranks[1]):
-                p.join(max(0.1, happened[how] + 60 - time.monotonic()))
-        if how == "frozen":
-            os.kill(ranks[1].pid, signal.SIGCONT)  # when it wakes up it learns that the run is over
-            ranks[1].join(30)
-        result[how] = [(p.exitcode, (folder / f"err-{r}").read_text()) for r, p in enumerate(ranks)]
-        for p in ranks:
-            p.kill()
+    runs, happened, result = {}, {}, {}
+    try:
+        for how in SCENARIOS:  # one after the other: thirty processes that start at once keep each other from a beat for 3 s
+            folder, port = tmp_path_factory.mktemp("ranks"), free_port()
+            ranks = [context.Process(target=scenario, args=(how, r, port, folder), daemon=True) for r in range(WORLD)]
+            runs[how] = ranks, folder
+            for p in ranks:
+                p.start()
+            wait_for(lambda folder=folder: len(list(folder.glob("up-*"))) == WORLD, 120)
+            if how.startswith("killed") or how == "store killed":
+                os.kill(ranks[0 if how == "store killed" else 1].pid, signal.SIGKILL)
+            if how.startswith("frozen"):
+                for p in ranks if how == "frozen together" else ranks[1:2]:
+                    os.kill(p.pid, signal.SIGSTOP)
+            if how == "terminated":
+                os.kill(ranks[0].pid, signal.SIGTERM)
+            happened[how] = time.monotonic()
+        wait_for(lambda: time.monotonic() > happened["frozen together"] + 1.5 * MISSING * BEAT, 60)
+        for p in runs["frozen together"][0]:
+            os.kill(p.pid, signal.SIGCONT)
+        for how, (ranks, folder) in runs.items():
+            for p in ranks:
+                if (how, p) != ("frozen", ranks[1]):
+                    p.join(max(0.1, happened[how] + 60 - time.monotonic()))
+            if how == "frozen":
+                os.kill(ranks[1].pid, signal.SIGCONT)  # when it wakes up it learns that the run is over
+                ranks[1].join(30)
+            result[how] = [(p.exitcode, (folder / f"err-{r}").read_text()) for r, p in enumerate(ranks)]
+    finally:
+        for p in sum((ranks for ranks, _ in runs.values()), []):
+            p.kill()  # pytest would wait for ever for one that is frozen
     return result
 
 
