@@ -5,6 +5,8 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# torch's store asks for the name behind every connection; a name server that does not answer would cost 5 s each time
+os.environ.setdefault("RES_OPTIONS", "attempts:0")
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 

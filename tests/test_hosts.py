@@ -79,7 +79,7 @@ def outcomes(tmp_path_factory):
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # for the preload
     runs, happened, result = {}, {}, {}
     try:
-        for how in SCENARIOS:  # one after the other: thirty processes that start at once keep each other from a beat for 3 s
+        for how in SCENARIOS:  # one after the other: thirty processes that start at once are slow to beat
             folder, port = tmp_path_factory.mktemp("ranks"), free_port()
             ranks = [context.Process(target=scenario, args=(how, r, port, folder), daemon=True) for r in range(WORLD)]
             runs[how] = ranks, folder
