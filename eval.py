@@ -29,23 +29,25 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import benchmarks
-import data
 import model
-import llm_judge
-import packing
-import report as reports
-import run
-from report import summarize, table
-from rollout import TorchEngine, judge
-from rollout import make_engine as make_vllm
+from benchmarks import judge as llm_judge
+from benchmarks import report as reports
+from benchmarks import rules as benchmarks
+from benchmarks.report import summarize, table
+from nano import data, packing, run
+from nano.rollout import TorchEngine, judge
+from nano.rollout import make_engine as make_vllm
 
 
 @dataclass
 class Config:
     recipe: str = "toy"
-    model: str = ""  # a Hugging Face folder or hub name; toy:all = the toy's three models side by side
-    bench: str = ""  # benchmarks by name, fetched from the hub, or name=FOLDER or FILE; separated by commas
+    model: str = (
+        ""  # a Hugging Face folder or hub name; toy:all = the toy's three models side by side
+    )
+    bench: str = (
+        ""  # benchmarks by name, fetched from the hub, or name=FOLDER or FILE; separated by commas
+    )
     data: str = ""  # instead: problems, any format of data.py, or toy:NAME
     out: str = ""  # folder of the run; "" = named after model and data
     name: str = ""  # in the table; default: the model's folder
@@ -64,20 +66,30 @@ class Config:
     max_num_seqs: int = 256  # sequences that one vLLM decodes at a time
     max_rows: int = 256  # sequences that one rank decodes at a time
     chunk: int = 256  # questions between two writes to responses.jsonl
-    judge_url: str = (
-        ""  # OpenAI-compatible server for what the rules leave undecided; the key: JUDGE_API_KEY or OPENAI_API_KEY
-    )
+    judge_url: str = ""  # OpenAI-compatible server for what the rules leave undecided; the key: JUDGE_API_KEY or OPENAI_API_KEY
     judge_model: str = "gpt-4o-mini"  # the paper's judge
     seed: int = 0
     resume: bool = True  # --no_resume throws earlier responses away
 
 
 RECIPES = {
-    "toy": dict(model="toy:all", data="toy:test-problems", max_len=384, top_p=1.0, limit=1000, max_prompt_len=2048),
+    "toy": dict(
+        model="toy:all",
+        data="toy:test-problems",
+        max_len=384,
+        top_p=1.0,
+        limit=1000,
+        max_prompt_len=2048,
+    ),
     "vision-r1": dict(),
 }
 DRAWS = 5  # the paper's fork: one answer, and up to four more while </answer> is missing
-DROPPED = ("bench", "tags", "query", "query_cot")  # of a question's meta: stands beside it or in the prompt already
+DROPPED = (
+    "bench",
+    "tags",
+    "query",
+    "query_cot",
+)  # of a question's meta: stands beside it or in the prompt already
 
 
 def make_engine(config, device):
@@ -86,9 +98,13 @@ def make_engine(config, device):
     nothing is synced here: a vLLM samples with the weights that it read from the checkpoint itself.
     """
     if config.engine not in (known := ("torch", "vllm", "http")):
-        raise SystemExit(f"error: no engine {config.engine!r}{run.nearest(config.engine, known)}; there are: {', '.join(known)}")
+        raise SystemExit(
+            f"error: no engine {config.engine!r}{run.nearest(config.engine, known)}; there are: {', '.join(known)}"
+        )
     if config.engine == "torch":
-        policy, processor = model.load(config.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
+        policy, processor = model.load(
+            config.model, device, torch.bfloat16 if device.type == "cuda" else torch.float32
+        )
         return TorchEngine(policy.hf, processor, policy.banned, config.max_rows), processor
     processor = model.Processor(config.model)
     engine = make_vllm(config, None, processor, config.max_len, device)
@@ -107,11 +123,16 @@ def questions(config, processor, say):
             records += some[: config.limit or None]
             problems += wrong
             full = benchmarks.BENCHMARKS[name].full
-            say(f"{name}: {len(some):,} questions read" + (f", {full:,} when complete" if len(some) < full else ""))
+            say(
+                f"{name}: {len(some):,} questions read"
+                + (f", {full:,} when complete" if len(some) < full else "")
+            )
     else:
         records, problems = data.read(config.data, strict=config.strict)
         records = records[: config.limit or None]
-    records = packing.usable(records, processor, config.max_prompt_len, problems, config.system_prompt)
+    records = packing.usable(
+        records, processor, config.max_prompt_len, problems, config.system_prompt
+    )
     if problems:
         say(problems.summary())
     if not records:
@@ -122,16 +143,43 @@ def questions(config, processor, say):
 def answer(record, sample, x, processor):
     """a rollout -> a line of responses.jsonl: the text, its verdicts, and why"""
     text, s = judge(record, x, processor)
-    row = dict(id=record.id, sample=sample, source=record.source, problem=record.problem, choices=record.choices,
-               completion=text, answer=record.answer, given=s.answer, right=s.correct and s.format_ok, why=s.why,
-               format_ok=s.format_ok, length=len(x.ids), finish=x.finish)  # fmt: skip
+    row = dict(
+        id=record.id,
+        sample=sample,
+        source=record.source,
+        problem=record.problem,
+        choices=record.choices,
+        completion=text,
+        answer=record.answer,
+        given=s.answer,
+        right=s.correct and s.format_ok,
+        why=s.why,
+        format_ok=s.format_ok,
+        length=len(x.ids),
+        finish=x.finish,
+    )
     bench = record.meta.get("bench")
     if bench:
-        strict = benchmarks.official(bench, s.answer, record) if s.format_ok else benchmarks.Verdict(False, s.why)
+        strict = (
+            benchmarks.official(bench, s.answer, record)
+            if s.format_ok
+            else benchmarks.Verdict(False, s.why)
+        )
         fork = benchmarks.fork(bench, text, record)
-        row |= dict(bench=bench, tags=record.meta["tags"], meta={k: v for k, v in record.meta.items() if k not in DROPPED},
-                    training_right=row["right"], right=strict.right, why=strict.why, given=strict.given, decided=strict.decided,
-                    fork_right=fork.right, fork_why=fork.why, fork_given=fork.given, fork_decided=fork.decided)  # fmt: skip
+        row |= dict(
+            bench=bench,
+            tags=record.meta["tags"],
+            meta={k: v for k, v in record.meta.items() if k not in DROPPED},
+            training_right=row["right"],
+            right=strict.right,
+            why=strict.why,
+            given=strict.given,
+            decided=strict.decided,
+            fork_right=fork.right,
+            fork_why=fork.why,
+            fork_given=fork.given,
+            fork_decided=fork.decided,
+        )
     return row
 
 
@@ -166,12 +214,16 @@ def generate(engine, processor, config, mine, order, on_row):
         first, ready = config.samples + attempt - 1 if attempt else 0, set()
 
         def done(p, s, x, todo=todo, first=first, ready=ready):
-            row = answer(mine[todo[p]], first + s, x, processor) | ({"resampled": True} if first else {})
+            row = answer(mine[todo[p]], first + s, x, processor) | (
+                {"resampled": True} if first else {}
+            )
             ready.add((p, s))
             got[todo[p]].append(row)
             on_row(todo[p], row)
 
-        groups = engine.generate(prompts, n, config.max_len, seeds, config.temperature, config.top_p, done)
+        groups = engine.generate(
+            prompts, n, config.max_len, seeds, config.temperature, config.top_p, done
+        )
         for p, group in enumerate(groups):
             for s, x in enumerate(group):
                 if (p, s) not in ready:  # an engine that tells nothing before its end
@@ -181,11 +233,17 @@ def generate(engine, processor, config, mine, order, on_row):
         attempt, n = attempt + 1, 1
         again = bool(config.bench) and config.temperature > 0
         todo = [
-            i for i in todo if again and len(got[i]) < DRAWS and not any("</answer>" in r["completion"] for r in got[i])
+            i
+            for i in todo
+            if again
+            and len(got[i]) < DRAWS
+            and not any("</answer>" in r["completion"] for r in got[i])
         ]
     for rows in got:
         for k, row in enumerate(rows[:-1], 1):
-            row["more"] = len(rows) - k  # lines of this question that follow: a killed run drops what is not whole
+            row["more"] = (
+                len(rows) - k
+            )  # lines of this question that follow: a killed run drops what is not whole
     return got
 
 
@@ -196,7 +254,17 @@ def evaluate(config, device):
     out = Path(config.out)
     run.claim(
         config,
-        ("model", "data", "samples", "temperature", "top_p", "max_len", "system_prompt", "seed", "engine"),
+        (
+            "model",
+            "data",
+            "samples",
+            "temperature",
+            "top_p",
+            "max_len",
+            "system_prompt",
+            "seed",
+            "engine",
+        ),
     )
     log = run.Log(out, config, 10**9)
     done = [None]
@@ -227,7 +295,11 @@ def evaluate(config, device):
                 bar.update(ready[i] == config.samples)
                 bar.set_postfix(accuracy=f"{np.mean(right):.3f}", refresh=False)
 
-        answers = [row for group in generate(engine, processor, config, mine, order, on_row) for row in group]
+        answers = [
+            row
+            for group in generate(engine, processor, config, mine, order, on_row)
+            for row in group
+        ]
         gathered = [None] * world
         dist.all_gather_object(gathered, answers)
         new = [a for part in gathered for a in part]
@@ -246,17 +318,24 @@ def evaluate(config, device):
         run.on_main_first(lambda: verdicts.__setitem__(0, llm_judge.ask(config, rows, say)))
         dist.broadcast_object_list(verdicts, src=0)
         for i, which, right in verdicts[0]:
-            rows[i] |= {f"{which}right": right, f"{which}decided": True, f"{which}judged": config.judge_model}
+            rows[i] |= {
+                f"{which}right": right,
+                f"{which}decided": True,
+                f"{which}judged": config.judge_model,
+            }
     parts = defaultdict(list)
     for r in rows:
         parts[r["bench"] if config.bench else r["source"]].append(r)
     if config.bench:
         report = {
-            name: reports.bench_report(name, part, benchmarks.BENCHMARKS[name].full) for name, part in parts.items()
+            name: reports.bench_report(name, part, benchmarks.BENCHMARKS[name].full)
+            for name, part in parts.items()
         }
         brief = {name: s["accuracy"] for name, s in report.items()}
     else:
-        report = {"all": summarize(rows)} | {source: summarize(part) for source, part in sorted(parts.items())}
+        report = {"all": summarize(rows)} | {
+            source: summarize(part) for source, part in sorted(parts.items())
+        }
         brief = report["all"]
     if rank == 0:
         (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
@@ -276,8 +355,15 @@ def toy_table(config, device):
     for model_name, name in names.items():
         for how, temperature in [("T=1", 1.0), ("greedy", 0.0)]:
             folder = f"{config.out}/{name.split()[0].lower()}-{how}"
-            one = replace(config, model=toy.find(model_name), data=toy.find(config.data), name=f"{name}, {how}", out=folder,
-                          temperature=temperature, system_prompt=toy.ZERO_PROMPT if name == "base" else "")  # fmt: skip
+            one = replace(
+                config,
+                model=toy.find(model_name),
+                data=toy.find(config.data),
+                name=f"{name}, {how}",
+                out=folder,
+                temperature=temperature,
+                system_prompt=toy.ZERO_PROMPT if name == "base" else "",
+            )
             lines.append((one.name, evaluate(one, device)["all"]))
     return lines
 
@@ -290,7 +376,8 @@ def agree(*paths):
         for n, r in enumerate(reports.read_run(path), 1):
             first = lambda *keys: next((r[k] for k in keys if r.get(k) is not None), None)
             bench = str(
-                first("bench", "benchmark") or re.split(r"[-_]\d", str(first("item_id", "id") or Path(path).stem))[0]
+                first("bench", "benchmark")
+                or re.split(r"[-_]\d", str(first("item_id", "id") or Path(path).stem))[0]
             ).lower()
             right = first("correct", "true_false", "judgement", "official")
             if bench not in benchmarks.BENCHMARKS or right is None:
@@ -298,15 +385,28 @@ def agree(*paths):
                     f"{path}:{n}: no official verdict (correct, true_false or judgement), or no benchmark {bench!r}"
                 )
             meta = {**r, **(r.get("meta") or {})}
-            q = SimpleNamespace(answer=str(first("gt_answer", "answer")), choices=r.get("choices"), meta=meta)
-            extracted, response = first("extracted", "extraction", "model_answer"), first("response", "completion")
+            q = SimpleNamespace(
+                answer=str(first("gt_answer", "answer")), choices=r.get("choices"), meta=meta
+            )
+            extracted, response = (
+                first("extracted", "extraction", "model_answer"),
+                first("response", "completion"),
+            )
             group = (bench, str(r.get("question_type", "")))
             if extracted is not None:
                 groups[(*group, "extracted")].append(
-                    (r, matchers.get(bench, benchmarks.BENCHMARKS[bench].official)(str(extracted), q), right)
+                    (
+                        r,
+                        matchers.get(bench, benchmarks.BENCHMARKS[bench].official)(
+                            str(extracted), q
+                        ),
+                        right,
+                    )
                 )
             if response is not None:
-                groups[(*group, "response")].append((r, benchmarks.official(bench, str(response), q), right))
+                groups[(*group, "response")].append(
+                    (r, benchmarks.official(bench, str(response), q), right)
+                )
         for (bench, kind, what), cases in groups.items():
             wrong = [(r, v) for r, v, right in cases if v.right != bool(int(right))]
             open_ = sum(not v.decided for _, v, _ in cases)
@@ -315,19 +415,27 @@ def agree(*paths):
                 f"{path}: {bench} {kind} {len(cases)} answers, from {from_}: {1 - len(wrong) / len(cases):.2%} judged as officially, {open_} undecided"
             )
             for r, v in wrong:
-                print(f"  {r.get('item_id', r.get('id'))} ({r.get('model', '')}): {'right' if v.right else 'wrong'} by us ({v.why}), "
-                      f"officially {'wrong' if v.right else 'right'}; gold {r.get('gt_answer', r.get('answer'))!r}, "
-                      f"extracted {str(r.get('extracted', ''))[:60]!r}, ends {str(r.get('response', ''))[-80:]!r}")  # fmt: skip
+                print(
+                    f"  {r.get('item_id', r.get('id'))} ({r.get('model', '')}): {'right' if v.right else 'wrong'} by us ({v.why}), "
+                    f"officially {'wrong' if v.right else 'right'}; gold {r.get('gt_answer', r.get('answer'))!r}, "
+                    f"extracted {str(r.get('extracted', ''))[:60]!r}, ends {str(r.get('response', ''))[-80:]!r}"
+                )
 
 
 def main(config):
     if not config.model or bool(config.bench) + bool(config.data) != 1:
-        raise SystemExit("error: say --model, and one of --bench (mathvista, mathverse=FOLDER, ...) and --data")
+        raise SystemExit(
+            "error: say --model, and one of --bench (mathvista, mathverse=FOLDER, ...) and --data"
+        )
     if config.model == "toy:all" and config.engine != "torch":
-        raise SystemExit("error: a vLLM holds one model, toy:all is three: say --model toy:base, toy:ci or toy:rl")
+        raise SystemExit(
+            "error: a vLLM holds one model, toy:all is three: say --model toy:base, toy:ci or toy:rl"
+        )
     device = run.start_ranks()
     first = run.is_main()
-    config.out = config.out or run.default_out("eval", config.model, config.data or config.bench.replace("=", ","))
+    config.out = config.out or run.default_out(
+        "eval", config.model, config.data or config.bench.replace("=", ",")
+    )
     if config.model == "toy:all":
         lines = toy_table(config, device)
     else:
@@ -339,7 +447,8 @@ def main(config):
         report = evaluate(config, device)
         name = config.name or Path(config.model).name
         lines = (
-            [(name, report["all"])] + [(f"{name}: {k}", v) for k, v in report.items() if k != "all" and len(report) > 2]
+            [(name, report["all"])]
+            + [(f"{name}: {k}", v) for k, v in report.items() if k != "all" and len(report) > 2]
             if not config.bench
             else []
         )
@@ -347,7 +456,9 @@ def main(config):
         text = (
             table(lines)
             if lines
-            else reports.bench_tables(name, report, {k: b.title for k, b in benchmarks.BENCHMARKS.items()})
+            else reports.bench_tables(
+                name, report, {k: b.title for k, b in benchmarks.BENCHMARKS.items()}
+            )
         )
         (Path(config.out) / "table.md").write_text(text + "\n")
         print(text)
@@ -360,13 +471,17 @@ def configure(argv):
     config = run.parse_config(Config, RECIPES, argv)
     named = any(word.split("=")[0] == "--recipe" for word in argv)
     own = config.bench or not config.data.startswith("toy:")
-    return run.parse_config(Config, RECIPES, ["--recipe", "vision-r1", *argv]) if own and not named else config
+    return (
+        run.parse_config(Config, RECIPES, ["--recipe", "vision-r1", *argv])
+        if own and not named
+        else config
+    )
 
 
 COMMANDS = {
     "compare": reports.compare_runs,
     "agree": agree,
-    "view": lambda *argv: importlib.import_module("viewer").main(list(argv)),
+    "view": lambda *argv: importlib.import_module("tools.viewer").main(list(argv)),
 }
 
 if __name__ == "__main__":

@@ -16,22 +16,37 @@ import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from huggingface_hub import snapshot_download
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.distributed.checkpoint import HuggingFaceStorageReader
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
-from logprobs import likeliest, token_logprobs
+from nano.logprobs import likeliest, token_logprobs
 
 # -----------------------------------------------------------------------------------------------------------------
 # attention over packed rows
 
 
-def packed_attention(module, q, k, v, attention_mask, scaling=None, packing=None, decode_mask=None, **kwargs):
+def packed_attention(
+    module, q, k, v, attention_mask, scaling=None, packing=None, decode_mask=None, **kwargs
+):
     """causal attention that never looks across sequence borders.
 
     training and prefill: q (1, h, T, d), k, v (1, kv, T, d); `packing` says where the sequences lie.
@@ -39,7 +54,9 @@ def packed_attention(module, q, k, v, attention_mask, scaling=None, packing=None
     returns (1, T, h, d) or (B, 1, h, d), None as transformers' attention functions do.
     """
     groups = q.shape[1] // k.shape[1]
-    if packing is None:  # the query heads that share a key head look like queries of one head: nothing is repeated
+    if (
+        packing is None
+    ):  # the query heads that share a key head look like queries of one head: nothing is repeated
         q = q.view(q.shape[0], k.shape[1], groups, -1)  # (B, kv, h / kv, d)
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=decode_mask, scale=scaling)
         return out.reshape(q.shape[0], 1, -1, q.shape[-1]), None
@@ -52,8 +69,18 @@ def packed_attention(module, q, k, v, attention_mask, scaling=None, packing=None
         if packing.keys is not None:
             k, v = k[packing.keys], v[packing.keys]
         # causal, the last query of a piece at its last key: a response sees all of its prompt
-        out = varlen_attn(q, k, v, packing.cu_seqlens, packing.cu_keys, packing.longest, packing.longest_keys,
-                          scale=scaling, window_size=(-1, 0), enable_gqa=groups > 1)  # fmt: skip
+        out = varlen_attn(
+            q,
+            k,
+            v,
+            packing.cu_seqlens,
+            packing.cu_keys,
+            packing.longest,
+            packing.longest_keys,
+            scale=scaling,
+            window_size=(-1, 0),
+            enable_gqa=groups > 1,
+        )
         return out[None], None
     # elsewhere one call per piece: nothing is padded, copied or repeated
     queries, keys, values = (x.split(packing.lengths, 2) for x in (q, k, v))
@@ -62,13 +89,26 @@ def packed_attention(module, q, k, v, attention_mask, scaling=None, packing=None
         mask = None
         if prompt is not None:
             key, value = torch.cat([keys[prompt], key], 2), torch.cat([values[prompt], value], 2)
-            mask = packing.lower[key.shape[2] - query.shape[2] : key.shape[2], : key.shape[2]]  # (r, p + r)
-        outs.append(F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=mask is None,
-                                                   scale=scaling, enable_gqa=groups > 1))  # fmt: skip
+            mask = packing.lower[
+                key.shape[2] - query.shape[2] : key.shape[2], : key.shape[2]
+            ]  # (r, p + r)
+        outs.append(
+            F.scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask=mask,
+                is_causal=mask is None,
+                scale=scaling,
+                enable_gqa=groups > 1,
+            )
+        )
     return torch.cat(outs, 2).transpose(1, 2), None  # (1, T, h, d)
 
 
-def vision_attention(module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs):
+def vision_attention(
+    module, q, k, v, attention_mask, scaling=None, cu_seq_lens_q=None, max_length_q=None, **kwargs
+):
     """the vision tower's on a GPU, q, k, v (1, h, T, d): every patch sees its own image (or window) in both directions"""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -116,13 +156,17 @@ def encode_images(hf, batch):
         if batch.pixel_values is None and not trained:
             return None
         pixels, grid = (
-            (batch.pixel_values, batch.image_grid) if batch.image_index else smallest_image(hf, batch.ids.device)
+            (batch.pixel_values, batch.image_grid)
+            if batch.image_index
+            else smallest_image(hf, batch.ids.device)
         )
         with torch.set_grad_enabled(torch.is_grad_enabled() and trained):
             features = image_features(hf, pixels, grid)
     places = batch.image_index or [0]
     image, *levels = zip(*(features[i] for i in places))
-    return SimpleNamespace(pooler_output=list(image), deepstack_features=[list(level) for level in levels])
+    return SimpleNamespace(
+        pooler_output=list(image), deepstack_features=[list(level) for level in levels]
+    )
 
 
 def image_features(hf, pixels, grid):
@@ -135,7 +179,9 @@ def smallest_image(hf, device):
     vision = hf.config.vision_config
     merge = vision.spatial_merge_size
     size = 3 * vision.temporal_patch_size * vision.patch_size**2
-    return torch.zeros(merge * merge, size, device=device), torch.tensor([[1, merge, merge]], device=device)
+    return torch.zeros(merge * merge, size, device=device), torch.tensor(
+        [[1, merge, merge]], device=device
+    )
 
 
 @torch.no_grad()
@@ -143,7 +189,9 @@ def encode_once(policy, prompts, device):
     """a frozen vision tower sees each image once a step: its output stays with the Prompt for every later pass"""
     for prompt in prompts:
         if prompt.pixel_values is not None and prompt.features is None:
-            prompt.features = image_features(policy.hf, prompt.pixel_values.to(device), prompt.image_grid.to(device))
+            prompt.features = image_features(
+                policy.hf, prompt.pixel_values.to(device), prompt.image_grid.to(device)
+            )
 
 
 class Policy(nn.Module):
@@ -163,7 +211,9 @@ class Policy(nn.Module):
         return self.visual.blocks
 
     def hidden(self, batch):
-        return hidden_states(self.hf, batch)[batch.label_index]  # (N, H): the prompt never reaches the head
+        return hidden_states(self.hf, batch)[
+            batch.label_index
+        ]  # (N, H): the prompt never reaches the head
 
     def forward(self, batch, temperature=1.0, judge=False):
         """-> logprobs (N,), entropy (N,) of the N labelled positions of the packed batch, in its order; with `judge`
@@ -187,11 +237,19 @@ class Processor:
         self.image_token = token("<|image_pad|>")
         self.merge_size = self.image_processor.merge_size
         # where a rollout ends: the turn marker of a chat model, the text's end of a base model
-        self.eos_ids = sorted({self.tokenizer.eos_token_id, token("<|im_end|>"), token("<|endoftext|>")} - {None})
+        self.eos_ids = sorted(
+            {self.tokenizer.eos_token_id, token("<|im_end|>"), token("<|endoftext|>")} - {None}
+        )
 
     def banned_ids(self, vocab_size):
         """ids that a policy must never sample: vision markers (an image that is not there), and padding of the table"""
-        names = ("<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>")
+        names = (
+            "<|image_pad|>",
+            "<|video_pad|>",
+            "<|vision_start|>",
+            "<|vision_end|>",
+            "<|vision_pad|>",
+        )
         ids = {self.tokenizer.convert_tokens_to_ids(n) for n in names} - {None}
         return torch.tensor(sorted(ids | set(range(len(self.tokenizer), vocab_size))))
 
@@ -210,7 +268,9 @@ def load(path, device="cpu", dtype=torch.float32, freeze_vision=False):
 def wrap(hf, path, device="cpu", freeze_vision=False):
     """an HF model (its weights may still be missing) + the folder of its tokenizer -> (Policy, Processor)"""
     if not hasattr(hf.model, "visual") or not hasattr(hf.model, "language_model"):
-        raise ValueError(f"{path}: {type(hf).__name__} has no vision tower that this code can place (Qwen-VL family)")
+        raise ValueError(
+            f"{path}: {type(hf).__name__} has no vision tower that this code can place (Qwen-VL family)"
+        )
     processor = Processor(path)
     hf.model.language_model.config._attn_implementation = "packed"
     if torch.device(device).type == "cuda":
@@ -220,7 +280,9 @@ def wrap(hf, path, device="cpu", freeze_vision=False):
     return Policy(hf, processor.banned_ids(vocab_size)), processor
 
 
-def load_sharded(path, device, dtype=torch.float32, freeze_vision=False, offload=False, wrap=wrap, **knobs):
+def load_sharded(
+    path, device, dtype=torch.float32, freeze_vision=False, offload=False, wrap=wrap, **knobs
+):
     """as `load`, but spread over the ranks by `shard` before a weight is read -> Policy.
 
     the model is made without memory (meta device); then every rank reads the slices of the safetensors that it keeps.
@@ -228,15 +290,21 @@ def load_sharded(path, device, dtype=torch.float32, freeze_vision=False, offload
     """
     folder = path
     if not Path(path).is_dir():
-        folder = snapshot_download(path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"])
+        folder = snapshot_download(
+            path, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.jinja"]
+        )
     with torch.device("meta"):
-        hf = AutoModelForImageTextToText.from_config(AutoConfig.from_pretrained(folder), dtype=dtype)
+        hf = AutoModelForImageTextToText.from_config(
+            AutoConfig.from_pretrained(folder), dtype=dtype
+        )
     policy, processor = wrap(hf, folder, device, freeze_vision)
     shard(policy, device, offload=offload, **knobs)
     policy.to_empty(device="cpu" if offload else device)
     if freeze_vision:
         policy.visual.to_empty(device=device)
-    for module in hf.modules():  # what no checkpoint holds: the frequencies of the rotary embeddings
+    for (
+        module
+    ) in hf.modules():  # what no checkpoint holds: the frequencies of the rotary embeddings
         if module._buffers:
             module.to(device)
             hf._init_weights(module)
@@ -250,7 +318,9 @@ def read_weights(policy, folder):
     """the values of a Hugging Face folder into the weights of a sharded policy (a collective)"""
     reader = HuggingFaceStorageReader(folder)
     names = {clean_name(n): p for n, p in policy.hf.named_parameters()}
-    rules = get_model_conversion_mapping(policy.hf)  # checkpoints of Qwen2.5-VL carry older names than its modules
+    rules = get_model_conversion_mapping(
+        policy.hf
+    )  # checkpoints of Qwen2.5-VL carry older names than its modules
     wanted = {}
     for key in reader.read_metadata().state_dict_metadata:
         name, _ = rename_source_key(key, rules, [], policy.hf.base_model_prefix, names)
@@ -265,14 +335,19 @@ def read_weights(policy, folder):
 
 def blocks(policy):
     """the repeated layers: the units of sharding, activation checkpointing and compilation; a frozen vision tower has none"""
-    return [*policy.hf.model.language_model.layers, *(policy.vision_blocks if is_trained(policy.visual) else [])]
+    return [
+        *policy.hf.model.language_model.layers,
+        *(policy.vision_blocks if is_trained(policy.visual) else []),
+    ]
 
 
 def is_trained(module):
     return any(p.requires_grad for p in module.parameters())
 
 
-def shard(policy, device, activation_checkpointing=False, shard_size=0, offload=False, compile=False):
+def shard(
+    policy, device, activation_checkpointing=False, shard_size=0, offload=False, compile=False
+):
     """FSDP2: every block its own unit, the rest (embeddings, head, merger) with the root.
 
     `shard_size` ranks share one copy of the weights (HSDP: one node's, say), 0 = all of them. a frozen vision tower stays whole
@@ -287,11 +362,15 @@ def shard(policy, device, activation_checkpointing=False, shard_size=0, offload=
         apply_activation_checkpointing(policy, check_fn=lambda m: m in units)
     mesh = init_device_mesh(device, (world,))
     if shard_size and shard_size < world:
-        mesh = init_device_mesh(device, (world // shard_size, shard_size), mesh_dim_names=("replicate", "shard"))
+        mesh = init_device_mesh(
+            device, (world // shard_size, shard_size), mesh_dim_names=("replicate", "shard")
+        )
     visual = policy.visual
     options = dict(
         mesh=mesh,
-        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32) if device == "cuda" else MixedPrecisionPolicy(),
+        mp_policy=MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+        if device == "cuda"
+        else MixedPrecisionPolicy(),
         ignored_params=set() if is_trained(visual) else set(visual.parameters()),
         offload_policy=CPUOffloadPolicy() if offload and device == "cuda" else OffloadPolicy(),
     )
@@ -320,7 +399,11 @@ def rehearse(policy, optimizer, batch, temperature=1.0, reference=None):
 
 def full(tensor):
     """a sharded tensor as a whole one (a collective: every rank must call it)"""
-    return tensor.to(tensor.device_mesh.device_type).full_tensor() if isinstance(tensor, DTensor) else tensor
+    return (
+        tensor.to(tensor.device_mesh.device_type).full_tensor()
+        if isinstance(tensor, DTensor)
+        else tensor
+    )
 
 
 def clean_name(name):
@@ -331,7 +414,9 @@ def clean_name(name):
 def replica(policy):
     """a whole, unsharded HF model of the same shape, to sample from; its weights come from copy_weights"""
     device = next(policy.parameters()).device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as in the trainer's forward
+    dtype = (
+        torch.bfloat16 if device.type == "cuda" else torch.float32
+    )  # as in the trainer's forward
     with torch.device(device):
         return AutoModelForImageTextToText.from_config(copy.deepcopy(policy.hf.config), dtype=dtype)
 

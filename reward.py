@@ -7,14 +7,37 @@
 Nothing a model wrote is evaluated as code: mathtext.py cleans the text, mathparse.py reads it with its own bounded parser,
 mathequal.py compares the trees.
 """
-import atexit, json, os, re, select, subprocess, sys, threading, time
+
+import atexit
+import json
+import os
+import re
+import select
+import subprocess
+import sys
+import threading
+import time
 from collections import Counter, OrderedDict
 from typing import NamedTuple
 
-from mathequal import same, same_number
-from mathparse import Unparsable, number, parse
-from mathtext import (PHRASE_LATEX, TEXT, braced, clean, clock, core_text, date, letter_text, letters, number_words, same_clock,
-                      same_word_list, unwrap, words)
+from answers.equal import same, same_number
+from answers.parse import Unparsable, number, parse
+from answers.text import (
+    PHRASE_LATEX,
+    TEXT,
+    braced,
+    clean,
+    clock,
+    core_text,
+    date,
+    letter_text,
+    letters,
+    number_words,
+    same_clock,
+    same_word_list,
+    unwrap,
+    words,
+)
 
 TIME_LIMIT, MEMORY_LIMIT = 5.0, 512 * 2**20  # seconds and bytes of a worker
 SLOW_CHARS, LONGEST = 400, 4000  # what a worker judges, what is no answer
@@ -37,9 +60,9 @@ def extract_answer(completion):
         return None
     body = completion.rstrip()
     end, start = completion.find("</think>"), completion.find("<answer>")
-    if not body.endswith("</answer>") or end > start or completion[end + 8:start].strip():
+    if not body.endswith("</answer>") or end > start or completion[end + 8 : start].strip():
         return None
-    return unwrap(body[start + 8:-9]) or None
+    return unwrap(body[start + 8 : -9]) or None
 
 
 def loose_answer(completion):
@@ -49,7 +72,7 @@ def loose_answer(completion):
     end = completion.rfind("</answer>")
     start = completion.rfind("<answer>", 0, end) if end >= 0 else -1
     if start >= 0:
-        return unwrap(completion[start + 8:end]) or None
+        return unwrap(completion[start + 8 : end]) or None
     at = completion.rfind("\\boxed{")
     inner = braced(completion, at + 6) if at >= 0 else None
     return (inner[0].strip() or None) if inner else None
@@ -67,7 +90,11 @@ _YES_NO = re.compile(r"(yes|no|true|false)\b\s*[,.;:-]", re.I)  # "Yes, it is po
 def judge(pred, gold, choices=None, log=None):
     """(right?, why) for two answers. The function to edit for another notion of "right". log collects steps in words."""
     say = log.append if log is not None else mute
-    if not isinstance(pred, str) or not isinstance(gold, str) or max(len(pred), len(gold)) > LONGEST:
+    if (
+        not isinstance(pred, str)
+        or not isinstance(gold, str)
+        or max(len(pred), len(gold)) > LONGEST
+    ):
         return False, "unparsable"
     p, g = core_text(pred), core_text(gold)
     say(f"without wrappers: {p!r} and {g!r}")
@@ -92,12 +119,17 @@ def said(ok):
 
 def judge_choice(p, g, choices, say):
     """With options at hand: letter against letter, text against the letter's text."""
+
     def option(t):
         """(number of the option that a text names, what it says beside the letter), or None."""
         if t in choices:
             return choices.index(t), ""
         named = letters(t)
-        letter, text = (min(named), "") if named and len(named) == 1 else letter_text(t, strict=False) or ("", "")
+        letter, text = (
+            (min(named), "")
+            if named and len(named) == 1
+            else letter_text(t, strict=False) or ("", "")
+        )
         k = ord(letter) - 65 if letter else -1
         return (k, text) if 0 <= k < len(choices) else None
 
@@ -129,7 +161,9 @@ def judge_text(p, g, say):
         say(f"dates: {dp} and {dg}")
         return said(dp == dg)
     if _ORDER.fullmatch(p) and _ORDER.fullmatch(g):
-        return said(re.findall(r"\w+", p) == re.findall(r"\w+", g))  # 5-4-2-3-1 is an order, no difference
+        return said(
+            re.findall(r"\w+", p) == re.findall(r"\w+", g)
+        )  # 5-4-2-3-1 is an order, no difference
     return judge_math(number_words(p), number_words(g), say)
 
 
@@ -151,18 +185,27 @@ def judge_words(p, g, say):
     """Phrases, names, yes and no: (verdict, ...), or (None, the two texts; a phrase like "all real numbers" as LaTeX)."""
     both = _WORDY.search(p) and _WORDY.search(g)
     wp, wg = (words(p), words(g)) if both else ("", "")
-    if both and wp == wg and re.search("[a-z]{2}|[^\x00-\x7f]", wp) and not _NO_WORDS.search(p + " " + g):
+    if (
+        both
+        and wp == wg
+        and re.search("[a-z]{2}|[^\x00-\x7f]", wp)
+        and not _NO_WORDS.search(p + " " + g)
+    ):
         say("the same words")
         return said(True), p, g
     if {wp, wg} & {"yes", "no", "true", "false"}:
         first = _YES_NO.match(p)
-        clear = first and not re.search(r"\b(?:or|maybe|not sure|yes|no)\b", wp[len(first[1]):])
+        clear = first and not re.search(r"\b(?:or|maybe|not sure|yes|no)\b", wp[len(first[1]) :])
         return said(clear and first[1].lower() == wg), p, g
     phrases = [PHRASE_LATEX.get(words(t), t) if _WORDY.search(t) else t for t in (p, g)]
     if phrases != [p, g]:
         return None, *phrases
     prose = all(re.fullmatch("[a-z ]{2,}", w) for w in (wp, wg))
-    if prose and not clock(p) and not all(re.search("[xyz]", w) and max(map(len, w.split())) < 4 for w in (wp, wg)):
+    if (
+        prose
+        and not clock(p)
+        and not all(re.search("[xyz]", w) and max(map(len, w.split())) < 4 for w in (wp, wg))
+    ):
         return said(wp == wg or same_word_list(p, g)), p, g  # words are no products: act is not cat
     return None, p, g
 
@@ -173,10 +216,15 @@ def judge_math(p, g, say):
     if None in trees:
         squeezed = [re.sub(r"(?<!\w)\s+|\s+(?!\w)", "", clean(t)) for t in (p, g)]
         ok = same_word_list(p, g) or squeezed[0] == squeezed[1]
-        return ok, "ok" if ok else "unparsable" if trees[0] is None and trees[1] is not None else "wrong"
+        return ok, "ok" if ok else "unparsable" if trees[0] is None and trees[
+            1
+        ] is not None else "wrong"
     ok = agree(trees, say)
     if not ok and "," in p + g:  # 1,22 may be 1.22, and (1,234) a point
-        p, g = (_COMMA.sub(lambda m: m[0].replace(",", "."), t) if "." in o and "," not in o else t for t, o in ((p, g), (g, p)))
+        p, g = (
+            _COMMA.sub(lambda m: m[0].replace(",", "."), t) if "." in o and "," not in o else t
+            for t, o in ((p, g), (g, p))
+        )
         point = [t.lstrip("\\left ")[:1] in "([{" and "," in p and "," in g for t in (p, g)]
         ok = agree([read(t, say, thousands=not pt) for t, pt in zip((p, g), point)], say)
     return said(ok)
@@ -204,13 +252,19 @@ def show(node):
         inside.append(" ".join(f"{name}^{p}" for name, p in data[1]))
     if tag == "rel":
         inside = [x for pair in zip(inside, data + ("",)) for x in pair]
-    return (data if tag == "f" else "" if tag in ("q", "rel") else tag) + "(" + " ".join(inside) + ")"
+    return (
+        (data if tag == "f" else "" if tag in ("q", "rel") else tag) + "(" + " ".join(inside) + ")"
+    )
 
 
 def agree(trees, say):
     try:
         return None not in trees and same(*trees)
-    except (ArithmeticError, ValueError, TypeError) as e:  # 1/0, a number beyond the limits, an interval in a sum
+    except (
+        ArithmeticError,
+        ValueError,
+        TypeError,
+    ) as e:  # 1/0, a number beyond the limits, an interval in a sum
         say(f"no value: {e}")
         return False
 
@@ -229,7 +283,10 @@ def verdict(pred, gold, choices=None):
             return _cache[key]
     try:
         out = judge(pred, gold, choices)
-    except (Exception, RecursionError) as e:  # a bug of ours must not stop a training run; stats() shows it
+    except (
+        Exception,
+        RecursionError,
+    ) as e:  # a bug of ours must not stop a training run; stats() shows it
         _counts["crashes"] += 1
         _counts[f"crash {type(e).__name__}"] += 1
         out = (False, "unparsable")
@@ -257,21 +314,39 @@ class Score(NamedTuple):
 def prepare(completion, truncated, format_weight):
     """(answer to judge or None, is the format right)."""
     answer = None if truncated else extract_answer(completion)
-    return (answer, True) if answer is not None else (loose_answer(completion) if format_weight and not truncated else None, False)
+    return (
+        (answer, True)
+        if answer is not None
+        else (loose_answer(completion) if format_weight and not truncated else None, False)
+    )
 
 
 def settle(answer, format_ok, truncated, out, format_weight):
     """Score from the parts. format_weight 0: HFRRF (Sec. 3.4). w > 0: (w * format + result) / (1 + w), so 1 is the 1:1 of
     Vision-R1-Zero on a scale from 0 to 1."""
     correct, why = out
-    good = (format_weight * format_ok + correct) / (1 + format_weight) if format_weight else float(format_ok and correct)
-    return Score(good, "truncated" if truncated else why if format_ok else "format", format_ok, correct, answer)
+    good = (
+        (format_weight * format_ok + correct) / (1 + format_weight)
+        if format_weight
+        else float(format_ok and correct)
+    )
+    return Score(
+        good,
+        "truncated" if truncated else why if format_ok else "format",
+        format_ok,
+        correct,
+        answer,
+    )
 
 
 def score(completion, gold, choices=None, truncated=False, format_weight=0.0):
     """Reward of one completion and why. truncated: the rollout hit its length limit, so that no answer was closed."""
     answer, format_ok = prepare(completion, truncated, format_weight)
-    out = verdict(answer, str(gold), tuple(choices) if choices else None) if answer is not None else (False, "format")
+    out = (
+        verdict(answer, str(gold), tuple(choices) if choices else None)
+        if answer is not None
+        else (False, "format")
+    )
     return settle(answer, format_ok, truncated, out, format_weight)
 
 
@@ -284,8 +359,14 @@ def reward_batch(completions, golds, choices=None, truncated=None, format_weight
     """Scores of many completions. workers=0 judges in-process and lends only what may be slow to a worker process;
     workers=n lends everything that is not cached to n of them. A timeout costs that answer its reward and is counted."""
     n = len(completions)
-    if len(golds) != n or (choices is not None and len(choices) != n) or (truncated is not None and len(truncated) != n):
-        raise ValueError(f"reward_batch: {n} completions but {len(golds)} golds (choices and truncated must have as many, too)")
+    if (
+        len(golds) != n
+        or (choices is not None and len(choices) != n)
+        or (truncated is not None and len(truncated) != n)
+    ):
+        raise ValueError(
+            f"reward_batch: {n} completions but {len(golds)} golds (choices and truncated must have as many, too)"
+        )
     truncated = truncated or [False] * n
     parts, out, slow = [], {}, {}
     for i in range(n):
@@ -301,7 +382,9 @@ def reward_batch(completions, golds, choices=None, truncated=None, format_weight
             slow[key] = None
     out.update(lend(list(slow), max(1, workers)) if slow else {})
     verdicts = [out[key] if key else (False, "format") for _, _, key in parts]
-    return [settle(a, ok, t, v, format_weight) for (a, ok, _), t, v in zip(parts, truncated, verdicts)]
+    return [
+        settle(a, ok, t, v, format_weight) for (a, ok, _), t, v in zip(parts, truncated, verdicts)
+    ]
 
 
 def stats():
@@ -318,7 +401,9 @@ class Worker:
         pipe = subprocess.PIPE
         command = [sys.executable, "-E", os.path.abspath(__file__), "--worker"]
         self.proc = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL)
-        if select.select([self.proc.stdout], [], [], 60)[0]:  # a slow start on a busy machine is not a slow answer
+        if select.select([self.proc.stdout], [], [], 60)[
+            0
+        ]:  # a slow start on a busy machine is not a slow answer
             self.proc.stdout.readline()
 
     def ask(self, key, limit):
@@ -351,7 +436,9 @@ def lend(keys, workers):
                 break
             worker = worker or Worker()
             begun = time.monotonic()  # after its start
-            got = worker.ask(tuple(x[:LONGEST + 1] if isinstance(x, str) else x for x in key), TIME_LIMIT)
+            got = worker.ask(
+                tuple(x[: LONGEST + 1] if isinstance(x, str) else x for x in key), TIME_LIMIT
+            )
             if got is None:  # replaced by the next need
                 late = time.monotonic() - begun >= TIME_LIMIT
                 with _lock:
@@ -382,7 +469,9 @@ def close_workers():
 
 def serve():
     """The worker's loop. The alarm kills it (default action) even if the parent is gone while it works."""
-    import resource, signal
+    import resource
+    import signal
+
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_LIMIT, MEMORY_LIMIT))
     print("ready", flush=True)
     for line in sys.stdin:
@@ -398,9 +487,13 @@ def audit_official(rows):
     given = [str(r.get("prediction", r.get("extracted"))) for r in rows]
     mine = [is_equiv(text, r["gt_answer"], r.get("choices")) for text, r in zip(given, rows)]
     differ = [(text, r) for text, r, verdict in zip(given, rows, mine) if verdict != r["correct"]]
-    print(f"{len(rows)} answers, {1 - len(differ) / len(rows):.2%} judged as officially; the others:")
+    print(
+        f"{len(rows)} answers, {1 - len(differ) / len(rows):.2%} judged as officially; the others:"
+    )
     for text, r in differ:
-        print(f"  {r['item_id']}: {text!r} against {r['gt_answer']!r}, officially {'right' if r['correct'] else 'wrong'}")
+        print(
+            f"  {r['item_id']}: {text!r} against {r['gt_answer']!r}, officially {'right' if r['correct'] else 'wrong'}"
+        )
 
 
 def audit(path):
@@ -410,14 +503,25 @@ def audit(path):
     if samples and "gt_answer" in samples[0]:
         return audit_official(samples)
     cut = [s.get("why") == "truncated" or bool(s.get("truncated")) for s in samples]
-    new = [score(s.get("completion") or "", str(s.get("answer")), s.get("choices"), t) for s, t in zip(samples, cut)]
-    print(f"{len(samples)} samples, mean reward {sum(r.reward for r in new) / max(1, len(new)):.3f}")
+    new = [
+        score(s.get("completion") or "", str(s.get("answer")), s.get("choices"), t)
+        for s, t in zip(samples, cut)
+    ]
+    print(
+        f"{len(samples)} samples, mean reward {sum(r.reward for r in new) / max(1, len(new)):.3f}"
+    )
     for why, k in Counter(r.why for r in new).most_common():
         print(f"  {why:10s} {k:6d}  {k / len(new):6.1%}")
     pairs = list(zip(samples, new))
-    look = [(f"reward was {s['reward']}", s, r) for s, r in pairs if abs(s.get("reward", r.reward) - r.reward) > 1e-6]
+    look = [
+        (f"reward was {s['reward']}", s, r)
+        for s, r in pairs
+        if abs(s.get("reward", r.reward) - r.reward) > 1e-6
+    ]
     look += [(r.why, s, r) for s, r in pairs if r.why in ("unparsable", "timeout")]
-    far = [(s, r) for s, r in pairs if r.correct and len(r.answer) > 3 * len(str(s.get("answer"))) + 20]
+    far = [
+        (s, r) for s, r in pairs if r.correct and len(r.answer) > 3 * len(str(s.get("answer"))) + 20
+    ]
     look += [("right but far from the gold's text", s, r) for s, r in far]
     print(f"{len(look)} to look at" + (", the first 40:" if len(look) > 40 else ":"))
     for why, s, r in look[:40]:
@@ -430,7 +534,9 @@ def main():
     if len(sys.argv) == 3 and sys.argv[1] == "audit":
         return audit(sys.argv[2])
     if len(sys.argv) < 3:
-        sys.exit('usage: python reward.py PREDICTION GOLD [CHOICE ...]   or   python reward.py audit samples.jsonl')
+        sys.exit(
+            "usage: python reward.py PREDICTION GOLD [CHOICE ...]   or   python reward.py audit samples.jsonl"
+        )
     log = []
     ok, why = judge(sys.argv[1], sys.argv[2], sys.argv[3:] or None, log)
     print("\n".join(log + [f"verdict: {'equal' if ok else 'not equal'} ({why})"]))

@@ -18,13 +18,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import budget
-import data
-import mllama
 import model
-import packing
-import run
-from steps import Shelf, Steps, ahead, batches, encode, kind, shelve
+from nano import budget, data, mllama, packing, run
+from nano.steps import Shelf, Steps, ahead, batches, encode, kind, shelve
 
 
 @dataclass
@@ -34,17 +30,23 @@ class Config:
     out: str = ""  # folder of the run; "" = named after model and data
     model: str = ""  # a Hugging Face folder or hub name; toy:NAME = the toy's, made if missing
     data: str = ""  # records with a response: Vision-R1-cold as downloaded, cold_start.py's, any format of data.py
-    eval_data: str = ""  # held-out records of the same kind: their loss and accuracy are logged now and then
+    eval_data: str = (
+        ""  # held-out records of the same kind: their loss and accuracy are logged now and then
+    )
     holdout: int = 0  # without eval_data: so many records of `data` are left out of training for it
     strict: bool = False  # stop at the first bad record instead of reporting it
     seed: int = 0
     # the task
     drop_chains: bool = False  # answers without chains, for Zero+SFT+PTST (Table 6)
     system_prompt: str = ""
-    cutoff: int = 16384  # a longer sequence is reported and left out, never cut (released config: 16,384)
+    cutoff: int = (
+        16384  # a longer sequence is reported and left out, never cut (released config: 16,384)
+    )
     # optimization
     epochs: int = 2  # Sec. 4.1
-    batch_size: int = 32  # sequences per optimizer step, over all ranks (released config: 8 GPUs x 1 x 4 = 32)
+    batch_size: int = (
+        32  # sequences per optimizer step, over all ranks (released config: 8 GPUs x 1 x 4 = 32)
+    )
     lr: float = 5e-6  # released config
     warmup_ratio: float = 0.05  # released config
     min_lr: float = 0.0  # where the cosine ends
@@ -53,12 +55,18 @@ class Config:
     micro_tokens: int = 16384  # tokens of a packed micro-batch on one rank
     freeze_vision: bool = False
     # memory and speed, for real models
-    workers: int = 2  # processes of each rank that read images and cut them into patches ahead of time
+    workers: int = (
+        2  # processes of each rank that read images and cut them into patches ahead of time
+    )
     activation_checkpointing: bool = False
     compile: bool = False  # torch.compile of the blocks
     offload: bool = False  # weights, gradients and optimizer live in the CPU's memory
-    shard_size: int = 0  # ranks that share one copy of the weights, e.g. those of a node (HSDP); 0 = all ranks
-    preflight: bool = True  # first print what the memory will hold, and try a step at the greatest length
+    shard_size: int = (
+        0  # ranks that share one copy of the weights, e.g. those of a node (HSDP); 0 = all ranks
+    )
+    preflight: bool = (
+        True  # first print what the memory will hold, and try a step at the greatest length
+    )
     # the run
     eval_every: int = 250  # steps; and after the last one
     save_every: int = 500  # steps; the last one is always saved
@@ -82,12 +90,17 @@ RECIPES = {
         save_every=200,
     ),
     # App. A: Vision-R1-CI in its three sizes, and the answers-only start of Zero+SFT+PTST
-    "vision-r1-ci-7b": PAPER | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/vision-r1-ci-7b"),
-    "vision-r1-ci-32b": PAPER | dict(model="Qwen/Qwen2.5-VL-32B-Instruct", out="runs/vision-r1-ci-32b"),
-    "vision-r1-ci-72b": PAPER | dict(model="Qwen/Qwen2.5-VL-72B-Instruct", out="runs/vision-r1-ci-72b"),
+    "vision-r1-ci-7b": PAPER
+    | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/vision-r1-ci-7b"),
+    "vision-r1-ci-32b": PAPER
+    | dict(model="Qwen/Qwen2.5-VL-32B-Instruct", out="runs/vision-r1-ci-32b"),
+    "vision-r1-ci-72b": PAPER
+    | dict(model="Qwen/Qwen2.5-VL-72B-Instruct", out="runs/vision-r1-ci-72b"),
     # Table 2: the same data on another base; "Llama-3.2-11B-Vision" there, of which we take the one with a chat template
-    "vision-r1-llamav-ci": PAPER | dict(model="meta-llama/Llama-3.2-11B-Vision-Instruct", out="runs/vision-r1-llamav"),
-    "zero-sft": PAPER | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/zero-sft", drop_chains=True),
+    "vision-r1-llamav-ci": PAPER
+    | dict(model="meta-llama/Llama-3.2-11B-Vision-Instruct", out="runs/vision-r1-llamav"),
+    "zero-sft": PAPER
+    | dict(model="Qwen/Qwen2.5-VL-7B-Instruct", out="runs/zero-sft", drop_chains=True),
 }
 
 
@@ -104,7 +117,9 @@ def report(problems, told, strict):
     """say each problem once, from the rank that met it, and not again in every epoch; under --strict end the run"""
     for problem in [p for p in problems if p not in told]:
         if strict:
-            raise SystemExit(f"error: {problem}; without --strict such data is reported and the rest goes on")
+            raise SystemExit(
+                f"error: {problem}; without --strict such data is reported and the rest goes on"
+            )
         tqdm.write(str(problem))
         told.add(problem)
 
@@ -115,7 +130,9 @@ def model_flops(shape, sequences, frozen_vision):
         return 0.0
     grids = [grid for p, _ in sequences for grid in p.image_grid.tolist()]
     lengths = [len(p.ids) + len(ids) for p, ids in sequences]
-    return budget.flops(shape, lengths, sum(len(ids) for _, ids in sequences), grids).training(frozen_vision)
+    return budget.flops(shape, lengths, sum(len(ids) for _, ids in sequences), grids).training(
+        frozen_vision
+    )
 
 
 @torch.no_grad()
@@ -138,21 +155,36 @@ def evaluate(steps, policy, config, device, told):
 def preflight(config, shape, records, policy, optimizer, processor, device, say):
     """memory on paper, then one step at the cutoff: too little of it shows now, with the knob to turn"""
     some = [records[i] for i in range(min(20, len(records)))]
-    sequences = encode(some, processor, config, data.Problems()) or [kind(processor).blank(processor)]
+    sequences = encode(some, processor, config, data.Problems()) or [
+        kind(processor).blank(processor)
+    ]
     prompt = max((p for p, _ in sequences), key=lambda p: len(p.ids))
     response = [processor.eos_ids[0]] * (config.cutoff - len(prompt.ids))
     if shape is None:
         say("no table of its memory: budget.py knows the Qwen-VL models")
         return model.rehearse(policy, optimizer, mllama.pack([(prompt, response)], device))
-    fits = max(1, min(config.micro_tokens // config.cutoff, config.batch_size // dist.get_world_size()))
+    fits = max(
+        1, min(config.micro_tokens // config.cutoff, config.batch_size // dist.get_world_size())
+    )
     cuda = device.type == "cuda"
     items = budget.memory(
-        shape, fits * config.cutoff, fits * int(prompt.image_grid.prod(-1).sum()), cuda=cuda,
-        world=dist.get_world_size(), shard_size=config.shard_size or None, frozen_vision=config.freeze_vision,
-        activation_checkpointing=config.activation_checkpointing, reference="", offload=config.offload,
-    )  # fmt: skip
+        shape,
+        fits * config.cutoff,
+        fits * int(prompt.image_grid.prod(-1).sum()),
+        cuda=cuda,
+        world=dist.get_world_size(),
+        shard_size=config.shard_size or None,
+        frozen_vision=config.freeze_vision,
+        activation_checkpointing=config.activation_checkpointing,
+        reference="",
+        offload=config.offload,
+    )
     budget.announce(items, device, say)
-    model.rehearse(policy, optimizer, packing.pack([(copy.copy(prompt), response) for _ in range(fits)], device))
+    model.rehearse(
+        policy,
+        optimizer,
+        packing.pack([(copy.copy(prompt), response) for _ in range(fits)], device),
+    )
 
 
 def main(config):
@@ -165,8 +197,26 @@ def main(config):
 
         run.on_main_first(lambda: (toy.find(config.model), toy.find(config.data)))
         config.model, config.data = toy.find(config.model), toy.find(config.data)
-    run.claim(config, ("model", "data", "seed", "batch_size", "epochs", "holdout", "drop_chains", "system_prompt", "cutoff", "lr", "warmup_ratio", "min_lr",
-                      "weight_decay", "max_grad_norm", "freeze_vision"))  # fmt: skip
+    run.claim(
+        config,
+        (
+            "model",
+            "data",
+            "seed",
+            "batch_size",
+            "epochs",
+            "holdout",
+            "drop_chains",
+            "system_prompt",
+            "cutoff",
+            "lr",
+            "warmup_ratio",
+            "min_lr",
+            "weight_decay",
+            "max_grad_norm",
+            "freeze_vision",
+        ),
+    )
     say = tqdm.write if rank == 0 else lambda *_: None
 
     shelf, shelf_held = out / "records.pkl", out / "held-out.pkl"
@@ -195,11 +245,15 @@ def main(config):
     )
     width = policy.hf.config.get_text_config().hidden_size
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
+    )
 
     steps = Steps(records, processor, config, width)
     per_epoch, total = steps.per_epoch, len(steps)
-    shape = None if library is mllama else budget.shape(policy.hf.config)  # which budget.py cannot count
+    shape = (
+        None if library is mllama else budget.shape(policy.hf.config)
+    )  # which budget.py cannot count
     if config.preflight:
         preflight(config, shape, records, policy, optimizer, processor, device, say)
     start, _ = run.load_checkpoint(out, policy, optimizer)
@@ -220,7 +274,9 @@ def main(config):
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        counts = run.all_sum({"tokens": sum(len(ids) for _, ids in sequences), "left_out": len(bad)})
+        counts = run.all_sum(
+            {"tokens": sum(len(ids) for _, ids in sequences), "left_out": len(bad)}
+        )
         tokens = counts["tokens"]
         loss_sum = 0.0
         for batch in batches(sequences, processor, config, width, device):
@@ -232,20 +288,40 @@ def main(config):
         optimizer.step()
         optimizer.zero_grad()
 
-        sums = run.all_sum({"loss": loss_sum, "flops": model_flops(shape, sequences, config.freeze_vision)})
+        sums = run.all_sum(
+            {"loss": loss_sum, "flops": model_flops(shape, sequences, config.freeze_vision)}
+        )
         loss, seconds = sums["loss"], time.perf_counter() - began
         mfu = budget.mfu(sums["flops"] / world, seconds, device) if shape else None
         last, exams = step + 1 == total, {}
         if exam and (last or (step + 1) % config.eval_every == 0):
             exams = evaluate(exam, policy, config, device, told)
-            say(f"step {step + 1:5d}/{total}  held out: {', '.join(f'{k} {v:.4f}' for k, v in exams.items())}")
-        log.write(dict(step=step + 1, epoch=step / per_epoch, loss=loss, lr=lr, grad_norm=grad_norm, tokens=int(tokens),
-                       left_out=int(counts["left_out"]), tokens_per_s=tokens / seconds, mfu=mfu, t_data=t_data,
-                       t_total=seconds, mem_peak=run.peak_memory(), **exams))  # fmt: skip
+            say(
+                f"step {step + 1:5d}/{total}  held out: {', '.join(f'{k} {v:.4f}' for k, v in exams.items())}"
+            )
+        log.write(
+            dict(
+                step=step + 1,
+                epoch=step / per_epoch,
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens=int(tokens),
+                left_out=int(counts["left_out"]),
+                tokens_per_s=tokens / seconds,
+                mfu=mfu,
+                t_data=t_data,
+                t_total=seconds,
+                mem_peak=run.peak_memory(),
+                **exams,
+            )
+        )
         bar.update()
         bar.set_postfix(loss=f"{loss:.3f}", tok_s=f"{tokens / seconds:.0f}")
         if (step + 1) % max(1, total // 20) == 0:
-            say(f"step {step + 1:5d}/{total}  loss {loss:.4f}  lr {lr:.2e}  {tokens / seconds:.0f} tokens/s")
+            say(
+                f"step {step + 1:5d}/{total}  loss {loss:.4f}  lr {lr:.2e}  {tokens / seconds:.0f} tokens/s"
+            )
         if last or (step + 1) % config.save_every == 0:
             run.save_checkpoint(out, step + 1, policy, optimizer, {}, config.keep)
         began = time.perf_counter()

@@ -5,16 +5,29 @@ Runs the whole of cold_start.py, as a process of its own, against a lean server 
 run's own log has it), its ratio to the ideal, CPU time per call of client and server, the time of the whole command with its
 imports and plots, and the highest resident memory: it must not grow with the number of records.
 """
-import argparse, asyncio, io, json, os, re, resource, subprocess, sys, tempfile, time
+
+import argparse
+import asyncio
+import io
+import json
+import os
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-THOUGHT = ("Okay, let's see. The description says that there are {a} red balls on the left and {b} blue ones on the right of the table. "
-           "I am asked for {a} plus {b}. First I take {a}, then I go on counting by {b}, which gives {c}. Wait, let me check that the other way "
-           "round: {b} and then {a} more, which is {c} again. Hmm, could any ball be hidden behind another one? Row {a} shows them all in front. "
-           "Alternatively, I could take {b} from {c}, and then {a} are left, as they should be. ")
+THOUGHT = (
+    "Okay, let's see. The description says that there are {a} red balls on the left and {b} blue ones on the right of the table. "
+    "I am asked for {a} plus {b}. First I take {a}, then I go on counting by {b}, which gives {c}. Wait, let me check that the other way "
+    "round: {b} and then {a} more, which is {c} again. Hmm, could any ball be hidden behind another one? Row {a} shows them all in front. "
+    "Alternatively, I could take {b} from {c}, and then {a} are left, as they should be. "
+)
 
 
 class Teacher(asyncio.Protocol):
@@ -31,12 +44,30 @@ class Teacher(asyncio.Protocol):
             a, b = map(int, re.search(rb"What is (\d+) plus (\d+)\?", self.buffer[-3000:]).groups())
             text = f"Caption: balls. {a} red ones and {b} blue ones. Final Answer: {a + b}"
             if b'"thinks"' in self.buffer[:400]:
-                text = "<think>" + THOUGHT.format(a=a, b=b, c=a + b) * 4 + f"</think>\nFinal Answer: {a + b + (a % 10 == 0)}"
-            raw = json.dumps({"choices": [{"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": text}}],
-                              "usage": {"prompt_tokens": 900, "completion_tokens": 400}}).encode()
+                text = (
+                    "<think>"
+                    + THOUGHT.format(a=a, b=b, c=a + b) * 4
+                    + f"</think>\nFinal Answer: {a + b + (a % 10 == 0)}"
+                )
+            raw = json.dumps(
+                {
+                    "choices": [
+                        {
+                            "index": 0,
+                            "finish_reason": "stop",
+                            "message": {"role": "assistant", "content": text},
+                        }
+                    ],
+                    "usage": {"prompt_tokens": 900, "completion_tokens": 400},
+                }
+            ).encode()
             self.buffer.clear()
             self.need = 0
-            asyncio.get_running_loop().call_later(self.latency, self.transport.write, b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(raw), raw))
+            asyncio.get_running_loop().call_later(
+                self.latency,
+                self.transport.write,
+                b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(raw), raw),
+            )
 
 
 async def serve(latency):
@@ -50,35 +81,83 @@ def problems(path, n, kb):
     """n records with pictures of noise, of which one in ten gets a wrong answer"""
     from PIL import Image
 
-    from data import Record, write_parquet
+    from nano.data import Record, write_parquet
 
     pictures, side = [], round((1024 * kb / 2.2) ** 0.5)
     for _ in range(50):
         out = io.BytesIO()
         Image.effect_noise((side, side), 60).save(out, "PNG")
         pictures.append(out.getvalue())
-    write_parquet(path, [Record(f"p{i}", f"<image>What is {i} plus {i % 7}?", str(i + i % 7), [pictures[i % 50]], "mulberry") for i in range(n)])
+    write_parquet(
+        path,
+        [
+            Record(
+                f"p{i}",
+                f"<image>What is {i} plus {i % 7}?",
+                str(i + i % 7),
+                [pictures[i % 50]],
+                "mulberry",
+            )
+            for i in range(n)
+        ],
+    )
     return sum(map(len, pictures)) / 50 / 1024
 
 
 def main(args):
-    server = subprocess.Popen([sys.executable, __file__, "--serve", str(args.latency)], stdout=subprocess.PIPE, text=True)
+    server = subprocess.Popen(
+        [sys.executable, __file__, "--serve", str(args.latency)], stdout=subprocess.PIPE, text=True
+    )
     url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
-    ticks = lambda: sum(map(int, Path(f"/proc/{server.pid}/stat").read_text().split()[13:15])) / os.sysconf("SC_CLK_TCK")
+    ticks = lambda: (
+        sum(map(int, Path(f"/proc/{server.pid}/stat").read_text().split()[13:15]))
+        / os.sysconf("SC_CLK_TCK")
+    )
     try:
         with tempfile.TemporaryDirectory() as folder:
             for n in args.records:
                 data, out = f"{folder}/{n}.parquet", Path(folder) / str(n)
-                kb, before, served, began = problems(data, n, args.image_kb), resource.getrusage(resource.RUSAGE_CHILDREN), ticks(), time.monotonic()
-                subprocess.run([sys.executable, str(ROOT / "cold_start.py"), "--recipe", "vision-r1-cold", "--data", data, "--out", str(out), "--mllm_url", url, "--mllm_model", "sees",
-                                "--reasoner_url", url, "--reasoner_model", "thinks", "--concurrency", str(args.concurrency)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+                kb, before, served, began = (
+                    problems(data, n, args.image_kb),
+                    resource.getrusage(resource.RUSAGE_CHILDREN),
+                    ticks(),
+                    time.monotonic(),
+                )
+                subprocess.run(
+                    [
+                        sys.executable,
+                        str(ROOT / "cold_start.py"),
+                        "--recipe",
+                        "vision-r1-cold",
+                        "--data",
+                        data,
+                        "--out",
+                        str(out),
+                        "--mllm_url",
+                        url,
+                        "--mllm_model",
+                        "sees",
+                        "--reasoner_url",
+                        url,
+                        "--reasoner_model",
+                        "thinks",
+                        "--concurrency",
+                        str(args.concurrency),
+                    ],
+                    check=True,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                )
                 wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
                 log = [json.loads(line) for line in open(out / "log.jsonl")][-1]
                 calls, ideal = log["calls"], log["calls"] * args.latency / args.concurrency
                 assert calls == 3 * n and log["kept"] == n - -(-n // 10), log
-                print(f"{n:,} records ({kb:.0f} KB a picture), {calls:,} calls: {log['seconds']:.2f} s, ideal {ideal:.2f} s, ratio {log['seconds'] / ideal:.2f}; "
-                      f"CPU per call: client {1e6 * log.get('cpu', 0) / calls:.0f} us, server {1e6 * (ticks() - served) / calls:.0f} us; "
-                      f"whole command {wall:.1f} s, CPU {after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime:.1f} s; peak memory so far {after.ru_maxrss / 1024:.0f} MB", flush=True)
+                print(
+                    f"{n:,} records ({kb:.0f} KB a picture), {calls:,} calls: {log['seconds']:.2f} s, ideal {ideal:.2f} s, ratio {log['seconds'] / ideal:.2f}; "
+                    f"CPU per call: client {1e6 * log.get('cpu', 0) / calls:.0f} us, server {1e6 * (ticks() - served) / calls:.0f} us; "
+                    f"whole command {wall:.1f} s, CPU {after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime:.1f} s; peak memory so far {after.ru_maxrss / 1024:.0f} MB",
+                    flush=True,
+                )
     finally:
         server.terminate()
 

@@ -3,22 +3,50 @@
 Drawn pictures (300 x 200 PNG) with questions of random words; one training record in 200 is a copy of an evaluation record (picture at 80 % and JPEG
 quality 60, one word changed). Prints the time, how many copies were found, how many pairs are false, and the highest memory of the largest process.
 """
-import argparse, json, random, resource, subprocess, sys, tempfile, time
+
+import argparse
+import json
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
 ROOT = Path(__file__).resolve().parents[1]
-VOCABULARY = [f"{a}{b}" for a in ("tri", "rec", "cir", "pol", "ang", "ten", "line", "sum", "half", "deg", "par", "mid") for b in ("gle", "ta", "cle", "us", "ine", "or", "ent", "al")]
+VOCABULARY = [
+    f"{a}{b}"
+    for a in ("tri", "rec", "cir", "pol", "ang", "ten", "line", "sum", "half", "deg", "par", "mid")
+    for b in ("gle", "ta", "cle", "us", "ine", "or", "ent", "al")
+]
 
 
 def drawing(rng, path):
     image = Image.new("RGB", (300, 200), "white")
     pen = ImageDraw.Draw(image)
-    pen.polygon([(rng.randrange(300), rng.randrange(200)) for _ in range(rng.randint(3, 5))], outline="black")
-    pen.ellipse([x := rng.randrange(200), y := rng.randrange(120), x + rng.randint(20, 99), y + rng.randint(20, 79)], outline=rng.choice(["black", "red", "blue"]), width=2)
+    pen.polygon(
+        [(rng.randrange(300), rng.randrange(200)) for _ in range(rng.randint(3, 5))],
+        outline="black",
+    )
+    pen.ellipse(
+        [
+            x := rng.randrange(200),
+            y := rng.randrange(120),
+            x + rng.randint(20, 99),
+            y + rng.randint(20, 79),
+        ],
+        outline=rng.choice(["black", "red", "blue"]),
+        width=2,
+    )
     for _ in range(4):
-        pen.text((rng.randrange(280), rng.randrange(180)), rng.choice("ABCDEFGH") + str(rng.randrange(90)), fill="black")
+        pen.text(
+            (rng.randrange(280), rng.randrange(180)),
+            rng.choice("ABCDEFGH") + str(rng.randrange(90)),
+            fill="black",
+        )
     image.save(path, compress_level=1)
 
 
@@ -32,28 +60,64 @@ def main(args):
         text = lambda: [rng.choice(VOCABULARY) for _ in range(rng.randint(8, 40))]
         with open(folder / "eval.jsonl", "w") as f:
             evals = [text() for _ in range(args.eval)]
-            f.writelines(json.dumps({"id": f"e{i}", "image": f"{i}.png", "problem": " ".join(t), "answer": str(i)}) + "\n" for i, t in enumerate(evals))
+            f.writelines(
+                json.dumps(
+                    {"id": f"e{i}", "image": f"{i}.png", "problem": " ".join(t), "answer": str(i)}
+                )
+                + "\n"
+                for i, t in enumerate(evals)
+            )
         planted = {}
         with open(folder / "train.jsonl", "w") as f:
             for i in range(args.train):
-                row = {"id": f"t{i}", "image": f"{args.eval + i % own}.png", "problem": " ".join(text()), "answer": str(i)}
+                row = {
+                    "id": f"t{i}",
+                    "image": f"{args.eval + i % own}.png",
+                    "problem": " ".join(text()),
+                    "answer": str(i),
+                }
                 if i % 200 == 0:
                     n = planted[f"t{i}"] = rng.randrange(args.eval)
                     words = list(evals[n])
                     words[rng.randrange(len(words))] = "changed"
-                    Image.open(folder / f"{n}.png").resize((240, 160), Image.Resampling.LANCZOS).save(folder / f"t{i}.jpg", quality=60)
+                    Image.open(folder / f"{n}.png").resize(
+                        (240, 160), Image.Resampling.LANCZOS
+                    ).save(folder / f"t{i}.jpg", quality=60)
                     row |= {"image": f"t{i}.jpg", "problem": " ".join(words), "answer": str(n)}
                 f.write(json.dumps(row) + "\n")
         began = time.monotonic()
-        done = subprocess.run([sys.executable, str(ROOT / "cold_start.py"), "decontaminate", str(folder / "train.jsonl"), "--against", str(folder / "eval.jsonl"),
-                               "--out", str(folder / "out"), "--workers", str(args.workers)], check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        done = subprocess.run(
+            [
+                sys.executable,
+                str(ROOT / "cold_start.py"),
+                "decontaminate",
+                str(folder / "train.jsonl"),
+                "--against",
+                str(folder / "eval.jsonl"),
+                "--out",
+                str(folder / "out"),
+                "--workers",
+                str(args.workers),
+            ],
+            check=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
         seconds, used = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
         pairs = [json.loads(line) for line in open(folder / "out" / "report.jsonl")]
-        right = {p["train"]["id"] for p in pairs if planted.get(p["train"]["id"]) == int(p["eval"]["id"][1:]) and p["kind"] in ("copy", "same question")}
+        right = {
+            p["train"]["id"]
+            for p in pairs
+            if planted.get(p["train"]["id"]) == int(p["eval"]["id"][1:])
+            and p["kind"] in ("copy", "same question")
+        }
         false = [p for p in pairs if planted.get(p["train"]["id"]) != int(p["eval"]["id"][1:])]
         print(done.stdout)
-        print(f"{args.train:,} x {args.eval:,} records, {args.workers} workers: {seconds:.0f} s, CPU {used.ru_utime + used.ru_stime:.0f} s; found {len(right)} of {len(planted)} copies "
-              f"({len(right) / len(planted):.1%}), {len(false)} false pairs; largest process {used.ru_maxrss / 1024:.0f} MB")
+        print(
+            f"{args.train:,} x {args.eval:,} records, {args.workers} workers: {seconds:.0f} s, CPU {used.ru_utime + used.ru_stime:.0f} s; found {len(right)} of {len(planted)} copies "
+            f"({len(right) / len(planted):.1%}), {len(false)} false pairs; largest process {used.ru_maxrss / 1024:.0f} MB"
+        )
 
 
 if __name__ == "__main__":

@@ -40,16 +40,64 @@ QUESTIONS, GROUP, MICRO = 8, 16, 16  # MICRO: sequences of a micro-batch of TRL
 
 # text and vision of the published configurations; tiny is ours
 SIZES = {
-    "tiny": (dict(vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-                  num_key_value_heads=2, mrope=[8, 12, 12], tied=True),
-             dict(depth=2, hidden_size=64, intermediate_size=128, num_heads=4, fullatt_block_indexes=[0, 1])),
-    "3b": (dict(vocab_size=151936, hidden_size=2048, intermediate_size=11008, num_hidden_layers=36, num_attention_heads=16,
-                num_key_value_heads=2, mrope=[16, 24, 24], tied=True),
-           dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])),
-    "7b": (dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
-                num_key_value_heads=4, mrope=[16, 24, 24], tied=False),
-           dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16, fullatt_block_indexes=[7, 15, 23, 31])),
-}  # fmt: skip
+    "tiny": (
+        dict(
+            vocab_size=512,
+            hidden_size=256,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            mrope=[8, 12, 12],
+            tied=True,
+        ),
+        dict(
+            depth=2,
+            hidden_size=64,
+            intermediate_size=128,
+            num_heads=4,
+            fullatt_block_indexes=[0, 1],
+        ),
+    ),
+    "3b": (
+        dict(
+            vocab_size=151936,
+            hidden_size=2048,
+            intermediate_size=11008,
+            num_hidden_layers=36,
+            num_attention_heads=16,
+            num_key_value_heads=2,
+            mrope=[16, 24, 24],
+            tied=True,
+        ),
+        dict(
+            depth=32,
+            hidden_size=1280,
+            intermediate_size=3420,
+            num_heads=16,
+            fullatt_block_indexes=[7, 15, 23, 31],
+        ),
+    ),
+    "7b": (
+        dict(
+            vocab_size=152064,
+            hidden_size=3584,
+            intermediate_size=18944,
+            num_hidden_layers=28,
+            num_attention_heads=28,
+            num_key_value_heads=4,
+            mrope=[16, 24, 24],
+            tied=False,
+        ),
+        dict(
+            depth=32,
+            hidden_size=1280,
+            intermediate_size=3420,
+            num_heads=16,
+            fullatt_block_indexes=[7, 15, 23, 31],
+        ),
+    ),
+}
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -78,16 +126,23 @@ def set_end_probability(hf, p, end, never):
         layer.mlp.down_proj.weight[0] = 0
     others = len(table) - len(never) - 1
     head[never, 0] -= 50 / width**0.5
-    head[end, 0] += torch.tensor(p * others / (1 - p)).log().item() / width**0.5 if p else -50 / width**0.5
+    head[end, 0] += (
+        torch.tensor(p * others / (1 - p)).log().item() / width**0.5 if p else -50 / width**0.5
+    )
 
 
 def make_workload(folder, size, image_tokens, limit, ragged, questions=QUESTIONS):
     """a random checkpoint and `questions` problems with one image each, in `folder`"""
-    import toy
-    from data import Record, write_parquet
-    from transformers import PreTrainedTokenizerFast, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
     from PIL import Image
+    from transformers import (
+        PreTrainedTokenizerFast,
+        Qwen2_5_VLConfig,
+        Qwen2_5_VLForConditionalGeneration,
+    )
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+    import toy
+    from nano.data import Record, write_parquet
 
     folder = Path(folder)
     text, vision = (dict(x) for x in SIZES[size])
@@ -102,29 +157,52 @@ def make_workload(folder, size, image_tokens, limit, ragged, questions=QUESTIONS
     tok = PreTrainedTokenizerFast.from_pretrained(folder)
     assert len(tok) == text["vocab_size"] and tok.chat_template == chat_template
     token = tok.convert_tokens_to_ids
-    marks = {f"{m}_token_id": token(f"<|{m.replace('image', 'image_pad').replace('video', 'video_pad')}|>")
-             for m in ("image", "video", "vision_start", "vision_end")}  # fmt: skip
-    text |= dict(max_position_embeddings=32768, eos_token_id=token("<|im_end|>"), bos_token_id=None,
-                 rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=mrope))  # fmt: skip
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision | dict(out_hidden_size=text["hidden_size"]),
-                              tie_word_embeddings=tied, **marks)  # fmt: skip
+    marks = {
+        f"{m}_token_id": token(
+            f"<|{m.replace('image', 'image_pad').replace('video', 'video_pad')}|>"
+        )
+        for m in ("image", "video", "vision_start", "vision_end")
+    }
+    text |= dict(
+        max_position_embeddings=32768,
+        eos_token_id=token("<|im_end|>"),
+        bos_token_id=None,
+        rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=mrope),
+    )
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision | dict(out_hidden_size=text["hidden_size"]),
+        tie_word_embeddings=tied,
+        **marks,
+    )
     torch.manual_seed(0)
     with torch.device("cuda" if GPU else "cpu"):
         hf = Qwen2_5_VLForConditionalGeneration(config)
     never = [*marks.values(), token("<|vision_pad|>"), token("<|endoftext|>")]
-    set_end_probability(hf, end_probability(limit) if ragged else 0, token("<|im_end|>"), sorted(set(never)))
+    set_end_probability(
+        hf, end_probability(limit) if ragged else 0, token("<|im_end|>"), sorted(set(never))
+    )
     hf.generation_config.eos_token_id = token("<|im_end|>")
     (hf.bfloat16() if GPU else hf).save_pretrained(folder)
     high = int(image_tokens**0.5)
     while image_tokens % high:
         high -= 1
-    Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=image_tokens * 28 * 28).save_pretrained(folder)
+    Qwen2VLImageProcessorPil(min_pixels=28 * 28, max_pixels=image_tokens * 28 * 28).save_pretrained(
+        folder
+    )
     records = []
     for i in range(questions):
         out = io.BytesIO()
-        Image.effect_noise((28 * image_tokens // high, 28 * high), 80).convert("RGB").save(out, "PNG")
+        Image.effect_noise((28 * image_tokens // high, 28 * high), 80).convert("RGB").save(
+            out, "PNG"
+        )
         records.append(
-            Record(f"q{i}", f"<image>Describe the picture . Okay , Add the numbers from A1 to {toy.CELLS[1 + i % 8]} .", str(i), [out.getvalue()])
+            Record(
+                f"q{i}",
+                f"<image>Describe the picture . Okay , Add the numbers from A1 to {toy.CELLS[1 + i % 8]} .",
+                str(i),
+                [out.getvalue()],
+            )
         )
     write_parquet(folder / "problems.parquet", records)
     return records
@@ -141,23 +219,49 @@ def ours(args, rest):
     from types import SimpleNamespace
 
     import grpo
-    import run
+    from nano import run
 
     stamps, write = [], run.Log.write
-    run.Log.write = lambda log, row: (stamps.append((clock(), time.perf_counter())), write(log, row))
+    run.Log.write = lambda log, row: (
+        stamps.append((clock(), time.perf_counter())),
+        write(log, row),
+    )
     grpo.time = SimpleNamespace(perf_counter=clock)
     out = Path(args.folder) / f"run-{os.getpid()}"
-    flags = ["--recipe", "toy", "--model", args.folder, "--data", f"{args.folder}/problems.parquet", "--out", str(out)]
-    flags += ["--stages", f"{args.completion}x{GROUP}x{args.steps + 1}", "--questions", str(QUESTIONS), "--lr", "1e-6"]
+    flags = [
+        "--recipe",
+        "toy",
+        "--model",
+        args.folder,
+        "--data",
+        f"{args.folder}/problems.parquet",
+        "--out",
+        str(out),
+    ]
+    flags += [
+        "--stages",
+        f"{args.completion}x{GROUP}x{args.steps + 1}",
+        "--questions",
+        str(QUESTIONS),
+        "--lr",
+        "1e-6",
+    ]
     flags += ["--freeze_vision", "False", "--save_every", "1000000", *rest]
     with contextlib.redirect_stdout(sys.stderr):
         grpo.main(run.parse_config(grpo.Config, grpo.RECIPES, flags))
     rows = [json.loads(line) for line in open(out / "log.jsonl")]
     return [
-        dict(seconds=b[0] - a[0], wall=b[1] - a[1], rollout=r["t_rollout"] + r["t_reward"], logprob=r["t_logprob"],
-             update=r["t_update"], tokens=r["tokens"], memory=r["mem_peak"])
+        dict(
+            seconds=b[0] - a[0],
+            wall=b[1] - a[1],
+            rollout=r["t_rollout"] + r["t_reward"],
+            logprob=r["t_logprob"],
+            update=r["t_update"],
+            tokens=r["tokens"],
+            memory=r["mem_peak"],
+        )
         for a, b, r in zip(stamps, stamps[1:], rows[1:])
-    ]  # fmt: skip
+    ]
 
 
 def trl(args, rest):
@@ -165,28 +269,45 @@ def trl(args, rest):
     import datasets
     import trl
     from PIL import Image
-    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, TrainerCallback
+    from transformers import (
+        Qwen2_5_VLForConditionalGeneration,
+        Qwen2_5_VLProcessor,
+        TrainerCallback,
+    )
 
-    import data
     import model
     import reward
-    import run
+    from nano import data, run
 
-    class Processor(Qwen2_5_VLProcessor):  # a video processor would need torchvision, and no video is here
+    class Processor(
+        Qwen2_5_VLProcessor
+    ):  # a video processor would need torchvision, and no video is here
         def check_argument_for_proper_class(self, *_):
             pass
 
     parts = model.Processor(args.folder)
-    processor = Processor(parts.image_processor, parts.tokenizer, None, chat_template=parts.tokenizer.chat_template)
+    processor = Processor(
+        parts.image_processor, parts.tokenizer, None, chat_template=parts.tokenizer.chat_template
+    )
     records, _ = data.read(f"{args.folder}/problems.parquet")
-    rows = datasets.Dataset.from_list([
-        dict(prompt=[{"role": "user", "content": r.problem.removeprefix("<image>")}], answer=r.answer,
-             image=Image.open(io.BytesIO(r.images[0]))) for r in records
-    ])  # fmt: skip
+    rows = datasets.Dataset.from_list(
+        [
+            dict(
+                prompt=[{"role": "user", "content": r.problem.removeprefix("<image>")}],
+                answer=r.answer,
+                image=Image.open(io.BytesIO(r.images[0])),
+            )
+            for r in records
+        ]
+    )
     judge = lambda completions, answer, **_: [
         s.reward
         for s in reward.reward_batch(
-            [c[0]["content"] for c in completions], answer, [None] * len(answer), [False] * len(answer), 0.0
+            [c[0]["content"] for c in completions],
+            answer,
+            [None] * len(answer),
+            [False] * len(answer),
+            0.0,
         )
     ]
     spent = dict(rollout=0.0, logprob=0.0)
@@ -215,24 +336,51 @@ def trl(args, rest):
             stamps.append((clock(), time.perf_counter(), dict(spent), run.peak_memory()))
 
     config = trl.GRPOConfig(
-        output_dir=f"{args.folder}/trl", per_device_train_batch_size=MICRO, gradient_accumulation_steps=QUESTIONS * GROUP // MICRO,
-        num_generations=GROUP, max_completion_length=args.completion, beta=0.01, loss_type="grpo", learning_rate=1e-6,
-        max_steps=args.steps + 1, temperature=1.0, top_p=1.0, top_k=0, gradient_checkpointing="--activation_checkpointing" in rest,
-        bf16=GPU, use_cpu=not GPU, report_to=[], save_strategy="no", logging_steps=1, disable_tqdm=True,
-    )  # fmt: skip
+        output_dir=f"{args.folder}/trl",
+        per_device_train_batch_size=MICRO,
+        gradient_accumulation_steps=QUESTIONS * GROUP // MICRO,
+        num_generations=GROUP,
+        max_completion_length=args.completion,
+        beta=0.01,
+        loss_type="grpo",
+        learning_rate=1e-6,
+        max_steps=args.steps + 1,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=0,
+        gradient_checkpointing="--activation_checkpointing" in rest,
+        bf16=GPU,
+        use_cpu=not GPU,
+        report_to=[],
+        save_strategy="no",
+        logging_steps=1,
+        disable_tqdm=True,
+    )
     hf = Qwen2_5_VLForConditionalGeneration.from_pretrained(
         args.folder, dtype=torch.float32, attn_implementation="sdpa"
     )
     with contextlib.redirect_stdout(sys.stderr):
         trainer = Trainer(hf, judge, config, rows, processing_class=processor, callbacks=[Stamp()])
         trainer.train()
-    lengths = [row["completions/mean_length"] for row in trainer.state.log_history if "completions/mean_length" in row]
+    lengths = [
+        row["completions/mean_length"]
+        for row in trainer.state.log_history
+        if "completions/mean_length" in row
+    ]
     out = []
     for a, b, length in zip(stamps, stamps[1:], lengths[1:]):
         part = {k: b[2][k] - a[2][k] for k in spent}
         seconds = b[0] - a[0]
-        out.append(dict(seconds=seconds, wall=b[1] - a[1], **part, update=seconds - sum(part.values()),
-                        tokens=round(length * QUESTIONS * GROUP), memory=b[3]))  # fmt: skip
+        out.append(
+            dict(
+                seconds=seconds,
+                wall=b[1] - a[1],
+                **part,
+                update=seconds - sum(part.values()),
+                tokens=round(length * QUESTIONS * GROUP),
+                memory=b[3],
+            )
+        )
     return out
 
 
@@ -240,14 +388,18 @@ def share(args, rest):
     """forward + backward of one group whose rollouts share a Prompt, so image and prompt go through once, and one where they do not"""
     import copy
 
-    import data
     import model
-    import packing
+    from nano import data, packing
 
-    policy, processor = model.load(args.folder, "cuda" if GPU else "cpu", torch.bfloat16 if GPU else torch.float32)
+    policy, processor = model.load(
+        args.folder, "cuda" if GPU else "cpu", torch.bfloat16 if GPU else torch.float32
+    )
     prompt = packing.encode(data.read(f"{args.folder}/problems.parquet")[0][0], processor)
     rng = random.Random(0)
-    answers = [[rng.randrange(len(processor.tokenizer)) for _ in range(args.completion)] for _ in range(GROUP)]
+    answers = [
+        [rng.randrange(len(processor.tokenizer)) for _ in range(args.completion)]
+        for _ in range(GROUP)
+    ]
     answers = [[t for t in a if t != processor.image_token] for a in answers]
     seconds = {"one": [], "each": []}
     for _ in range(args.steps + 1):
@@ -275,13 +427,25 @@ def update_flops(args, length):
     response on the average; recomputation and padding do not count.
     """
     text, vision = SIZES[args.size]
-    h, kv = text["hidden_size"], text["num_key_value_heads"] * (text["hidden_size"] // text["num_attention_heads"])
+    h, kv = (
+        text["hidden_size"],
+        text["num_key_value_heads"] * (text["hidden_size"] // text["num_attention_heads"]),
+    )
     layers, prompt, answers = text["num_hidden_layers"], args.prompt_tokens, QUESTIONS * GROUP
     weights = layers * (2 * h * h + 2 * h * kv + 3 * h * text["intermediate_size"])
-    flops = 6 * weights * (QUESTIONS * prompt + answers * length) + 6 * h * text["vocab_size"] * answers * length
-    flops += 12 * layers * h * (QUESTIONS * prompt**2 / 2 + answers * length * (prompt + length / 2))
+    flops = (
+        6 * weights * (QUESTIONS * prompt + answers * length)
+        + 6 * h * text["vocab_size"] * answers * length
+    )
+    flops += (
+        12 * layers * h * (QUESTIONS * prompt**2 / 2 + answers * length * (prompt + length / 2))
+    )
     v = vision["hidden_size"]
-    tower = vision["depth"] * (4 * v * v + 3 * v * vision["intermediate_size"]) * 4 + (4 * v) ** 2 + 4 * v * h
+    tower = (
+        vision["depth"] * (4 * v * v + 3 * v * vision["intermediate_size"]) * 4
+        + (4 * v) ** 2
+        + 4 * v * h
+    )
     return flops + QUESTIONS * args.image_tokens * 6 * tower
 
 
@@ -320,14 +484,22 @@ def where():
     threads = torch.get_num_threads()
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError):
-        name = next(line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name"))
+        name = next(
+            line.split(":")[1].strip()
+            for line in open("/proc/cpuinfo")
+            if line.startswith("model name")
+        )
     return torch.cuda.get_device_name() if GPU else f"{name}, {threads} thread{'s' * (threads > 1)}"
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="tiny")
-    parser.add_argument("--completion", type=int, default=128, help="limit of the completion in tokens")
+    parser.add_argument(
+        "--completion", type=int, default=128, help="limit of the completion in tokens"
+    )
     parser.add_argument("--image-tokens", type=int, default=4)
     parser.add_argument("--ragged", action="store_true", help="lengths vary, mean half the limit")
     parser.add_argument(
@@ -336,7 +508,9 @@ def main():
         help="instead: update of one group with image and prompt encoded once, and per rollout",
     )
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=2, help="timed steps of a round, after one that is not")
+    parser.add_argument(
+        "--steps", type=int, default=2, help="timed steps of a round, after one that is not"
+    )
     parser.add_argument("--no-trl", action="store_true")
     parser.add_argument("--only", choices=["ours", "trl", "share"], help=argparse.SUPPRESS)
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -344,14 +518,15 @@ def main():
     if args.only:
         return print(json.dumps(dict(ours=ours, trl=trl, share=share)[args.only](args, rest)))
 
-    import data
     import model
-    import packing
+    from nano import data, packing
 
     with tempfile.TemporaryDirectory() as folder:
         make_workload(folder, args.size, args.image_tokens, args.completion, args.ragged)
         processor = model.Processor(folder)
-        args.prompt_tokens = packing.prompt_length(data.read(f"{folder}/problems.parquet")[0][0], processor)
+        args.prompt_tokens = packing.prompt_length(
+            data.read(f"{folder}/problems.parquet")[0][0], processor
+        )
         kind = "ragged" if args.ragged else "fixed"
         unit = "wall" if GPU else "CPU"
         print(
@@ -359,8 +534,10 @@ def main():
         )
         if args.share:
             s = child("share", args, rest, folder)
-            print(f"update of {GROUP} rollouts x {args.completion} tokens: image and prompt once {s['one']:.2f} s, per rollout {s['each']:.2f} s, "
-                  f"{s['each'] / s['one']:.2f}x")  # fmt: skip
+            print(
+                f"update of {GROUP} rollouts x {args.completion} tokens: image and prompt once {s['one']:.2f} s, per rollout {s['each']:.2f} s, "
+                f"{s['each'] / s['one']:.2f}x"
+            )
             return
         names = ["ours"] if args.no_trl or not importlib.util.find_spec("trl") else ["ours", "trl"]
         print(
@@ -380,21 +557,28 @@ def main():
             m = {k: statistics.median(r[k] for r in rows) for k in rows[0]}
             length = m["tokens"] / QUESTIONS / GROUP
             mfu = (
-                statistics.median(update_flops(args, r["tokens"] / QUESTIONS / GROUP) / r["update"] for r in rows)
+                statistics.median(
+                    update_flops(args, r["tokens"] / QUESTIONS / GROUP) / r["update"] for r in rows
+                )
                 / peak
             )
             rate = statistics.median(r["tokens"] / r["seconds"] for r in rows)
-            print(f"| {name} | {m['seconds']:.2f} | {m['wall']:.2f} | {m['rollout']:.2f} | {m['logprob']:.2f} | {m['update']:.2f} | "
-                  f"{length:.1f} | {rate:.0f} | {m['memory'] / 1e6:.0f} | {mfu:.0%} of {peak / 1e9:.0f} GFLOP/s |")  # fmt: skip
+            print(
+                f"| {name} | {m['seconds']:.2f} | {m['wall']:.2f} | {m['rollout']:.2f} | {m['logprob']:.2f} | {m['update']:.2f} | "
+                f"{length:.1f} | {rate:.0f} | {m['memory'] / 1e6:.0f} | {mfu:.0%} of {peak / 1e9:.0f} GFLOP/s |"
+            )
         if len(names) > 1:
             speed = lambda rows: sum(r["tokens"] for r in rows) / sum(r["seconds"] for r in rows)
             step = [
-                statistics.median(r["seconds"] for r in b) / statistics.median(r["seconds"] for r in a)
+                statistics.median(r["seconds"] for r in b)
+                / statistics.median(r["seconds"] for r in a)
                 for a, b in zip(*rounds.values())
             ]
             token = [speed(a) / speed(b) for a, b in zip(*rounds.values())]
-            print(f"TRL / ours: {statistics.median(step):.2f}x per step ({', '.join(f'{x:.2f}' for x in step)}), "
-                  f"{statistics.median(token):.2f}x per token ({', '.join(f'{x:.2f}' for x in token)})")  # fmt: skip
+            print(
+                f"TRL / ours: {statistics.median(step):.2f}x per step ({', '.join(f'{x:.2f}' for x in step)}), "
+                f"{statistics.median(token):.2f}x per token ({', '.join(f'{x:.2f}' for x in token)})"
+            )
 
 
 if __name__ == "__main__":

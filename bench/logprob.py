@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-import logprobs
+from nano import logprobs
 
 GPU = torch.cuda.is_available()
 
@@ -39,16 +39,23 @@ def full(hidden, weight, labels):
 def liger(hidden, weight, labels):
     from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbFunction
 
-    return _ChunkedSelectiveLogProbFunction.apply(hidden, weight, labels, None, 1.0, 4096)  # its own default width
+    return _ChunkedSelectiveLogProbFunction.apply(
+        hidden, weight, labels, None, 1.0, 4096
+    )  # its own default width
 
 
 def cut(hidden, weight, labels):
     from cut_cross_entropy import linear_cross_entropy
 
-    return -linear_cross_entropy(hidden, weight, labels, reduction="none", impl="cce" if GPU else "torch_compile")
+    return -linear_cross_entropy(
+        hidden, weight, labels, reduction="none", impl="cce" if GPU else "torch_compile"
+    )
 
 
-METHODS = {"full logits": full, "token_logprobs, torch": lambda *x: logprobs.token_logprobs(*x, fused=False)[0]}
+METHODS = {
+    "full logits": full,
+    "token_logprobs, torch": lambda *x: logprobs.token_logprobs(*x, fused=False)[0],
+}
 if GPU and logprobs.fused_runs(torch.device("cuda")):
     METHODS["token_logprobs, Triton"] = lambda *x: logprobs.token_logprobs(*x)[0]
 if importlib.util.find_spec("liger_kernel"):
@@ -69,7 +76,11 @@ def inputs(args, dtype, tokens=None):
 
 
 def peak():
-    return torch.cuda.max_memory_allocated() if GPU else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return (
+        torch.cuda.max_memory_allocated()
+        if GPU
+        else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    )
 
 
 def clock():
@@ -97,7 +108,9 @@ def measure(name, args):
     h, w, y = inputs(args, torch.float64, 64)
     want = (h @ w.t()).log_softmax(-1).gather(1, y[:, None])[:, 0]
     want.sum().backward()
-    error = max((logprob[:64] - want).abs().max().item(), (hidden.grad[:64] - h.grad).abs().max().item())
+    error = max(
+        (logprob[:64] - want).abs().max().item(), (hidden.grad[:64] - h.grad).abs().max().item()
+    )
     gradients = sum(x.grad.nbytes for x in (hidden, weight))
     return dict(seconds=seconds, memory=memory, extra=memory - gradients, error=error)
 
@@ -116,7 +129,9 @@ def products(args):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tokens", type=int, default=16384 if GPU else 4096)
     parser.add_argument("--hidden", type=int, default=3584 if GPU else 896)
     parser.add_argument("--vocab", type=int, default=152064 if GPU else 151936)
@@ -129,7 +144,9 @@ def main():
     for _ in range(args.repeats):
         for name in [m for m in METHODS if m not in failed]:
             command = [sys.executable, __file__, *sys.argv[1:], "--only", name]
-            out = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+            out = subprocess.run(
+                command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+            )
             if out.returncode:  # a peer that does not run here, or full logits that do not fit
                 failed[name] = (out.stderr.strip() or f"killed ({out.returncode})").splitlines()[-1]
             else:
@@ -142,13 +159,20 @@ def main():
     floor = products(args) if GPU else None
     if GPU:
         print(f"the three matrix products alone: {floor:.3f} s")
-    print("| method | s | of full | peak MB | of full | without gradients MB | error |" + " of products |" * GPU)
+    print(
+        "| method | s | of full | peak MB | of full | without gradients MB | error |"
+        + " of products |" * GPU
+    )
     print("|---|---|---|---|---|---|---|" + "---|" * GPU)
-    medians = {n: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for n, rs in runs.items() if rs}
+    medians = {
+        n: {k: statistics.median(r[k] for r in rs) for k in rs[0]} for n, rs in runs.items() if rs
+    }
     base = medians.get("full logits", dict(seconds=float("nan"), memory=float("nan")))
     for name, r in medians.items():
         line = f"| {name} | {r['seconds']:.3g} | {r['seconds'] / base['seconds']:.2f} | {r['memory'] / 1e6:.0f} "
-        line += f"| {r['memory'] / base['memory']:.2f} | {r['extra'] / 1e6:.0f} | {r['error']:.1e} |"
+        line += (
+            f"| {r['memory'] / base['memory']:.2f} | {r['extra'] / 1e6:.0f} | {r['error']:.1e} |"
+        )
         print(line + (f" {r['seconds'] / floor:.2f} |" if GPU else ""))
     for name, why in failed.items():
         print(f"{name}: {why}")

@@ -22,10 +22,8 @@ import torch
 from grpo_step import GPU, GROUP, SIZES, clock, make_workload, where
 from transformers import AutoModelForImageTextToText
 
-import data
 import model
-import packing
-import rollout
+from nano import data, packing, rollout
 
 
 def engines(policy, processor, prompts, limit, folder):
@@ -33,31 +31,47 @@ def engines(policy, processor, prompts, limit, folder):
     ours = rollout.TorchEngine(model.replica(policy), processor, policy.banned)
     ours.sync(policy)
     hf = AutoModelForImageTextToText.from_config(
-        copy.deepcopy(policy.hf.config), attn_implementation="sdpa", dtype=torch.bfloat16 if GPU else torch.float32
+        copy.deepcopy(policy.hf.config),
+        attn_implementation="sdpa",
+        dtype=torch.bfloat16 if GPU else torch.float32,
     ).to(policy.banned.device)
     model.copy_weights(policy, hf)
 
     def torch_engine(engine):
         def sample(number):
-            groups = engine.generate(prompts, GROUP, limit, [(number, i) for i in range(len(prompts))])
+            groups = engine.generate(
+                prompts, GROUP, limit, [(number, i) for i in range(len(prompts))]
+            )
             return [len(r.ids) for g in groups for r in g]
 
         return sample
 
     def generate(number):
         torch.manual_seed(number)
-        rows = [p for p in prompts for _ in range(GROUP)]  # all prompts are equally long here: nothing is padded
+        rows = [
+            p for p in prompts for _ in range(GROUP)
+        ]  # all prompts are equally long here: nothing is padded
         ids = torch.tensor([p.ids for p in rows], device=policy.banned.device)
-        out = hf.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=limit, do_sample=True, top_k=0,
-                          mm_token_type_ids=(ids == processor.image_token).int(), eos_token_id=processor.eos_ids, pad_token_id=0,
-                          pixel_values=torch.cat([p.pixel_values for p in rows]).to(ids.device),
-                          image_grid_thw=torch.cat([p.image_grid for p in rows]).to(ids.device))  # fmt: skip
-        ended = torch.isin(out[:, ids.shape[1] :], torch.tensor(processor.eos_ids, device=ids.device))
+        out = hf.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=limit,
+            do_sample=True,
+            top_k=0,
+            mm_token_type_ids=(ids == processor.image_token).int(),
+            eos_token_id=processor.eos_ids,
+            pad_token_id=0,
+            pixel_values=torch.cat([p.pixel_values for p in rows]).to(ids.device),
+            image_grid_thw=torch.cat([p.image_grid for p in rows]).to(ids.device),
+        )
+        ended = torch.isin(
+            out[:, ids.shape[1] :], torch.tensor(processor.eos_ids, device=ids.device)
+        )
         return (ended.cumsum(1) - ended.long() == 0).sum(1).tolist()
 
     found = {"transformers generate": generate, "TorchEngine": torch_engine(ours)}
     if importlib.util.find_spec("vllm") and importlib.util.find_spec("vllm_engine"):
-        from vllm_engine import VLLMEngine
+        from nano.vllm_engine import VLLMEngine
 
         vllm = VLLMEngine(folder, processor, len(prompts[0].ids) + limit, policy.banned.device)
         vllm.sync(policy)
@@ -66,7 +80,9 @@ def engines(policy, processor, prompts, limit, folder):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=SIZES, default="tiny")
     parser.add_argument("--limits", default="64,256")
     parser.add_argument("--image-tokens", type=int, default=4)
@@ -83,7 +99,9 @@ def main():
             with tempfile.TemporaryDirectory() as folder:
                 make_workload(folder, args.size, args.image_tokens, limit, ragged)
                 policy, processor = model.load(folder, "cuda" if GPU else "cpu")
-                prompts = [packing.encode(r, processor) for r in data.read(f"{folder}/problems.parquet")[0]]
+                prompts = [
+                    packing.encode(r, processor) for r in data.read(f"{folder}/problems.parquet")[0]
+                ]
                 methods = engines(policy, processor, prompts, limit, folder)
             runs = {name: [] for name in methods}
             for number in range(args.rounds + 1):
@@ -98,8 +116,11 @@ def main():
                 seconds, wall, tokens = map(statistics.median, zip(*rows))
                 rate = statistics.median(t / s for s, _, t in rows)
                 ratio = statistics.median((a[2] / a[0]) / (b[2] / b[0]) for a, b in zip(rows, base))
-                print(f"| {limit} | {'ragged' if ragged else 'fixed'} | {name} | {seconds:.2f} | {wall:.2f} | "
-                      f"{tokens / len(lengths):.1f} | {rate:.0f} | {ratio:.2f} |", flush=True)  # fmt: skip
+                print(
+                    f"| {limit} | {'ragged' if ragged else 'fixed'} | {name} | {seconds:.2f} | {wall:.2f} | "
+                    f"{tokens / len(lengths):.1f} | {rate:.0f} | {ratio:.2f} |",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def pictures():
     from PIL import Image
 
     import toy
-    from data import Record
+    from nano.data import Record
 
     records = toy.problems(4, 0, "t")
     for i, size in enumerate([(56, 84), (140, 56)]):
@@ -62,7 +62,12 @@ def pictures():
         Image.effect_noise(size, 80).convert("RGB").save(out, "PNG")
         records[i].images = [out.getvalue()]
     records.append(
-        Record("two", "<image>Add the numbers of<image>both .", "7", [records[0].images[0], records[3].images[0]])
+        Record(
+            "two",
+            "<image>Add the numbers of<image>both .",
+            "7",
+            [records[0].images[0], records[3].images[0]],
+        )
     )
     records.append(Record("none", "Add 2 and 3 .", "5", []))
     return records

@@ -11,8 +11,8 @@ import torch
 from conftest import ROOT, single_rank
 
 import model
-import packing
 import toy
+from nano import packing
 
 # four ranks, started once; every case is a budget of tokens and knobs of load_sharded
 GRADIENTS = """
@@ -20,7 +20,8 @@ import json, sys
 import torch
 sys.path[:0] = [ROOT, ROOT + "/tests"]
 import torch.distributed as dist
-import model, packing, run
+import model
+from nano import packing, run
 from test_balance import case
 
 folder, out, cases = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
@@ -42,7 +43,10 @@ dist.destroy_process_group()
 """
 CASES = [
     (10**6, {}),
-    (90, {"activation_checkpointing": True}),  # a rank has a micro-batch without an image while the others encode one
+    (
+        90,
+        {"activation_checkpointing": True},
+    ),  # a rank has a micro-batch without an image while the others encode one
     (200, {"shard_size": 1}),  # HSDP: four copies of the weights
     (300, {"shard_size": 2}),
     (400, {"freeze_vision": True}),
@@ -55,13 +59,15 @@ def case(processor):
 
     from PIL import Image
 
-    from data import Record
+    from nano.data import Record
 
     rng = random.Random(4)
     records = toy.problems(4, 0, "b")
     for record, size in zip(records, [(56, 84), (28, 28), (140, 56)]):
         out = io.BytesIO()
-        Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])).save(out, "PNG")  # the same in every process
+        Image.frombytes("RGB", size, rng.randbytes(3 * size[0] * size[1])).save(
+            out, "PNG"
+        )  # the same in every process
         record.images = [out.getvalue()]
     records.append(Record("none", "Add 2 and 3 .", "5", []))
     torch.manual_seed(0)
@@ -84,16 +90,31 @@ def one_by_one(tiny):
 def test_gradients_do_not_depend_on_ranks_shards_and_micro_batches(tiny, tmp_path, one_by_one):
     script = tmp_path / "gradients.py"
     script.write_text(f"ROOT = {str(ROOT)!r}\n" + GRADIENTS)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4",
-               str(script), tiny, str(tmp_path), json.dumps(CASES)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=4",
+        str(script),
+        tiny,
+        str(tmp_path),
+        json.dumps(CASES),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr  # whole: the reason comes first
     for i, (_, knobs) in enumerate(CASES):
         grads = torch.load(tmp_path / f"{i}.pt")
-        want = {n: g for n, g in one_by_one.items() if not (knobs.get("freeze_vision") and ".visual." in n)}
+        want = {
+            n: g
+            for n, g in one_by_one.items()
+            if not (knobs.get("freeze_vision") and ".visual." in n)
+        }
         assert grads.keys() == want.keys()
         for name in want:
-            assert (grads[name] - want[name]).abs().max() <= 1e-5 * max(1, want[name].abs().max()), (knobs, name)
+            assert (grads[name] - want[name]).abs().max() <= 1e-5 * max(
+                1, want[name].abs().max()
+            ), (knobs, name)
 
 
 def test_micro_batches_are_the_best_cut_within_the_budget():

@@ -17,9 +17,9 @@ import pytest
 from conftest import ROOT
 from test_readers import png
 
-import benchmarks
-import report
-from benchmarks import fork, official
+from benchmarks import report
+from benchmarks import rules as benchmarks
+from benchmarks.rules import fork, official
 
 
 def question(answer, choices=None, **meta):
@@ -28,7 +28,10 @@ def question(answer, choices=None, **meta):
 
 # ---- verdicts: (benchmark, question, text, right by the authors' rules), written before they were run ------------------------
 
-INTEGER, FLOAT1 = dict(answer_type="integer", question_type="free_form"), dict(answer_type="float", precision=1.0)
+INTEGER, FLOAT1 = (
+    dict(answer_type="integer", question_type="free_form"),
+    dict(answer_type="float", precision=1.0),
+)
 ANGLES = ["135°", "140°", "145°", "150°"]
 CASES = [
     ("mathvista", question("145°", ANGLES), "C", True),
@@ -36,8 +39,18 @@ CASES = [
     ("mathvista", question("145°", ANGLES), "145°", True),
     ("mathvista", question("145°", ANGLES), "145", True),
     ("mathvista", question("145°", ANGLES), "B", False),
-    ("mathvista", question("145°", ANGLES), "147°", False),  # nearest by edit distance is 140°: the first of three at distance 1
-    ("mathvista", question("145°", ANGLES), "A long chain.\nSo B is out. Therefore, the answer is C (145°).", True),
+    (
+        "mathvista",
+        question("145°", ANGLES),
+        "147°",
+        False,
+    ),  # nearest by edit distance is 140°: the first of three at distance 1
+    (
+        "mathvista",
+        question("145°", ANGLES),
+        "A long chain.\nSo B is out. Therefore, the answer is C (145°).",
+        True,
+    ),
     ("mathvista", question("145°", ANGLES), "The answer is (C).\n\nBecause $x = 145$.", True),
     ("mathvista", question("7", **INTEGER), "7", True),
     ("mathvista", question("7", **INTEGER), "7.0", True),
@@ -55,41 +68,146 @@ CASES = [
     ("mathvista", question("1.5", **FLOAT1), "\\frac{3}{2}", True),
     ("mathvista", question("[2007, 2008]", answer_type="list"), "[2007, 2008]", True),
     ("mathvista", question("[2007, 2008]", answer_type="list"), "[2008, 2007]", False),
-    ("mathverse", question("C", question_type="multi-choice", question_for_eval="BC is ()\nChoices:\nA:2\nB:2√{{3}}\nC:√{{3}}\nD:2√{{2}}"), "C", True),
-    ("mathverse", question("C", question_type="multi-choice", question_for_eval="BC is ()\nChoices:\nA:2\nB:2√{{3}}\nC:√{{3}}\nD:2√{{2}}"), "B:2√{{3}}", False),
-    ("mathverse", question("B", question_type="multi-choice", question_for_eval="?\nChoices:\nA:This is a function\nB:This is not a function"), "This is not a function", True),
+    (
+        "mathverse",
+        question(
+            "C",
+            question_type="multi-choice",
+            question_for_eval="BC is ()\nChoices:\nA:2\nB:2√{{3}}\nC:√{{3}}\nD:2√{{2}}",
+        ),
+        "C",
+        True,
+    ),
+    (
+        "mathverse",
+        question(
+            "C",
+            question_type="multi-choice",
+            question_for_eval="BC is ()\nChoices:\nA:2\nB:2√{{3}}\nC:√{{3}}\nD:2√{{2}}",
+        ),
+        "B:2√{{3}}",
+        False,
+    ),
+    (
+        "mathverse",
+        question(
+            "B",
+            question_type="multi-choice",
+            question_for_eval="?\nChoices:\nA:This is a function\nB:This is not a function",
+        ),
+        "This is not a function",
+        True,
+    ),
     ("mathverse", question("(-2,1]", question_type="free-form"), "\\((-2, 1)\\)", False),
     ("mathverse", question("(-2,1]", question_type="free-form"), "\\((-2, 1]\\)", True),
     ("mathverse", question("0.5m", question_type="free-form"), "50cm", True),
-    ("mathverse", question("domain: [-4, 0) and range: (-3, 1]", question_type="free-form"), "Range: \\((-4, 1]\\)", False),
-    ("mathverse", question("Volume $=904.78 \\mathrm{~cm}^{3}$", question_type="free-form"), "904.78", True),
-    ("mathverse", question("93.31", question_type="free-form"), "We get AD = 93.31 by adding.\nTherefore, the answer is 93.31 units.", True),
+    (
+        "mathverse",
+        question("domain: [-4, 0) and range: (-3, 1]", question_type="free-form"),
+        "Range: \\((-4, 1]\\)",
+        False,
+    ),
+    (
+        "mathverse",
+        question("Volume $=904.78 \\mathrm{~cm}^{3}$", question_type="free-form"),
+        "904.78",
+        True,
+    ),
+    (
+        "mathverse",
+        question("93.31", question_type="free-form"),
+        "We get AD = 93.31 by adding.\nTherefore, the answer is 93.31 units.",
+        True,
+    ),
     ("mathverse", question("93.31", question_type="free-form"), "93.3", False),
     ("mm-math", question("5", solution="so $\\boxed{5}$ cm"), "\\boxed{5}", True),
     ("mm-math", question("5", solution="so $\\boxed{5}$"), "\\boxed{5\\text{ cm}}", True),
-    ("mm-math", question("2", solution="$x=\\boxed{1}$ or $\\boxed{2}$"), "\\boxed{2}, \\boxed{1}", True),  # any order
-    ("mm-math", question("2", solution="$x=\\boxed{1}$ or $\\boxed{2}$"), "\\boxed{2}, \\boxed{3}", False),
+    (
+        "mm-math",
+        question("2", solution="$x=\\boxed{1}$ or $\\boxed{2}$"),
+        "\\boxed{2}, \\boxed{1}",
+        True,
+    ),  # any order
+    (
+        "mm-math",
+        question("2", solution="$x=\\boxed{1}$ or $\\boxed{2}$"),
+        "\\boxed{2}, \\boxed{3}",
+        False,
+    ),
     ("mm-math", question("0.5", solution="$\\boxed{0.5}$"), "50", True),  # percent: off by 100
-    ("mm-math", question("5", solution="$\\boxed{5}$"), "5.005", False),  # 1e-8; the fork takes 1e-2
+    (
+        "mm-math",
+        question("5", solution="$\\boxed{5}$"),
+        "5.005",
+        False,
+    ),  # 1e-8; the fork takes 1e-2
     ("mm-math", question("\\frac{1}{2}", solution="$\\boxed{\\frac{1}{2}}$"), "0.5", True),
     ("mm-math", question("\\pm 3", solution="$\\boxed{\\pm 3}$"), "-3, 3", True),
-    ("mm-math", question("2\\sqrt{3}", solution="$\\boxed{2\\sqrt{3}}$"), "The side is\n$2\\sqrt{3}$", True),
+    (
+        "mm-math",
+        question("2\\sqrt{3}", solution="$\\boxed{2\\sqrt{3}}$"),
+        "The side is\n$2\\sqrt{3}$",
+        True,
+    ),
     ("mm-math", question("40^\\circ", solution="$\\boxed{40^\\circ}$"), "40°", True),
     ("dynamath", question("5.75", answer_type="float"), "5.7505", True),
     ("dynamath", question("5.75", answer_type="float"), "5.76", False),
     ("dynamath", question("3.142", answer_type="float"), "π", True),
-    ("dynamath", question("B", answer_type="multiple choice", question="Even? choices: (A) odd (B) even (C) neither"), "B", True),
-    ("dynamath", question("B", answer_type="multiple choice", question="Even? choices: (A) odd (B) even (C) neither"), "The answer is (A) odd.", False),
+    (
+        "dynamath",
+        question(
+            "B",
+            answer_type="multiple choice",
+            question="Even? choices: (A) odd (B) even (C) neither",
+        ),
+        "B",
+        True,
+    ),
+    (
+        "dynamath",
+        question(
+            "B",
+            answer_type="multiple choice",
+            question="Even? choices: (A) odd (B) even (C) neither",
+        ),
+        "The answer is (A) odd.",
+        False,
+    ),
     ("dynamath", question("yes", answer_type="text"), "Yes, it is.", True),
     ("dynamath", question("no", answer_type="text"), "none", False),
     ("mathvision", question("D", ["1", "2", "3", "4"]), "The answer is D.", True),
     ("mathvision", question("D", ["1", "2", "3", "$\\sqrt{6}$"]), "\\boxed{\\sqrt6}", True),
     ("mathvision", question("60", None), "So it is \\boxed{60}.", True),
-    ("mathvision", question("\\frac{1}{55}", None), "\\boxed{\\frac{1}{60}}", True),  # both .02: the official rounding
-    ("mathvision", question("B", ["$20^\\circ$", "$30^\\circ$"]), "\\boxed{30}", False),  # the official parser fails on degrees
-    ("mmstar", question("B", question="What? Options: A: red, B: blue, C: green, D: black"), "B", True),
-    ("mmstar", question("B", question="What? Options: A: red, B: blue, C: green, D: black"), "blue", True),
-    ("mmstar", question("B", question="What? Options: A: red, B: blue, C: green, D: black"), "The correct answer is C.", False),
+    (
+        "mathvision",
+        question("\\frac{1}{55}", None),
+        "\\boxed{\\frac{1}{60}}",
+        True,
+    ),  # both .02: the official rounding
+    (
+        "mathvision",
+        question("B", ["$20^\\circ$", "$30^\\circ$"]),
+        "\\boxed{30}",
+        False,
+    ),  # the official parser fails on degrees
+    (
+        "mmstar",
+        question("B", question="What? Options: A: red, B: blue, C: green, D: black"),
+        "B",
+        True,
+    ),
+    (
+        "mmstar",
+        question("B", question="What? Options: A: red, B: blue, C: green, D: black"),
+        "blue",
+        True,
+    ),
+    (
+        "mmstar",
+        question("B", question="What? Options: A: red, B: blue, C: green, D: black"),
+        "The correct answer is C.",
+        False,
+    ),
     ("chartqa", question("100", label=["100"]), "104.9", True),
     ("chartqa", question("100", label=["100"]), "105.1", False),
     ("chartqa", question("0", label=["0"]), "0.01", False),
@@ -99,11 +217,18 @@ CASES = [
     ("mme", question("Yes"), "Yes, it is.", True),
     ("mme", question("Yes"), "No", False),
     ("hallusionbench", question("1"), "yes", True),
-    ("hallusionbench", question("0"), "After comparing the two circles, I conclude that they differ in size.\nThe answer is no.", True),
-]  # fmt: skip
+    (
+        "hallusionbench",
+        question("0"),
+        "After comparing the two circles, I conclude that they differ in size.\nThe answer is no.",
+        True,
+    ),
+]
 
 
-@pytest.mark.parametrize("bench, q, text, right", CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)])
+@pytest.mark.parametrize(
+    "bench, q, text, right", CASES, ids=[f"{c[0]}-{i}" for i, c in enumerate(CASES)]
+)
 def test_verdicts_by_the_authors_rules(bench, q, text, right):
     v = official(bench, text, q)
     assert v.right == right, v
@@ -114,19 +239,26 @@ def test_the_papers_own_rules_differ_where_they_do():
     answer = "<think>x</think><answer> Final Answer:{} </answer>".format
     assert benchmarks.fork_prediction(answer("5")) == "5"
     assert (
-        benchmarks.fork_prediction("<answer>Final Answer: 5</answer>") == "<answer>Final Answer: 5</answer>"
+        benchmarks.fork_prediction("<answer>Final Answer: 5</answer>")
+        == "<answer>Final Answer: 5</answer>"
     )  # exactly these spaces
     q = question("7", **INTEGER)
-    assert fork("mathvista", answer("7.0"), q).right and not fork("mathvista", answer("7.5"), q).right  # no truncation
+    assert (
+        fork("mathvista", answer("7.0"), q).right and not fork("mathvista", answer("7.5"), q).right
+    )  # no truncation
     q = question("1.5", **FLOAT1)
-    assert fork("mathvista", answer("1.5"), q).right and not fork("mathvista", answer("1.46"), q).right  # no rounding
+    assert (
+        fork("mathvista", answer("1.5"), q).right and not fork("mathvista", answer("1.46"), q).right
+    )  # no rounding
     assert not fork("mathvista", answer("[1, 2]"), question("[1, 2]", answer_type="list")).right
     assert fork("mathvista", answer("I take option C"), question("145°", ANGLES)).right
     assert fork("mm-math", answer("5.005"), question("5", solution="\\boxed{5}")).right  # 1e-2
     assert fork(
         "mathvista", "no tags at all, the answer is 7", question("7", **INTEGER)
     ).right  # no penalty for the format
-    text = question("B", question_type="multi-choice", question_for_eval="?\nChoices:\nA:It is\nB:It is not")
+    text = question(
+        "B", question_type="multi-choice", question_for_eval="?\nChoices:\nA:It is\nB:It is not"
+    )
     v = fork("mathverse", answer("It is not"), text)
     assert not v.right and not v.decided  # goes to the judge there
 
@@ -153,24 +285,42 @@ def test_released_answers_get_the_official_verdicts(real, name, least_extracted,
     rows = [json.loads(line) for line in open(real / "model_responses" / f"{name}.jsonl")]
     qs = [question(r["gt_answer"], r["choices"]) for r in rows]
     match = benchmarks.mathvista_match if name == "mathvista" else benchmarks.mathvision_match
-    assert np.mean([match(r["extracted"], q).right == r["correct"] for r, q in zip(rows, qs)]) >= least_extracted
-    assert np.mean([official(name, r["response"], q).right == r["correct"] for r, q in zip(rows, qs)]) >= least_response
+    assert (
+        np.mean([match(r["extracted"], q).right == r["correct"] for r, q in zip(rows, qs)])
+        >= least_extracted
+    )
+    assert (
+        np.mean([official(name, r["response"], q).right == r["correct"] for r, q in zip(rows, qs)])
+        >= least_response
+    )
 
 
 def test_mathverse_golds_are_found_in_responses_of_many_forms(real):
     """no official verdicts are at hand: real golds, stated in eleven ways, right and (with another problem's gold) wrong"""
     rows = [json.loads(line) for line in open(real / "mathverse" / "data.jsonl")]
     rows = {r["meta"]["problem_index"]: r for r in rows}.values()
-    ways = ["{}", "${}$", "\\boxed{{{}}}", "The answer is {}.", "Final Answer: {}", "First we add 3 and 5.\nTherefore, the answer is {}.",
-            "By Pythagoras, c = 12.\n\n**Answer:** {}", "So 4 + 4 = 8.\nThus the correct answer is:\n\n\\boxed{{{}}}", "**{}**",
-            "It follows that the final answer is: {}", "Angle A is 57°, B is 31°.\nHence the answer is {}"]  # fmt: skip
+    ways = [
+        "{}",
+        "${}$",
+        "\\boxed{{{}}}",
+        "The answer is {}.",
+        "Final Answer: {}",
+        "First we add 3 and 5.\nTherefore, the answer is {}.",
+        "By Pythagoras, c = 12.\n\n**Answer:** {}",
+        "So 4 + 4 = 8.\nThus the correct answer is:\n\n\\boxed{{{}}}",
+        "**{}**",
+        "It follows that the final answer is: {}",
+        "Angle A is 57°, B is 31°.\nHence the answer is {}",
+    ]
     counts = {"multi-choice": [0, 0], "free-form": [0, 0]}
     for type in counts:
         part = [r for r in rows if r["meta"]["question_type"] == type]
         for i, r in enumerate(part):
             q = SimpleNamespace(answer=r["answer"], choices=r["choices"], meta=r["meta"])
             other = next(
-                (o["answer"] for o in part[i + 1 :] + part if o["answer"].strip("$()") != r["answer"].strip("$()"))
+                o["answer"]
+                for o in part[i + 1 :] + part
+                if o["answer"].strip("$()") != r["answer"].strip("$()")
             )
             bare = lambda t: (
                 t.replace("\n", " and ")
@@ -181,7 +331,9 @@ def test_mathverse_golds_are_found_in_responses_of_many_forms(real):
             )
             for way in ways:
                 for gold, right in ((r["answer"], True), (other, False)):
-                    counts[type][0] += official("mathverse", way.format(bare(gold)), q).right == right
+                    counts[type][0] += (
+                        official("mathverse", way.format(bare(gold)), q).right == right
+                    )
                     counts[type][1] += 1
     shares = {k: ok / n for k, (ok, n) in counts.items()}
     assert shares["multi-choice"] >= 0.97 and shares["free-form"] >= 0.95, (shares, counts)
@@ -189,24 +341,43 @@ def test_mathverse_golds_are_found_in_responses_of_many_forms(real):
 
 def test_a_thousand_answers_in_two_seconds_and_hostile_ones_too():
     rng = random.Random(0)
-    chain = "Okay, let's see. " + " ".join(f"The angle {k} is {rng.randint(1, 180)}°." for k in range(400))
-    cases = [(b, q, f"{chain}\nSo the answer is {rng.randint(1, 200)}.{i}") for i in range(20) for b, q, _, _ in CASES][
-        :1000
-    ]
+    chain = "Okay, let's see. " + " ".join(
+        f"The angle {k} is {rng.randint(1, 180)}°." for k in range(400)
+    )
+    cases = [
+        (b, q, f"{chain}\nSo the answer is {rng.randint(1, 200)}.{i}")
+        for i in range(20)
+        for b, q, _, _ in CASES
+    ][:1000]
     assert len(cases) == 1000
     start = time.process_time()
     for bench, q, text in cases:
         official(bench, text, q)
     assert time.process_time() - start < 2
-    hostile = ["the answer is " * 20000, "\\boxed{" * 20000, "((((A" * 20000, "1" * 100000, "$" * 50000, "1," * 40000, "a: " * 30000, "\\frac" * 20000,
-               "<think>a</think><answer>" * 8000, "[1,2" * 20000, "=" * 90000, "(A" * 40000 + "\n" * 40000, "x\n" * 50000]  # fmt: skip
+    hostile = [
+        "the answer is " * 20000,
+        "\\boxed{" * 20000,
+        "((((A" * 20000,
+        "1" * 100000,
+        "$" * 50000,
+        "1," * 40000,
+        "a: " * 30000,
+        "\\frac" * 20000,
+        "<think>a</think><answer>" * 8000,
+        "[1,2" * 20000,
+        "=" * 90000,
+        "(A" * 40000 + "\n" * 40000,
+        "x\n" * 50000,
+    ]
     start = time.process_time()
     for text in hostile:
         for bench in benchmarks.BENCHMARKS:
             q = next(q for b, q, _, _ in CASES if b == bench)
             official(bench, text, q)
             fork(bench, text, q)
-    assert time.process_time() - start < 15  # 234 of them, at most 20,000 characters of each are searched
+    assert (
+        time.process_time() - start < 15
+    )  # 234 of them, at most 20,000 characters of each are searched
 
 
 # ---- aggregates against naive loops ------------------------------------------------------------------------------------------
@@ -232,7 +403,9 @@ def value(groups):
 def test_mme_is_accuracy_and_accuracy_plus_summed():
     rng, rows, want = random.Random(1), [], 0
     for category in ("count", "OCR", "code_reasoning"):
-        answers = {f"{category}/{k}.png": [rng.random() < 0.7, rng.random() < 0.7] for k in range(9)}
+        answers = {
+            f"{category}/{k}.png": [rng.random() < 0.7, rng.random() < 0.7] for k in range(9)
+        }
         rows += [
             row("mme", f"{image}-{j}", a, [category], question_id=image)
             for image, two in answers.items()
@@ -249,7 +422,9 @@ def test_mme_is_accuracy_and_accuracy_plus_summed():
 
 def test_hallusionbench_counts_figures_and_questions():
     rng, rows = random.Random(2), []
-    for category, s, f, q in [(c, s, f, q) for c in ("VD", "VS") for s in "012" for f in "012" for q in "01"]:
+    for category, s, f, q in [
+        (c, s, f, q) for c in ("VD", "VS") for s in "012" for f in "012" for q in "01"
+    ]:
         rows.append(
             row(
                 "hallusionbench",
@@ -271,12 +446,21 @@ def test_hallusionbench_counts_figures_and_questions():
         if not (c == "VS" and f == "0"):
             figures[c, s, f] = figures.get((c, s, f), True) and r["right"]
     m = report.metrics("hallusionbench", rows)
-    want = [np.mean([r["right"] for r in rows]), np.mean(list(figures.values())), np.mean(list(pairs.values()))]
-    assert [value(m[k]) for k in ("aAcc", "fAcc", "qAcc")] == pytest.approx(want) and value(m["mean"]) == pytest.approx(
-        np.mean(want)
-    )
+    want = [
+        np.mean([r["right"] for r in rows]),
+        np.mean(list(figures.values())),
+        np.mean(list(pairs.values())),
+    ]
+    assert [value(m[k]) for k in ("aAcc", "fAcc", "qAcc")] == pytest.approx(want) and value(
+        m["mean"]
+    ) == pytest.approx(np.mean(want))
     tsv = [
-        dict(r, meta=dict(index="_".join(("x", r["meta"]["category"], "x", *get(r)[1:])), category=get(r)[0]))
+        dict(
+            r,
+            meta=dict(
+                index="_".join(("x", r["meta"]["category"], "x", *get(r)[1:])), category=get(r)[0]
+            ),
+        )
         for r in rows
     ]
     assert [report.place(r)[1:] for r in tsv] == [report.place(r)[1:] for r in rows]
@@ -287,10 +471,15 @@ def test_dynamath_worst_case_is_over_the_variants_of_a_seed():
     right = {(s, v): rng.random() < 0.9 for s in range(20) for v in range(10)}
     m = report.metrics(
         "dynamath",
-        [row("dynamath", f"{s}-v{v}", x, ["algebra"], seed=str(s), variant=v) for (s, v), x in right.items()],
+        [
+            row("dynamath", f"{s}-v{v}", x, ["algebra"], seed=str(s), variant=v)
+            for (s, v), x in right.items()
+        ],
     )
     assert value(m["average"]) == pytest.approx(np.mean(list(right.values())))
-    assert value(m["worst case"]) == pytest.approx(np.mean([all(right[s, v] for v in range(10)) for s in range(20)]))
+    assert value(m["worst case"]) == pytest.approx(
+        np.mean([all(right[s, v] for v in range(10)) for s in range(20)])
+    )
 
 
 def test_mathverse_is_the_mean_over_five_versions_and_text_only_stands_beside():
@@ -302,9 +491,17 @@ def test_mathverse_is_the_mean_over_five_versions_and_text_only_stands_beside():
         "Vision Only": 0,
         "Text Only": 4,
     }
-    rows = [row("mathverse", f"{v}-{k}", k < n, [v], problem_index=str(k)) for v, n in share.items() for k in range(4)]
+    rows = [
+        row("mathverse", f"{v}-{k}", k < n, [v], problem_index=str(k))
+        for v, n in share.items()
+        for k in range(4)
+    ]
     m = report.metrics("mathverse", rows)
-    assert value(m["ALL"]) == pytest.approx(0.5) and value(m["Vision Only"]) == 0 and value(m["Text Only"]) == 1
+    assert (
+        value(m["ALL"]) == pytest.approx(0.5)
+        and value(m["Vision Only"]) == 0
+        and value(m["Text Only"]) == 1
+    )
 
 
 def test_pass_at_k_majority_wilson_mcnemar():
@@ -319,11 +516,15 @@ def test_pass_at_k_majority_wilson_mcnemar():
     )
     for right, n in [(0, 10), (7, 10), (10, 10), (40, 1000)]:
         for end in report.wilson(right, n):  # the score test's equation
-            assert (right / n - end) ** 2 == pytest.approx(1.959964**2 * end * (1 - end) / n, abs=1e-12)
+            assert (right / n - end) ** 2 == pytest.approx(
+                1.959964**2 * end * (1 - end) / n, abs=1e-12
+            )
     for a, b in [(0, 0), (1, 9), (9, 1), (5, 5), (3, 8)]:
         n = a + b
         chance = [Fraction(comb(n, i), 2**n) for i in range(n + 1)]
-        assert report.mcnemar(a, b) == pytest.approx(float(min(1, 2 * sum(chance[: min(a, b) + 1]))))
+        assert report.mcnemar(a, b) == pytest.approx(
+            float(min(1, 2 * sum(chance[: min(a, b) + 1])))
+        )
 
 
 def test_paired_comparison():
@@ -331,11 +532,17 @@ def test_paired_comparison():
     b = [row("mathvista", i, i < 45 or i >= 85) for i in range(100)]  # loses 5, gains 15
     c = report.compare(a, b)
     assert c["test"] == "McNemar, exact" and c["n"] == 100 and c["difference"] == pytest.approx(0.1)
-    assert c["p"] == pytest.approx(2 * sum(comb(20, i) for i in range(6)) / 2**20) and c["low"] < 0.1 < c["high"]
+    assert (
+        c["p"] == pytest.approx(2 * sum(comb(20, i) for i in range(6)) / 2**20)
+        and c["low"] < 0.1 < c["high"]
+    )
     half = 1.96 * np.std([-1] * 5 + [1] * 15 + [0] * 80) / 10
     assert c["high"] - c["low"] == pytest.approx(2 * half, rel=0.15)
     assert report.compare(a, a)["p"] == 1
-    two = [[row("mathvista", i, (i + s) % 3 == 0, sample=s) for i in range(60) for s in range(2)] for _ in range(2)]
+    two = [
+        [row("mathvista", i, (i + s) % 3 == 0, sample=s) for i in range(60) for s in range(2)]
+        for _ in range(2)
+    ]
     assert report.compare(*two)["test"] == "paired bootstrap"
     with pytest.raises(ValueError, match="no question in common"):
         report.compare(a, [row("mathverse", 1, True)])
@@ -343,7 +550,8 @@ def test_paired_comparison():
 
 def test_the_fork_keeps_the_first_draw_that_closes_its_answer():
     draws = [
-        dict(row("mathvista", 1, k == 2, sample=k), completion="x</answer>" if k >= 2 else "cut") for k in range(4)
+        dict(row("mathvista", 1, k == 2, sample=k), completion="x</answer>" if k >= 2 else "cut")
+        for k in range(4)
     ]
     assert report.fork_rows(draws)[0]["right"]
     assert not report.fork_rows(draws[:2])[0]["right"]
@@ -361,22 +569,72 @@ def parquet(path, rows):
 def layouts(tmp):
     """small files in the published layouts of which no sample is at hand"""
     image = {"bytes": png(), "path": None}
-    parquet(tmp / "mmstar" / "mmstar.parquet", [dict(index=k, question="Which? Options: A: red, B: blue, C: green, D: none", image=png(), answer="A",
-            category="math", l2_category="geometry", meta_info=dict(source="x", split="val", image_path="y")) for k in range(3)])  # fmt: skip
-    parquet(tmp / "mme" / "data" / "test-00000-of-00001.parquet", [dict(question_id=f"count/{k}.png", image=image, answer=a, category="count",
-            question=f"Is it {a}? Please answer yes or no.") for k in range(2) for a in ("Yes", "No")])  # fmt: skip
-    hallusion = [dict(category="VD", subcategory="illusion", visual_input=v, set_id="0", figure_id=f, sample_note="circle", question_id=q, question="Same size?",
-                      gt_answer_details="...", gt_answer=q, filename=None if v == "0" else f"./hallusion_bench/VD/illusion/0_{f}.png")
-                 for v, f in (("1", "0"), ("2", "1"), ("0", "0")) for q in "01"]  # fmt: skip
+    parquet(
+        tmp / "mmstar" / "mmstar.parquet",
+        [
+            dict(
+                index=k,
+                question="Which? Options: A: red, B: blue, C: green, D: none",
+                image=png(),
+                answer="A",
+                category="math",
+                l2_category="geometry",
+                meta_info=dict(source="x", split="val", image_path="y"),
+            )
+            for k in range(3)
+        ],
+    )
+    parquet(
+        tmp / "mme" / "data" / "test-00000-of-00001.parquet",
+        [
+            dict(
+                question_id=f"count/{k}.png",
+                image=image,
+                answer=a,
+                category="count",
+                question=f"Is it {a}? Please answer yes or no.",
+            )
+            for k in range(2)
+            for a in ("Yes", "No")
+        ],
+    )
+    hallusion = [
+        dict(
+            category="VD",
+            subcategory="illusion",
+            visual_input=v,
+            set_id="0",
+            figure_id=f,
+            sample_note="circle",
+            question_id=q,
+            question="Same size?",
+            gt_answer_details="...",
+            gt_answer=q,
+            filename=None if v == "0" else f"./hallusion_bench/VD/illusion/0_{f}.png",
+        )
+        for v, f in (("1", "0"), ("2", "1"), ("0", "0"))
+        for q in "01"
+    ]
     (tmp / "hallusionbench").mkdir()
     (tmp / "hallusionbench" / "HallusionBench.json").write_text(json.dumps(hallusion))
     with zipfile.ZipFile(tmp / "hallusionbench" / "hallusion_bench.zip", "w") as z:
         for name in ("VD/illusion/0_0.png", "VD/illusion/0_1.png", "VS/map/0_0.png"):
             z.writestr(f"hallusion_bench/{name}", png((len(name), 0, 9)))
     (tmp / "mm-math" / "MM_Math").mkdir(parents=True)
-    lines = [dict(question="Find $x$.", file_name=f"{k}.png", solution=f"$x=\\boxed{{1}}$ ... $y=\\boxed{{\\frac{{{k}}}{{2}}}}$ cm", year="eight",
-                  difficult="hard", knowledge={"level_1": "Functions", "level_2": "Linear Function"}) for k in range(2)]  # fmt: skip
-    (tmp / "mm-math" / "MM_Math" / "MM_Math.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    lines = [
+        dict(
+            question="Find $x$.",
+            file_name=f"{k}.png",
+            solution=f"$x=\\boxed{{1}}$ ... $y=\\boxed{{\\frac{{{k}}}{{2}}}}$ cm",
+            year="eight",
+            difficult="hard",
+            knowledge={"level_1": "Functions", "level_2": "Linear Function"},
+        )
+        for k in range(2)
+    ]
+    (tmp / "mm-math" / "MM_Math" / "MM_Math.jsonl").write_text(
+        "".join(json.dumps(x) + "\n" for x in lines)
+    )
     with zipfile.ZipFile(tmp / "mm-math" / "MM_Math" / "MM_Math.zip", "w") as z:
         for k in range(2):
             z.writestr(f"MM_Math/{k}.png", png((k, 0, 9)))
@@ -397,7 +655,9 @@ def test_layouts_without_a_sample(tmp_path):
     ]
     assert records[1].images == [png((1, 0, 9))]
     records = benchmarks.load("hallusionbench", places["hallusionbench"])[0]
-    assert [len(r.images) for r in records] == [1, 1, 1, 1, 0, 0] and records[0].images == [png((19, 0, 9))]
+    assert [len(r.images) for r in records] == [1, 1, 1, 1, 0, 0] and records[0].images == [
+        png((19, 0, 9))
+    ]
     assert all("yes or no" in r.problem for r in records)
 
 
@@ -411,11 +671,18 @@ def test_the_samples_of_the_published_files(real):
     )
     tsv = benchmarks.load("mathvista", formats / "vlmevalkit" / "MathVista_MINI.sample.tsv")[0]
     by_id = {r.id: r for r in vista}
-    assert all(set(r.meta["tags"]) <= set(by_id[r.id].meta["tags"]) and by_id[r.id].answer == r.answer for r in tsv)
+    assert all(
+        set(r.meta["tags"]) <= set(by_id[r.id].meta["tags"]) and by_id[r.id].answer == r.answer
+        for r in tsv
+    )
     verse = benchmarks.load("mathverse", formats / "mathverse")[0]
     assert len(verse) == 40 and sum("Vision Only" in r.meta["tags"] for r in verse) == 8
     dyna = benchmarks.load("dynamath", formats / "dynamath")[0]
-    assert dyna[0].id == "dynamath-366-v1" and dyna[0].meta["variant"] == 1 and dyna[0].meta["seed"] == "366"
+    assert (
+        dyna[0].id == "dynamath-366-v1"
+        and dyna[0].meta["variant"] == 1
+        and dyna[0].meta["seed"] == "366"
+    )
     for name, n in (("mathvision", 16), ("chartqa", 10)):
         assert len(benchmarks.load(name, formats / name)[0]) == n
     for name, n in (("mathvista", 45), ("mathverse", 300), ("dynamath", 280), ("mathvision", 420)):
@@ -428,13 +695,17 @@ def test_wrong_and_half_downloaded_files_say_so(real, tmp_path, monkeypatch):
     half.write_bytes(whole.read_bytes()[:50_000])
     with pytest.raises(ValueError, match="broken parquet of 50,000 bytes, half downloaded"):
         benchmarks.load("mathvista", half)
-    with pytest.raises(ValueError, match="not MathVerse testmini: question .* has no problem_version"):
+    with pytest.raises(
+        ValueError, match="not MathVerse testmini: question .* has no problem_version"
+    ):
         benchmarks.load("mathverse", whole)
     with pytest.raises(ValueError, match="no benchmark 'mathvist'.*did you mean mathvista"):
         benchmarks.load("mathvist", whole)
     with pytest.raises(FileNotFoundError, match="no such file or folder"):
         benchmarks.load("mathvista", tmp_path / "nowhere")
-    (tmp_path / "pointer.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    (tmp_path / "pointer.parquet").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:1\n"
+    )
     with pytest.raises(ValueError, match="git-lfs pointer"):
         benchmarks.load("mathvista", tmp_path / "pointer.parquet")
     places = layouts(tmp_path)
@@ -454,7 +725,14 @@ def test_offline_the_message_says_what_to_do(tmp_path):
     import sys
 
     code = "import benchmarks\ntry: benchmarks.load('mathvista')\nexcept ValueError as e: print(e)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)})  # fmt: skip
-    assert "MathVista testmini is not on this machine" in done.stdout and "--bench mathvista=FOLDER" in done.stdout, (
-        done.stderr
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)},
     )
+    assert (
+        "MathVista testmini is not on this machine" in done.stdout
+        and "--bench mathvista=FOLDER" in done.stdout
+    ), done.stderr

@@ -6,20 +6,19 @@ import weakref
 import pytest
 import torch
 from PIL import Image
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
+    apply_activation_checkpointing,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
 
-import budget
-import data
 import model
-import packing
 import ptst
-import rollout
 import toy
+from nano import budget, data, packing, rollout
 
 FAMILIES = ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"]
 SEVEN = budget.shape(budget.published_config("qwen2.5-vl-7b"))
@@ -47,8 +46,15 @@ def build(path, checkpointing=False, length=400):
         apply_activation_checkpointing(policy, check_fn=lambda m: m in units)
     picture = io.BytesIO()
     Image.effect_noise((250, 130), 80).convert("RGB").save(picture, "PNG")
-    prompts = [packing.encode(data.Record("", m + "Add .", "7", i), processor) for m, i in [("<image>", [picture.getvalue()]), ("", [])]]
-    return policy, packing.pack([(p, [10 + i % 400 for i in range(length - len(p.ids))]) for p in prompts]), [length] * 2
+    prompts = [
+        packing.encode(data.Record("", m + "Add .", "7", i), processor)
+        for m, i in [("<image>", [picture.getvalue()]), ("", [])]
+    ]
+    return (
+        policy,
+        packing.pack([(p, [10 + i % 400 for i in range(length - len(p.ids))]) for p in prompts]),
+        [length] * 2,
+    )
 
 
 def square(s, lengths):
@@ -58,9 +64,18 @@ def square(s, lengths):
 
 def test_parameter_counts():
     """of the files on the hub: the sum of the tensors' sizes in each checkpoint's safetensors headers"""
-    want = {"qwen2-vl-2b": 2208985600, "qwen2-vl-7b": 8291375616, "qwen2.5-vl-3b": 3754622976, "qwen2.5-vl-7b": 8292166656,
-            "qwen2.5-vl-32b": 33452718336, "qwen2.5-vl-72b": 73410777344, "qwen3-vl-8b": 8767123696}  # fmt: skip
-    assert {name: budget.shape(budget.published_config(name)).params for name in budget.PUBLISHED} == want
+    want = {
+        "qwen2-vl-2b": 2208985600,
+        "qwen2-vl-7b": 8291375616,
+        "qwen2.5-vl-3b": 3754622976,
+        "qwen2.5-vl-7b": 8292166656,
+        "qwen2.5-vl-32b": 33452718336,
+        "qwen2.5-vl-72b": 73410777344,
+        "qwen3-vl-8b": 8767123696,
+    }
+    assert {
+        name: budget.shape(budget.published_config(name)).params for name in budget.PUBLISHED
+    } == want
 
 
 def test_forward_flops_are_those_that_torch_counts(path):
@@ -71,8 +86,12 @@ def test_forward_flops_are_those_that_torch_counts(path):
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         policy(batch)
     ours = budget.flops(s, lengths, len(batch.labels), batch.image_grid.tolist())
-    assert ours.text + square(s, lengths) + ours.head + ours.vision == pytest.approx(counter.get_total_flops(), rel=1e-9)
-    naive = sum(4 * s.query * (i + 1) for n in lengths for i in range(n)) * s.text.num_hidden_layers  # query i sees i + 1 keys
+    assert ours.text + square(s, lengths) + ours.head + ours.vision == pytest.approx(
+        counter.get_total_flops(), rel=1e-9
+    )
+    naive = (
+        sum(4 * s.query * (i + 1) for n in lengths for i in range(n)) * s.text.num_hidden_layers
+    )  # query i sees i + 1 keys
     assert ours.attention == naive
 
 
@@ -85,7 +104,9 @@ def test_training_flops(path, checkpointing):
     ours = budget.flops(s, lengths, len(batch.labels), batch.image_grid.tolist())
     again = square(s, lengths) - ours.attention  # the half that a causal kernel skips
     counted = counter.get_total_flops() - (4 if checkpointing else 3) * again
-    counted += 2 * len(batch.labels) * s.vocab * s.hidden  # addmm_ into the head's gradient, which torch's counter does not see
+    counted += (
+        2 * len(batch.labels) * s.vocab * s.hidden
+    )  # addmm_ into the head's gradient, which torch's counter does not see
     if not checkpointing:  # the pixels' own gradient is not made: 1 of the patch embedding's 3
         assert ours.hardware() == pytest.approx(counted, rel=0.02)
         assert ours.training() == 3 * ours.forward == pytest.approx(counted - ours.head, rel=0.02)
@@ -101,15 +122,24 @@ def test_frozen_vision_costs_one_forward(tmp_path):
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         policy(batch)[0].sum().backward()
     ours = budget.flops(s, lengths, len(batch.labels), batch.image_grid.tolist())
-    counted = counter.get_total_flops() - 3 * (square(s, lengths) - ours.attention) + 2 * len(batch.labels) * s.vocab * s.hidden
+    counted = (
+        counter.get_total_flops()
+        - 3 * (square(s, lengths) - ours.attention)
+        + 2 * len(batch.labels) * s.vocab * s.hidden
+    )
     assert ours.hardware(frozen_vision=True) == pytest.approx(counted, rel=0.01)
 
 
 def test_windows_with_and_without_a_grid():
     whole = budget.flops(SEVEN, [], 0, [(1, 32, 64)])
     assert whole == budget.flops(SEVEN, [], 0, [2048])  # full windows of 8 x 8 patches
-    assert budget.flops(SEVEN, [], 0, [(1, 20, 12)]).vision < budget.flops(SEVEN, [], 0, [240]).vision  # cut ones
-    by_hand = 2 * (2048 * (32 * (1280 * 3840 + 1280**2 + 3 * 1280 * 3420) + 1176 * 1280) + 512 * (5120**2 + 5120 * 3584))
+    assert (
+        budget.flops(SEVEN, [], 0, [(1, 20, 12)]).vision < budget.flops(SEVEN, [], 0, [240]).vision
+    )  # cut ones
+    by_hand = 2 * (
+        2048 * (32 * (1280 * 3840 + 1280**2 + 3 * 1280 * 3420) + 1176 * 1280)
+        + 512 * (5120**2 + 5120 * 3584)
+    )
     assert whole.vision == by_hand + 4 * 1280 * (4 * 2048**2 + 28 * 2048 * 64)
 
 
@@ -126,7 +156,11 @@ class Live(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        given = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
+        given = {
+            x.untyped_storage()._cdata
+            for x in tree_leaves((args, kwargs))
+            if isinstance(x, torch.Tensor)
+        }
         for tensor in tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
                 storage = tensor.untyped_storage()
@@ -160,7 +194,11 @@ class Flash(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v):
-        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True).transpose(1, 2).contiguous()
+        out = (
+            torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            .transpose(1, 2)
+            .contiguous()
+        )
         ctx.save_for_backward(q, k, v, out)
         return out
 
@@ -173,12 +211,16 @@ def test_activations_in_bf16_with_flash_attention(path):
     AttentionInterface.register("packed", lambda m, q, k, v, *_, **__: (Flash.apply(q, k, v), None))
     kept = {}
     try:
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: kept.setdefault(t.untyped_storage().data_ptr(), t), lambda t: t
+        ):
             result = policy(batch)
     finally:
         AttentionInterface.register("packed", model.packed_attention)
     real = sum(t.untyped_storage().nbytes() for place, t in kept.items() if place not in own)
-    assert result and budget.activations(s, sum(lengths), len(batch.pixel_values)) == pytest.approx(real, rel=0.15)
+    assert result and budget.activations(s, sum(lengths), len(batch.pixel_values)) == pytest.approx(
+        real, rel=0.15
+    )
 
 
 def test_states_of_a_real_step(tmp_path):
@@ -191,11 +233,23 @@ def test_states_of_a_real_step(tmp_path):
     optimizer.step()
     cache = rollout.KVCache(policy.hf.model.language_model.config, 5, 70, "cpu", torch.float32)
     cache.reserve(70)
-    real = [sum(p.nbytes for p in policy.parameters()), sum(p.grad.nbytes for p in policy.parameters()),
-            sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.ndim)]  # fmt: skip
-    items = {i.name: i.bytes for i in budget.memory(s, 800, cuda=False, reference="", replica=True, rows=5, row_tokens=70)}
-    assert [items[k] for k in ("master weights, float32", "gradients, float32", "AdamW's m and v")] == real
-    assert items["replica to sample from"] == sum(p.nbytes for p in model.replica(policy).parameters())
+    real = [
+        sum(p.nbytes for p in policy.parameters()),
+        sum(p.grad.nbytes for p in policy.parameters()),
+        sum(x.nbytes for state in optimizer.state.values() for x in state.values() if x.ndim),
+    ]
+    items = {
+        i.name: i.bytes
+        for i in budget.memory(
+            s, 800, cuda=False, reference="", replica=True, rows=5, row_tokens=70
+        )
+    }
+    assert [
+        items[k] for k in ("master weights, float32", "gradients, float32", "AdamW's m and v")
+    ] == real
+    assert items["replica to sample from"] == sum(
+        p.nbytes for p in model.replica(policy).parameters()
+    )
     assert items["KV cache, 5 rows x 70 tokens"] == sum(layer.nbytes for layer in cache.kv)
 
 
@@ -207,11 +261,16 @@ def test_sharding_and_offload():
     for name in ("master weights, float32", "gradients, float32", "AdamW's m and v"):
         assert one[name] == 8 * eight[name]
     assert memory(world=16, shard_size=8) == eight | {}  # HSDP: a replica per node
-    assert "AdamW's m and v" not in memory(offload=True) and "reference, float32" not in memory(reference="cpu")
+    assert "AdamW's m and v" not in memory(offload=True) and "reference, float32" not in memory(
+        reference="cpu"
+    )
     assert memory(reference="bfloat16")["reference, bfloat16"] < memory()["reference, float32"]
     frozen = memory(frozen_vision=True)
     assert one["gradients, float32"] - frozen["gradients, float32"] == 4 * SEVEN.vision_params
-    assert memory(activation_checkpointing=True)["activations of 16384 tokens"] < one["activations of 16384 tokens"] / 10
+    assert (
+        memory(activation_checkpointing=True)["activations of 16384 tokens"]
+        < one["activations of 16384 tokens"] / 10
+    )
 
 
 def test_preflight_and_out_of_memory():
@@ -220,25 +279,51 @@ def test_preflight_and_out_of_memory():
     text = budget.preflight(items, h100.memory)
     assert "this will not fit" in text and all(i.name in text for i in items)
     assert sum(i.bytes for i in items if i.when != "sampling") == budget.peak(items)
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.31 GiB. GPU 0 has a total capacity of 79.1 GiB of which 1 GiB "
-                                   "is free. Of the allocated memory 70 GiB is allocated by PyTorch, and 3.52 GiB is reserved by PyTorch but unallocated.")  # fmt: skip
+    error = torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.31 GiB. GPU 0 has a total capacity of 79.1 GiB of which 1 GiB "
+        "is free. Of the allocated memory 70 GiB is allocated by PyTorch, and 3.52 GiB is reserved by PyTorch but unallocated."
+    )
     lines = budget.explain_oom(error, items, h100.memory, "training").splitlines()
-    assert "2.31 GiB" in lines[0] and "activation_checkpointing, or micro_tokens (now 16384" in lines[1]
+    assert (
+        "2.31 GiB" in lines[0]
+        and "activation_checkpointing, or micro_tokens (now 16384" in lines[1]
+    )
     sizes = [float(line.split()[0]) for line in lines[1:-2]]
     assert sizes == sorted(sizes, reverse=True) and "expandable_segments" in lines[-1]
     text = budget.explain_oom(error, items, None, "sampling")
     assert "max_rows (now 64)" in text and "micro_tokens" not in text and "kl_coef 0" in text
     items = budget.memory(SEVEN, 16384, world=8, activation_checkpointing=True)
-    assert "fit" not in budget.preflight(items, h100.memory) and "GPU" not in budget.preflight(items).splitlines()[-1]
+    assert (
+        "fit" not in budget.preflight(items, h100.memory)
+        and "GPU" not in budget.preflight(items).splitlines()[-1]
+    )
 
 
-@pytest.mark.parametrize("name, tera", [("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989), ("NVIDIA H20", 148),
-                                        ("NVIDIA A100-SXM4-40GB", 312), ("NVIDIA L40S", 362), ("NVIDIA GeForce RTX 4090", 165),
-                                        ("NVIDIA B200", 2250), ("NVIDIA RTX A6000", 155), ("NVIDIA RTX 6000 Ada Generation", 364)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, tera",
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA H200", 989),
+        ("NVIDIA H20", 148),
+        ("NVIDIA A100-SXM4-40GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA GeForce RTX 4090", 165),
+        ("NVIDIA B200", 2250),
+        ("NVIDIA RTX A6000", 155),
+        ("NVIDIA RTX 6000 Ada Generation", 364),
+    ],
+)
 def test_mfu(name, tera):
     assert budget.mfu(tera * 1e12, 2.0, name) == pytest.approx(0.5)
-    assert budget.mfu(1e12, 1.0, torch.device("cpu")) is None and budget.mfu(1e12, 1.0, "GeForce 256") is None
-    assert budget.gpu("NVIDIA A100-SXM4-40GB").bandwidth < budget.gpu("NVIDIA A100-SXM4-80GB").bandwidth
+    assert (
+        budget.mfu(1e12, 1.0, torch.device("cpu")) is None
+        and budget.mfu(1e12, 1.0, "GeForce 256") is None
+    )
+    assert (
+        budget.gpu("NVIDIA A100-SXM4-40GB").bandwidth
+        < budget.gpu("NVIDIA A100-SXM4-80GB").bandwidth
+    )
 
 
 # ---- time
@@ -248,7 +333,15 @@ def test_mfu(name, tera):
 def test_the_floor_of_a_step(shares, want):
     """worked out apart from this code: 7B, 8 x H100, 128 prompts x 16 answers, limit 4K, mean 2K, 512 + 128 prompt tokens, on-policy"""
     mfu, bandwidth = shares
-    c = budget.cost(SEVEN, (4096, 16, 100), budget.gpu("H100"), 8, questions=128, mfu=mfu, bandwidth_share=bandwidth)
+    c = budget.cost(
+        SEVEN,
+        (4096, 16, 100),
+        budget.gpu("H100"),
+        8,
+        questions=128,
+        mfu=mfu,
+        bandwidth_share=bandwidth,
+    )
     assert [c["rollout_s"], c["reference_s"], c["training_s"]] == pytest.approx(want, rel=0.1)
     assert c["old_s"] == 0 and c["tokens"] == 128 * 16 * 2048 and c["rows"] == 256
     if mfu == 1:
@@ -258,9 +351,15 @@ def test_the_floor_of_a_step(shares, want):
     weights = keys = 0
     for t in range(4096):
         live = (lengths > t).sum().item()
-        weights += 2 * (28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944) + 152064 * 3584) * (live > 0)
+        weights += (
+            2
+            * (28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944) + 152064 * 3584)
+            * (live > 0)
+        )
         keys += live * (640 + t) * 2 * 28 * 2 * 512
-    assert [c["weights_s"], c["kv_s"]] == pytest.approx([x / 3.35e12 / bandwidth for x in (weights, keys)], rel=0.01)
+    assert [c["weights_s"], c["kv_s"]] == pytest.approx(
+        [x / 3.35e12 / bandwidth for x in (weights, keys)], rel=0.01
+    )
 
 
 def test_rows_that_do_not_fit_wait():
@@ -290,7 +389,11 @@ def test_mean_of_the_answers(fill):
 def test_large_models_are_split_or_refused():
     s = budget.shape(budget.find_config("runs/vision-r1-ci-72b/final")[0])
     c = budget.cost(s, (4096, 16, 100), budget.gpu("H100"), 32)
-    assert c["split"] == 8 and c["old_s"] == 0 and budget.cost(s, (4096, 16, 100), budget.gpu("H100"), 32, minibatches=4)["old_s"] > 0
+    assert (
+        c["split"] == 8
+        and c["old_s"] == 0
+        and budget.cost(s, (4096, 16, 100), budget.gpu("H100"), 32, minibatches=4)["old_s"] > 0
+    )
     with pytest.raises(ValueError, match="2 x 4090 cannot hold the 147 GB"):
         budget.cost(s, (4096, 16, 100), budget.gpu("4090"), 2)
 
@@ -310,8 +413,22 @@ def test_models_by_name(tmp_path):
 def test_command_line(capsys):
     ptst.main(["cost", "--recipe", "vision-r1-7b", "--gpus", "8", "--mean-fill", "0.5"])
     text = capsys.readouterr().out
-    assert "8 x H100" in text and "8.29 G parameters" in text and "512 questions" in text and "published shape" in text
-    assert "stage 2: 8192 x 8, 100 steps" in text and "old " in text and "3.36 G tokens sampled" in text  # 200 x 512 x 16 x 2048
-    for flags in (["--gpu", "GeForce256"], ["--recipe", "vision-r2"], ["--mfu", "0"], ["--gpus", "0"]):
+    assert (
+        "8 x H100" in text
+        and "8.29 G parameters" in text
+        and "512 questions" in text
+        and "published shape" in text
+    )
+    assert (
+        "stage 2: 8192 x 8, 100 steps" in text
+        and "old " in text
+        and "3.36 G tokens sampled" in text
+    )  # 200 x 512 x 16 x 2048
+    for flags in (
+        ["--gpu", "GeForce256"],
+        ["--recipe", "vision-r2"],
+        ["--mfu", "0"],
+        ["--gpus", "0"],
+    ):
         with pytest.raises((SystemExit, ValueError)):
             ptst.main(["cost", *flags])

@@ -17,17 +17,17 @@ from conftest import ROOT, single_rank
 from test_benchmarks import layouts
 
 import eval as evaluation
-import llm_judge
-import report
 import toy
-from data import write_parquet
-from rollout import Rollout
+from benchmarks import judge as llm_judge
+from benchmarks import report
+from nano.data import write_parquet
+from nano.rollout import Rollout
 
 
 def run_eval(out, problem_file, ranks=1, **flags):
     flags = (
         dict(
-            model=ROOT / "assets" / "toy-base",
+            model=ROOT / "toy" / "base",
             system_prompt=toy.ZERO_PROMPT,
             data=problem_file,
             out=out,
@@ -37,10 +37,19 @@ def run_eval(out, problem_file, ranks=1, **flags):
         )
         | flags
     )
-    launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
+    launch = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+        if ranks > 1
+        else []
+    )
     words = [w for k, v in flags.items() for w in ([f"--{k}"] if v is True else [f"--{k}", str(v)])]
-    return subprocess.run([sys.executable, *launch, str(ROOT / "eval.py"), "--recipe", "toy", *words], capture_output=True, text=True,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, *launch, str(ROOT / "eval.py"), "--recipe", "toy", *words],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +76,9 @@ def test_interval_is_the_binomial_one_for_single_answers():
 def test_samples_of_one_question_are_not_independent():
     right = np.repeat(np.random.default_rng(0).random(200) < 0.5, 10).astype(float)
     low, high = interval(right, np.repeat(np.arange(200), 10))
-    assert high - low == pytest.approx(2 * 1.96 * np.sqrt(0.25 / 200), rel=0.15)  # 200 questions, not 2,000 answers
+    assert high - low == pytest.approx(
+        2 * 1.96 * np.sqrt(0.25 / 200), rel=0.15
+    )  # 200 questions, not 2,000 answers
 
 
 def test_a_stopped_run_goes_on_to_the_same_report(problem_file, tmp_path):
@@ -75,7 +86,11 @@ def test_a_stopped_run_goes_on_to_the_same_report(problem_file, tmp_path):
     assert done.returncode == 0, done.stderr
     report = json.loads((tmp_path / "a" / "report.json").read_text())
     assert set(report) == {"all", *(r.source for r in toy.problems(32, 6, "e"))}
-    assert report["all"]["n"] == 64 and report["all"]["format_rate"] > 0.9 and 0.1 < report["all"]["accuracy"] < 0.9
+    assert (
+        report["all"]["n"] == 64
+        and report["all"]["format_rate"] > 0.9
+        and 0.1 < report["all"]["accuracy"] < 0.9
+    )
     assert report["all"]["low"] < report["all"]["accuracy"] < report["all"]["high"]
     assert f"{100 * report['all']['accuracy']:.1f}" in done.stdout and "level 2" in done.stdout
 
@@ -83,7 +98,9 @@ def test_a_stopped_run_goes_on_to_the_same_report(problem_file, tmp_path):
     responses = tmp_path / "b" / "responses.jsonl"
     text = responses.read_text()
     assert text == (tmp_path / "a" / "responses.jsonl").read_text()
-    responses.write_text("".join(text.splitlines(True)[:20]) + '{"id": "e-1')  # killed in the middle of a line
+    responses.write_text(
+        "".join(text.splitlines(True)[:20]) + '{"id": "e-1'
+    )  # killed in the middle of a line
     assert run_eval(tmp_path / "b", problem_file, ranks=2).returncode == 0
     assert json.loads((tmp_path / "b" / "report.json").read_text()) == report
 
@@ -92,12 +109,19 @@ def test_responses_of_another_setting_are_not_mixed_in(problem_file, tmp_path):
     assert run_eval(tmp_path, problem_file, limit=4).returncode == 0
     again = run_eval(tmp_path, problem_file, limit=4, temperature=0.0)
     assert again.returncode != 0 and "--no_resume" in again.stderr
-    assert run_eval(tmp_path, problem_file, limit=4, temperature=0.0, no_resume=True).returncode == 0
+    assert (
+        run_eval(tmp_path, problem_file, limit=4, temperature=0.0, no_resume=True).returncode == 0
+    )
 
 
 def test_real_problems(real, tiny, tmp_path):
     done = run_eval(
-        tmp_path, real / "geometry3k" / "data.jsonl", model=tiny, max_len=24, samples=1, max_prompt_len=2048
+        tmp_path,
+        real / "geometry3k" / "data.jsonl",
+        model=tiny,
+        max_len=24,
+        samples=1,
+        max_prompt_len=2048,
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "report.json").read_text())["all"]["n"] == 30
@@ -108,32 +132,49 @@ def test_real_problems(real, tiny, tmp_path):
 
 def evaluate(out, tiny, **flags):
     single_rank()
-    setting = dict(recipe="vision-r1", model=tiny, out=str(out), max_len=8, max_prompt_len=4096) | flags
+    setting = (
+        dict(recipe="vision-r1", model=tiny, out=str(out), max_len=8, max_prompt_len=4096) | flags
+    )
     out.mkdir(parents=True, exist_ok=True)
     return evaluation.evaluate(evaluation.Config(**setting), torch.device("cpu"))
 
 
 def test_every_benchmark_runs_end_to_end(tiny, tmp_path, real):
     places = {
-        name: real / "formats" / name for name in ("mathvista", "mathverse", "mathvision", "dynamath", "chartqa")
+        name: real / "formats" / name
+        for name in ("mathvista", "mathverse", "mathvision", "dynamath", "chartqa")
     } | layouts(tmp_path)
-    out = evaluate(tmp_path / "out", tiny, bench=",".join(f"{k}={v}" for k, v in places.items()), limit=2)
+    out = evaluate(
+        tmp_path / "out", tiny, bench=",".join(f"{k}={v}" for k, v in places.items()), limit=2
+    )
     assert set(out) == set(evaluation.benchmarks.BENCHMARKS) == set(places)
     rows = report.read_run(tmp_path / "out")
     for name, s in out.items():
-        assert s["questions"] == s["n"] == 2 and 0 <= s["truncated"] <= 1 and set(s["strict"]) == set(s["fork"])
-        assert s["resampled"] == sum(bool(r.get("resampled")) for r in rows if r["bench"] == name) <= 8
+        assert (
+            s["questions"] == s["n"] == 2
+            and 0 <= s["truncated"] <= 1
+            and set(s["strict"]) == set(s["fork"])
+        )
+        assert (
+            s["resampled"] == sum(bool(r.get("resampled")) for r in rows if r["bench"] == name) <= 8
+        )
         for e in (*s["strict"].values(), *s["fork"].values()):
             assert e["low"] <= e["value"] <= e["high"] and e["low"] < e["high"]
     assert all(r["why"] and r["fork_why"] for r in rows)
-    for id in {r["id"] for r in rows}:  # four more draws, but for the one that ends its answer by chance
+    for id in {
+        r["id"] for r in rows
+    }:  # four more draws, but for the one that ends its answer by chance
         draws = [r for r in rows if r["id"] == id]
         assert len(draws) == 5 or "</answer>" in draws[-1]["completion"]
-        assert not any("</answer>" in r["completion"] for r in draws[:-1]) and [r["sample"] for r in draws] == list(
-            range(len(draws))
-        )
-    text = report.bench_tables("tiny", out, {k: b.title for k, b in evaluation.benchmarks.BENCHMARKS.items()})
-    assert "| Vision-R1-7B (Table 1) | 80.3 | 79.0 | 83.2 | 80.6 | 73.5 | 52.4 | 40.2 | 56.3 |" in text
+        assert not any("</answer>" in r["completion"] for r in draws[:-1]) and [
+            r["sample"] for r in draws
+        ] == list(range(len(draws)))
+    text = report.bench_tables(
+        "tiny", out, {k: b.title for k, b in evaluation.benchmarks.BENCHMARKS.items()}
+    )
+    assert (
+        "| Vision-R1-7B (Table 1) | 80.3 | 79.0 | 83.2 | 80.6 | 73.5 | 52.4 | 40.2 | 56.3 |" in text
+    )
     assert json.loads((tmp_path / "out" / "report.json").read_text())["mme"]["strict"].keys() >= {
         "SUM",
         "perception",
@@ -158,7 +199,12 @@ def test_a_vlmevalkit_table_and_plain_files_run_too(tiny, tmp_path, real):
             "vision_r1_cold/vision_r1_mulberry_sft_full.json",
         )
     ):
-        assert evaluate(tmp_path / f"b{k}", tiny, data=str(real / "formats" / name), limit=2)["all"]["n"] == 2
+        assert (
+            evaluate(tmp_path / f"b{k}", tiny, data=str(real / "formats" / name), limit=2)["all"][
+                "n"
+            ]
+            == 2
+        )
 
 
 def test_a_killed_run_goes_on_to_the_same_report(tiny, tmp_path, real):
@@ -171,11 +217,25 @@ def test_a_killed_run_goes_on_to_the_same_report(tiny, tmp_path, real):
         max_len=12,
         chunk=2,
     )
-    whole = evaluate(tmp_path / "whole", tiny, **{k: v for k, v in flags.items() if k not in ("recipe", "model")})
+    whole = evaluate(
+        tmp_path / "whole", tiny, **{k: v for k, v in flags.items() if k not in ("recipe", "model")}
+    )
     words = [w for k, v in flags.items() for w in (f"--{k}", str(v))]
     path = tmp_path / "killed" / "responses.jsonl"
-    process = subprocess.Popen([sys.executable, str(ROOT / "eval.py"), *words, "--max_prompt_len", "4096", "--out", str(path.parent)],
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            str(ROOT / "eval.py"),
+            *words,
+            "--max_prompt_len",
+            "4096",
+            "--out",
+            str(path.parent),
+        ],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     for _ in range(2400):
         if path.exists() and path.stat().st_size:
             break
@@ -187,20 +247,41 @@ def test_a_killed_run_goes_on_to_the_same_report(tiny, tmp_path, real):
     assert 10 <= len(lines) < 60
     path.write_text("".join(lines[:-3]))  # as if the kill had come between the lines of a question
     assert len(evaluation.read_responses(path)) == len(lines) - 5  # five draws a question
-    again = evaluate(tmp_path / "killed", tiny, **{k: v for k, v in flags.items() if k not in ("recipe", "model")})
-    assert again == whole and path.read_text() == (tmp_path / "whole" / "responses.jsonl").read_text()
+    again = evaluate(
+        tmp_path / "killed",
+        tiny,
+        **{k: v for k, v in flags.items() if k not in ("recipe", "model")},
+    )
+    assert (
+        again == whole and path.read_text() == (tmp_path / "whole" / "responses.jsonl").read_text()
+    )
 
 
-@pytest.mark.parametrize("text, format_ok, strict, fork", [
-    ("<think>a</think><answer>C</answer>", True, True, True),
-    ("<think>a</think> <answer> Final Answer:C </answer>", True, True, True),
-    ("<think>a</think><answer> Final Answer:B </answer> so C", False, False, False),
-    ("I count the angles. The answer is C.", False, False, True),  # no penalty for the format there
-    ("<think>a</think><answer>145</answer>", True, True, True)])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, format_ok, strict, fork",
+    [
+        ("<think>a</think><answer>C</answer>", True, True, True),
+        ("<think>a</think> <answer> Final Answer:C </answer>", True, True, True),
+        ("<think>a</think><answer> Final Answer:B </answer> so C", False, False, False),
+        (
+            "I count the angles. The answer is C.",
+            False,
+            False,
+            True,
+        ),  # no penalty for the format there
+        ("<think>a</think><answer>145</answer>", True, True, True),
+    ],
+)
 def test_strict_needs_the_format_and_the_papers_rules_do_not(text, format_ok, strict, fork):
     meta = dict(bench="mathvista", tags=["GEO"], question_type="multi_choice", query="long")
     record = evaluation.data.Record(
-        "mathvista-3", "<image>?", "145°", [], "MathVista testmini", choices=["135°", "140°", "145°"], meta=meta
+        "mathvista-3",
+        "<image>?",
+        "145°",
+        [],
+        "MathVista testmini",
+        choices=["135°", "140°", "145°"],
+        meta=meta,
     )
     tokens = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: text))
     row = evaluation.answer(record, 0, Rollout([1, 2], [0, 0], "stop"), tokens)
@@ -216,11 +297,28 @@ class Judge(BaseHTTPRequestHandler):
     asked = []
 
     def do_POST(self):
-        prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0]["content"]
+        prompt = json.loads(self.rfile.read(int(self.headers["Content-Length"])))["messages"][0][
+            "content"
+        ]
         self.asked.append((prompt, self.headers["Authorization"]))
-        reply = "1" if "it is the third" in prompt else "0" if "nothing" in prompt else "I am not sure"
-        body = json.dumps({"id": "x", "object": "chat.completion", "created": 0, "model": "m", "choices": [
-            {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": reply}}]}).encode()  # fmt: skip
+        reply = (
+            "1" if "it is the third" in prompt else "0" if "nothing" in prompt else "I am not sure"
+        )
+        body = json.dumps(
+            {
+                "id": "x",
+                "object": "chat.completion",
+                "created": 0,
+                "model": "m",
+                "choices": [
+                    {
+                        "index": 0,
+                        "finish_reason": "stop",
+                        "message": {"role": "assistant", "content": reply},
+                    }
+                ],
+            }
+        ).encode()
         self.send_response(200)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -238,15 +336,34 @@ def test_only_the_undecided_go_to_the_judge_and_only_once(tmp_path, monkeypatch)
     Judge.asked.clear()
 
     def row(k, text, decided, fork_decided):
-        return dict(bench="mathvista", id=f"q{k}", sample=0, problem="<image>Which?", answer="145°", completion=text, format_ok=decided is not None,
-                    decided=bool(decided) or decided is None, fork_decided=fork_decided)  # fmt: skip
+        return dict(
+            bench="mathvista",
+            id=f"q{k}",
+            sample=0,
+            problem="<image>Which?",
+            answer="145°",
+            completion=text,
+            format_ok=decided is not None,
+            decided=bool(decided) or decided is None,
+            fork_decided=fork_decided,
+        )
 
-    rows = [row(0, "<think>a</think><answer>C</answer>", True, True), row(1, "<think>a</think><answer>it is the third of them</answer>", False, False),
-            row(2, "<think>a</think><answer>nothing</answer>", False, True), row(3, "no format, and no idea", None, False)]  # fmt: skip
-    config = evaluation.Config(out=str(tmp_path), judge_url=f"http://127.0.0.1:{server.server_port}/v1")
+    rows = [
+        row(0, "<think>a</think><answer>C</answer>", True, True),
+        row(1, "<think>a</think><answer>it is the third of them</answer>", False, False),
+        row(2, "<think>a</think><answer>nothing</answer>", False, True),
+        row(3, "no format, and no idea", None, False),
+    ]
+    config = evaluation.Config(
+        out=str(tmp_path), judge_url=f"http://127.0.0.1:{server.server_port}/v1"
+    )
     said = []
     got = llm_judge.ask(config, rows, said.append)
-    assert sorted(got) == [(1, "", True), (1, "fork_", True), (2, "", False)]  # "I am not sure" settles nothing
+    assert sorted(got) == [
+        (1, "", True),
+        (1, "fork_", True),
+        (2, "", False),
+    ]  # "I am not sure" settles nothing
     assert (
         len(Judge.asked) == 4
         and all(key == "Bearer secret-1" for _, key in Judge.asked)
@@ -262,16 +379,32 @@ def test_compare_and_agree_from_the_command_line(tmp_path, capsys):
     for name, n in (("a", 10), ("b", 16)):
         (tmp_path / name).mkdir()
         rows = [
-            dict(id=f"q{k}", sample=0, source="x", right=k < n, given="1", completion="", why="ok") for k in range(20)
+            dict(id=f"q{k}", sample=0, source="x", right=k < n, given="1", completion="", why="ok")
+            for k in range(20)
         ]
-        (tmp_path / name / "responses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+        (tmp_path / name / "responses.jsonl").write_text(
+            "".join(json.dumps(r) + "\n" for r in rows)
+        )
     report.compare_runs(tmp_path / "a", tmp_path / "b")
     assert (
-        "| all | 20 | 50.0 | 80.0 | +30.0 (" in (out := capsys.readouterr().out) and "| 0.031 | McNemar, exact |" in out
+        "| all | 20 | 50.0 | 80.0 | +30.0 (" in (out := capsys.readouterr().out)
+        and "| 0.031 | McNemar, exact |" in out
     )
-    released = [dict(item_id="mathvista-3", response="The answer is (C).", extracted="C", gt_answer="145°", choices=["135°", "140°", "145°"], correct=c)
-                for c in (True, False)]  # fmt: skip
+    released = [
+        dict(
+            item_id="mathvista-3",
+            response="The answer is (C).",
+            extracted="C",
+            gt_answer="145°",
+            choices=["135°", "140°", "145°"],
+            correct=c,
+        )
+        for c in (True, False)
+    ]
     (tmp_path / "released.jsonl").write_text("".join(json.dumps(r) + "\n" for r in released))
     evaluation.agree(tmp_path / "released.jsonl")
     out = capsys.readouterr().out
-    assert out.count("50.00% judged as officially") == 2 and out.count("mathvista-3 (): right by us") == 2
+    assert (
+        out.count("50.00% judged as officially") == 2
+        and out.count("mathvista-3 (): right by us") == 2
+    )

@@ -19,8 +19,8 @@ import pytest
 from conftest import ROOT
 from test_grpo import TIMES, log_of, weights_of
 
-import run
-from hosts import MISSING
+from nano import run
+from nano.hosts import MISSING
 
 BEAT = 0.3  # seconds, so that death is 3 s away instead of 30; twice that under torchrun, where more processes share the cores
 WORLD = 3
@@ -32,7 +32,9 @@ WORLD = 3
 def scenario(how, rank, port, folder):
     """one rank of a run in which rank 1 does something; stderr goes to a file"""
     os.dup2(os.open(folder / f"err-{rank}", os.O_WRONLY | os.O_CREAT), 2)
-    os.environ.update(RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="localhost", MASTER_PORT=str(port))
+    os.environ.update(
+        RANK=str(rank), WORLD_SIZE=str(WORLD), MASTER_ADDR="localhost", MASTER_PORT=str(port)
+    )
     sys.modules["hosts"].BEAT = BEAT
 
     def main(config):
@@ -40,7 +42,9 @@ def scenario(how, rank, port, folder):
         run.all_sum({"x": 1})  # all are there
         (folder / f"up-{rank}").write_text(str(os.getpid()))
         life = 2 * MISSING * BEAT
-        if how == "slow":  # no collective for long, and one call that keeps Python's lock: slow, but alive
+        if (
+            how == "slow"
+        ):  # no collective for long, and one call that keeps Python's lock: slow, but alive
             ctypes.PyDLL(None).usleep(int(life / 4 * 1e6)) if rank == 1 else None
         if how == "early" and rank == 1:
             return  # a rank that is done long before the others
@@ -61,8 +65,19 @@ def scenario(how, rank, port, folder):
     run.guard(main, None)
 
 
-SCENARIOS = ["slow", "early", "frozen together", "error", "error in a collective", "killed", "killed in a collective", "frozen",
-             "store killed", "terminated", "unshared"]  # fmt: skip
+SCENARIOS = [
+    "slow",
+    "early",
+    "frozen together",
+    "error",
+    "error in a collective",
+    "killed",
+    "killed in a collective",
+    "frozen",
+    "store killed",
+    "terminated",
+    "unshared",
+]
 
 
 def free_port():
@@ -79,9 +94,14 @@ def outcomes(tmp_path_factory):
     os.environ["PYTHONPATH"] = f"{ROOT}:{ROOT / 'tests'}"  # for the preload
     runs, happened, result = {}, {}, {}
     try:
-        for how in SCENARIOS:  # one after the other: thirty processes that start at once are slow to beat
+        for (
+            how
+        ) in SCENARIOS:  # one after the other: thirty processes that start at once are slow to beat
             folder, port = tmp_path_factory.mktemp("ranks"), free_port()
-            ranks = [context.Process(target=scenario, args=(how, r, port, folder), daemon=True) for r in range(WORLD)]
+            ranks = [
+                context.Process(target=scenario, args=(how, r, port, folder), daemon=True)
+                for r in range(WORLD)
+            ]
             runs[how] = ranks, folder
             for p in ranks:
                 p.start()
@@ -102,9 +122,13 @@ def outcomes(tmp_path_factory):
                 if (how, p) != ("frozen", ranks[1]):
                     p.join(max(0.1, happened[how] + 60 - time.monotonic()))
             if how == "frozen":
-                os.kill(ranks[1].pid, signal.SIGCONT)  # when it wakes up it learns that the run is over
+                os.kill(
+                    ranks[1].pid, signal.SIGCONT
+                )  # when it wakes up it learns that the run is over
                 ranks[1].join(30)
-            result[how] = [(p.exitcode, (folder / f"err-{r}").read_text()) for r, p in enumerate(ranks)]
+            result[how] = [
+                (p.exitcode, (folder / f"err-{r}").read_text()) for r, p in enumerate(ranks)
+            ]
     finally:
         for p in sum((ranks for ranks, _ in runs.values()), []):
             p.kill()  # pytest would wait for ever for one that is frozen
@@ -120,30 +144,45 @@ def wait_for(condition, seconds):
 
 @pytest.mark.parametrize("how", ["slow", "early", "frozen together"])
 def test_who_lives_is_left_alone(outcomes, how):
-    assert [code for code, _ in outcomes[how]] == [0] * WORLD and not any("stopping" in err for _, err in outcomes[how])
+    assert [code for code, _ in outcomes[how]] == [0] * WORLD and not any(
+        "stopping" in err for _, err in outcomes[how]
+    )
 
 
-@pytest.mark.parametrize("how, victim, words", [
-    ("error", 1, "rank 1 on {host} failed: ValueError: the third record is bad"),
-    ("error in a collective", 1, "rank 1 on {host} failed: ValueError: the third record is bad"),
-    ("killed", 1, "rank 1 on {host} has given no sign of life for 3 s"),
-    ("killed in a collective", 1, "rank 1 on {host} has given no sign of life for 3 s"),
-    ("frozen", 1, "rank 1 on {host} has given no sign of life for 3 s"),
-    ("store killed", 0, "the store of the run at localhost:"),
-    ("terminated", 0, "rank 0 on {host} was told to stop"),
-    ("unshared", 1, "rank 1 on {host} failed: {host} does not see what {host} wrote into"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "how, victim, words",
+    [
+        ("error", 1, "rank 1 on {host} failed: ValueError: the third record is bad"),
+        (
+            "error in a collective",
+            1,
+            "rank 1 on {host} failed: ValueError: the third record is bad",
+        ),
+        ("killed", 1, "rank 1 on {host} has given no sign of life for 3 s"),
+        ("killed in a collective", 1, "rank 1 on {host} has given no sign of life for 3 s"),
+        ("frozen", 1, "rank 1 on {host} has given no sign of life for 3 s"),
+        ("store killed", 0, "the store of the run at localhost:"),
+        ("terminated", 0, "rank 0 on {host} was told to stop"),
+        ("unshared", 1, "rank 1 on {host} failed: {host} does not see what {host} wrote into"),
+    ],
+)
 def test_a_lost_rank_ends_all_and_is_named(outcomes, how, victim, words):
     words = words.format(host=socket.gethostname())
     for rank, (code, err) in enumerate(outcomes[how]):
         if rank != victim:
-            assert code == 1 and f"stopping rank {rank} on" in err and words in err, (rank, code, err)
+            assert code == 1 and f"stopping rank {rank} on" in err and words in err, (
+                rank,
+                code,
+                err,
+            )
             assert "Run the same command again" in err and "Traceback" not in err
     code, err = outcomes[how][victim]
     if how.startswith("killed") or how == "store killed":
         assert code == -signal.SIGKILL
     elif how.startswith("error"):
-        assert code == 1 and "Traceback" in err and "stopping" not in err  # its own error is what it shows
+        assert (
+            code == 1 and "Traceback" in err and "stopping" not in err
+        )  # its own error is what it shows
     else:
         assert code == 1 and ("stopping rank" in err or how == "unshared")
 
@@ -153,8 +192,18 @@ def test_a_lost_rank_ends_all_and_is_named(outcomes, how, victim, words):
 
 def torchrun(port, script, *words, nodes=2, endpoint="localhost", before=()):
     """the words of one host's torchrun; `before`: what enters the host"""
-    return [*before, sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", "--nproc_per_node=1", "--rdzv-backend=c10d",
-            f"--rdzv-endpoint={endpoint}:{port}", str(script), *map(str, words)]  # fmt: skip
+    return [
+        *before,
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nnodes={nodes}",
+        "--nproc_per_node=1",
+        "--rdzv-backend=c10d",
+        f"--rdzv-endpoint={endpoint}:{port}",
+        str(script),
+        *map(str, words),
+    ]
 
 
 def start(command, said):
@@ -186,9 +235,11 @@ def finish(processes, seconds=60):
 def test_a_killed_torchrun_leaves_no_rank_behind(tmp_path):
     """two torchruns on this machine, one is killed hard: its rank ends by itself, the other one too"""
     script, port = tmp_path / "rank.py", free_port()
-    script.write_text(f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nimport run\n"
-                      "def main(_):\n    run.start_ranks()\n    print('up')\n    time.sleep(600)\n"
-                      "run.guard(main, None)\n")  # fmt: skip
+    script.write_text(
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r})\nimport run\n"
+        "def main(_):\n    run.start_ranks()\n    print('up')\n    time.sleep(600)\n"
+        "run.guard(main, None)\n"
+    )
     said = [tmp_path / f"said-{i}" for i in range(2)]
     agents = [start(torchrun(port, script), path) for path in said]
     wait_for(lambda: all("up" in path.read_text() for path in said), 120)
@@ -197,7 +248,10 @@ def test_a_killed_torchrun_leaves_no_rank_behind(tmp_path):
     assert finish(agents) == [1, -signal.SIGKILL]
     wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 10)
     assert f"torchrun (process {agents[1].pid} on" in said[1].read_text()
-    assert "stopping rank" in said[0].read_text() and "Run the same command again" in said[0].read_text()
+    assert (
+        "stopping rank" in said[0].read_text()
+        and "Run the same command again" in said[0].read_text()
+    )
 
 
 # ---- two hosts
@@ -210,12 +264,27 @@ def hosts(tmp_path_factory):
     addresses = "127.0.0.1 localhost\n10.213.0.1 hosta\n10.213.0.2 hostb\n"
     for x in "ab":  # as Debian has it: a host's own name leads to loopback
         (folder / x).write_text(f"127.0.1.1 host{x}\n{addresses}")
-    setup = [f"netns add {spaces[0]}", f"netns add {spaces[1]}",
-             f"link add eth0 netns {spaces[0]} type veth peer name net7 netns {spaces[1]}",
-             f"-n {spaces[0]} addr add 10.213.0.1/24 dev eth0", f"-n {spaces[1]} addr add 10.213.0.2/24 dev net7",
-             *(f"-n {s} link set {dev} up" for s, dev in zip(spaces * 2, ["lo", "lo", "eth0", "net7"]))]  # fmt: skip
-    inside = lambda x: ["ip", "netns", "exec", spaces["ab".index(x)], "unshare", "--mount", "--uts", "sh", "-c",
-                        f'mount --bind {folder / x} /etc/hosts && hostname host{x} && exec "$@"', "sh"]  # fmt: skip
+    setup = [
+        f"netns add {spaces[0]}",
+        f"netns add {spaces[1]}",
+        f"link add eth0 netns {spaces[0]} type veth peer name net7 netns {spaces[1]}",
+        f"-n {spaces[0]} addr add 10.213.0.1/24 dev eth0",
+        f"-n {spaces[1]} addr add 10.213.0.2/24 dev net7",
+        *(f"-n {s} link set {dev} up" for s, dev in zip(spaces * 2, ["lo", "lo", "eth0", "net7"])),
+    ]
+    inside = lambda x: [
+        "ip",
+        "netns",
+        "exec",
+        spaces["ab".index(x)],
+        "unshare",
+        "--mount",
+        "--uts",
+        "sh",
+        "-c",
+        f'mount --bind {folder / x} /etc/hosts && hostname host{x} && exec "$@"',
+        "sh",
+    ]
     try:
         try:
             for words in setup:
@@ -237,7 +306,10 @@ def on_both(hosts, stage, out, port=29500, **flags):
     """the same command on both hosts -> processes, files of what they say"""
     words = [w for k, v in (flags | dict(out=out)).items() for w in (f"--{k}", str(v))]
     said = [out.with_name(f"{out.name}-{host}") for host in hosts]
-    commands = [torchrun(port, ROOT / stage, *words, endpoint="hosta", before=enter) for enter in hosts.values()]
+    commands = [
+        torchrun(port, ROOT / stage, *words, endpoint="hosta", before=enter)
+        for enter in hosts.values()
+    ]
     return [start(c, s) for c, s in zip(commands, said)], said
 
 
@@ -254,9 +326,12 @@ def alone(stage, out, **flags):
 @pytest.fixture(scope="module")
 def problem_file(tmp_path_factory):
     import toy
-    from data import write_parquet
+    from nano.data import write_parquet
 
-    path, records = tmp_path_factory.mktemp("problems") / "problems.parquet", toy.problems(32, 5, "h")
+    path, records = (
+        tmp_path_factory.mktemp("problems") / "problems.parquet",
+        toy.problems(32, 5, "h"),
+    )
     for r in records:
         r.response = f"<think> I add {r.answer} </think> <answer> {r.answer} </answer>"
     write_parquet(path, records)
@@ -267,48 +342,82 @@ def test_sft_and_eval_on_two_hosts_are_one_process(hosts, problem_file, tmp_path
     import eval as evaluation
     import sft
 
-    base = dict(recipe="toy", model=ROOT / "assets" / "toy-base", data=problem_file)
+    base = dict(recipe="toy", model=ROOT / "toy" / "base", data=problem_file)
     tune = base | dict(epochs=1, batch_size=8, lr=1e-4, micro_tokens=300)
     ask = base | dict(
-        samples=2, temperature=1.0, max_len=32, system_prompt="Think first , then answer in tags .", limit=16
+        samples=2,
+        temperature=1.0,
+        max_len=32,
+        system_prompt="Think first , then answer in tags .",
+        limit=16,
     )
     one, said_one = on_both(hosts, "sft.py", tmp_path / "sft", **tune)
     two, said_two = on_both(hosts, "eval.py", tmp_path / "eval", port=29501, **ask)
     alone(sft, tmp_path / "sft1", **tune)
     alone(evaluation, tmp_path / "eval1", **ask)
     assert finish(one + two, 120) == [0] * 4, "".join(s.read_text() for s in said_one + said_two)
-    for a, b in zip(*(log_of(tmp_path / f, (*TIMES, "t_data", "tokens_per_s", "mfu")) for f in ("sft", "sft1")), strict=True):
+    for a, b in zip(
+        *(log_of(tmp_path / f, (*TIMES, "t_data", "tokens_per_s", "mfu")) for f in ("sft", "sft1")),
+        strict=True,
+    ):
         assert all(a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5) for k in a), (a, b)
     a, b = weights_of(tmp_path / "sft1"), weights_of(tmp_path / "sft")
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5
-    assert "torchrun --nnodes=2 --nproc_per_node=1 sft.py" in (tmp_path / "sft" / "command.txt").read_text()
-    answers = [{(r["id"], r["sample"], r["completion"]) for r in map(json.loads, open(tmp_path / f / "responses.jsonl"))}
-               for f in ("eval", "eval1")]  # fmt: skip
+    assert (
+        "torchrun --nnodes=2 --nproc_per_node=1 sft.py"
+        in (tmp_path / "sft" / "command.txt").read_text()
+    )
+    answers = [
+        {
+            (r["id"], r["sample"], r["completion"])
+            for r in map(json.loads, open(tmp_path / f / "responses.jsonl"))
+        }
+        for f in ("eval", "eval1")
+    ]
     assert len(answers[0]) == 32 and answers[0] == answers[1]
-    assert (tmp_path / "eval" / "report.json").read_text() == (tmp_path / "eval1" / "report.json").read_text()
+    assert (tmp_path / "eval" / "report.json").read_text() == (
+        tmp_path / "eval1" / "report.json"
+    ).read_text()
 
 
 def test_grpo_loses_a_host_and_goes_on_with_one_rank(hosts, problem_file, tmp_path):
     import grpo
 
-    flags = dict(recipe="toy-zero", model=ROOT / "assets" / "toy-base", data=problem_file, stages="16x8x4,24x4x4", questions=8,
-                 lr=1e-4, save_every=2, seed=1)  # fmt: skip
+    flags = dict(
+        recipe="toy-zero",
+        model=ROOT / "toy" / "base",
+        data=problem_file,
+        stages="16x8x4,24x4x4",
+        questions=8,
+        lr=1e-4,
+        save_every=2,
+        seed=1,
+    )
     out = tmp_path / "two"
     agents, said = on_both(hosts, "grpo.py", out, **flags)
     alone(grpo, tmp_path / "one", **flags)  # the run that nothing happens to
-    wait_for(lambda: (out / "checkpoints" / "step-000004").exists() or agents[0].poll() is not None, 120)
+    wait_for(
+        lambda: (out / "checkpoints" / "step-000004").exists() or agents[0].poll() is not None, 120
+    )
     assert (out / "checkpoints" / "step-000004").exists(), said[0].read_text() + said[1].read_text()
     began = time.monotonic()
     os.kill(children(agents[1].pid)[0], signal.SIGKILL)
     assert finish(agents) == [1, 1] and time.monotonic() - began < 60
-    assert "stopping rank 0 on hosta: rank 1 on hostb has given no sign of life for 6 s" in said[0].read_text()
+    assert (
+        "stopping rank 0 on hosta: rank 1 on hostb has given no sign of life for 6 s"
+        in said[0].read_text()
+    )
     assert not (out / "final").exists()
 
     alone(grpo, out, **flags)
     done, expected = log_of(out), log_of(tmp_path / "one")
     assert [r["step"] for r in done] == list(range(1, 9))
     for a, b in zip(done, expected, strict=True):
-        for key in set(a) - {"logprob_gap", "logprob_gap_max", "reward_faults"}:  # faults of this process count from its start
+        for key in set(a) - {
+            "logprob_gap",
+            "logprob_gap_max",
+            "reward_faults",
+        }:  # faults of this process count from its start
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (a["step"], key)
     a, b = weights_of(out), weights_of(tmp_path / "one")
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5

@@ -14,25 +14,31 @@ import pytest
 import torch
 from conftest import single_rank
 
-import logprobs
-from logprobs import IGNORE, token_logprobs
+from nano import logprobs
+from nano.logprobs import IGNORE, token_logprobs
 
 interpreting = os.environ.get("TRITON_INTERPRET") == "1"
 PATHS = ["triton"] if interpreting else ["torch"]
 needs_triton = pytest.mark.skipif(logprobs.triton is None, reason="Triton is not installed")
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the compiled kernels need a CUDA GPU")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="the compiled kernels need a CUDA GPU"
+)
 
 
 @pytest.fixture(params=PATHS)
 def fused(request, monkeypatch):
-    monkeypatch.setattr(logprobs, "BLOCK", 32)  # several blocks in a tile of a test, the last one ragged
+    monkeypatch.setattr(
+        logprobs, "BLOCK", 32
+    )  # several blocks in a tile of a test, the last one ragged
     return request.param == "triton"
 
 
 def reference(hidden, weight, labels, grad, temperature=1.0, banned=()):
     """float64 over the full logits, by autograd -> logprobs, entropy, d hidden, d weight"""
     h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    logits = (h @ w.T / temperature).index_fill(1, torch.tensor(banned, dtype=torch.long, device=h.device), -torch.inf)
+    logits = (h @ w.T / temperature).index_fill(
+        1, torch.tensor(banned, dtype=torch.long, device=h.device), -torch.inf
+    )
     log_p = logits.log_softmax(-1)
     asked = labels != IGNORE
     picked = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0]
@@ -59,7 +65,11 @@ def check(hidden, weight, labels, grad, temperature, banned, width, fused, value
     ids = torch.tensor(banned, device=h.device) if banned else None
     logprob, entropy = token_logprobs(h, w, labels, temperature, ids, width, fused)
     (logprob * grad).sum().backward()
-    assert logprob.dtype == entropy.dtype == torch.float32 and h.grad.dtype == h.dtype and w.grad.dtype == w.dtype
+    assert (
+        logprob.dtype == entropy.dtype == torch.float32
+        and h.grad.dtype == h.dtype
+        and w.grad.dtype == w.dtype
+    )
     want = reference(hidden, weight, labels, grad, temperature, banned)
     for name, got, ref, tolerance in zip(
         ("logprobs", "entropy", "d hidden", "d weight"),
@@ -76,7 +86,9 @@ def check(hidden, weight, labels, grad, temperature, banned, width, fused, value
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-@pytest.mark.parametrize("n, v, size, width", [(7, 33, 16, 16), (5, 201, 13, 77), (7, 130, 7, 1000), (1, 5, 1, 2)])
+@pytest.mark.parametrize(
+    "n, v, size, width", [(7, 33, 16, 16), (5, 201, 13, 77), (7, 130, 7, 1000), (1, 5, 1, 2)]
+)
 def test_values_and_gradients(n, v, size, width, temperature, fused):
     check(*inputs(n, v, size), temperature, (0, 3), width, fused)
     check(*inputs(n, v, size), temperature, (), width, fused)
@@ -105,10 +117,16 @@ def test_a_first_tile_that_is_banned_whole_leaves_no_trace(fused):
 def test_a_banned_label_is_next_to_impossible_and_pushes_only_the_others(fused):
     hidden, weight, _, _ = inputs(4, 50, 8)
     h, w = hidden.requires_grad_(), weight.requires_grad_()
-    logprob, _ = token_logprobs(h, w, torch.tensor([7, 7, 2, 7]), 1.0, torch.tensor([2, 9]), 16, fused)
+    logprob, _ = token_logprobs(
+        h, w, torch.tensor([7, 7, 2, 7]), 1.0, torch.tensor([2, 9]), 16, fused
+    )
     assert logprob[2] < -1e29 and (logprob[[0, 1, 3]] > -20).all()
     logprob[2].backward()
-    p = (hidden.double() @ weight.double().T).index_fill(1, torch.tensor([2, 9]), -torch.inf).softmax(-1)
+    p = (
+        (hidden.double() @ weight.double().T)
+        .index_fill(1, torch.tensor([2, 9]), -torch.inf)
+        .softmax(-1)
+    )
     assert (h.grad[2] + p[2] @ weight.double()).abs().max() < 1e-5 and not w.grad[[2, 9]].any()
 
 
@@ -153,12 +171,18 @@ def test_nothing_larger_than_a_tile_is_ever_made(fused):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            seen.extend(x.nbytes for x in (out if isinstance(out, tuple) else (out,)) if isinstance(x, torch.Tensor))
+            seen.extend(
+                x.nbytes
+                for x in (out if isinstance(out, tuple) else (out,))
+                if isinstance(x, torch.Tensor)
+            )
             return out
 
     h, w = torch.randn(n, size, requires_grad=True), torch.randn(v, size, requires_grad=True)
     with Watch():
-        token_logprobs(h, w, torch.zeros(n, dtype=torch.long), width=width, fused=fused)[0].sum().backward()
+        token_logprobs(h, w, torch.zeros(n, dtype=torch.long), width=width, fused=fused)[
+            0
+        ].sum().backward()
     assert max(seen) <= 4 * max(v * size, n * width) < 4 * n * v
 
 
@@ -196,7 +220,17 @@ def test_without_triton_plain_torch_does_it(monkeypatch, capsys):
 @pytest.mark.skipif(interpreting, reason="this is the interpreter")
 def test_kernels_under_the_interpreter():
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-k", "triton", "-p", "no:cacheprovider", str(Path(__file__))]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-k",
+        "triton",
+        "-p",
+        "no:cacheprovider",
+        str(Path(__file__)),
+    ]
     out = subprocess.run(command, env=env, capture_output=True, text=True)
     assert out.returncode == 0 and "passed" in out.stdout, out.stdout[-5000:] + out.stderr[-2000:]
 
@@ -210,12 +244,17 @@ def test_kernels_compile_for_hopper(out, tmp_path, monkeypatch):
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kinds = dict.fromkeys(("logits", "scale", "state", "grad"), "*fp32") | {"scale": "fp32", "out": out}
+    kinds = dict.fromkeys(("logits", "scale", "state", "grad"), "*fp32") | {
+        "scale": "fp32",
+        "out": out,
+    }
     kinds |= {"labels": "*i64", "banned": "*u8", "FLOOR": "constexpr", "BLOCK": "constexpr"}
     for kernel in (logprobs.absorb_kernel, logprobs.gradient_kernel):
         signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
         source = ASTSource(kernel, signature, {"FLOOR": logprobs.FLOOR, "BLOCK": logprobs.BLOCK})
-        binary = __import__("triton").compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+        binary = __import__("triton").compile(
+            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}
+        )
         assert ".target sm_90" in binary.asm["ptx"] and len(binary.asm["cubin"]) > 1000
         assert ".local " not in binary.asm["ptx"]  # everything stays in registers
 

@@ -8,9 +8,9 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
 from transformers.models.mllama.processing_mllama import MllamaProcessor
 
-import mllama
 import model
 import toy
+from nano import mllama
 
 TEMPLATE = (  # Llama-3.2-Vision-Instruct's, without its tools and dates
     "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n"
@@ -25,19 +25,50 @@ def llama(tmp_path_factory):
     """folder of a random Mllama: 4 text layers, 2 of them look at images of up to 4 tiles"""
     path, tok = tmp_path_factory.mktemp("llama"), toy.tokenizer()
     names = ["<|start_header_id|>", "<|end_header_id|>"]
-    tok.add_special_tokens({"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "extra_special_tokens": names})
+    tok.add_special_tokens(
+        {"bos_token": "<|begin_of_text|>", "eos_token": "<|eot_id|>", "extra_special_tokens": names}
+    )
     vocab = len(tok)
-    tok.add_tokens(["<|image|>"], special_tokens=True)  # past the head's last row, as in the released model
+    tok.add_tokens(
+        ["<|image|>"], special_tokens=True
+    )  # past the head's last row, as in the released model
     tok.chat_template = TEMPLATE
-    text = dict(vocab_size=vocab, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
-                num_key_value_heads=2, cross_attention_layers=[1, 3], pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id,
-                eos_token_id=tok.eos_token_id, rope_parameters=dict(rope_type="default", rope_theta=1e4))  # fmt: skip
-    vision = dict(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_global_layers=1, attention_heads=2,
-                  image_size=56, patch_size=14, vision_output_dim=96, intermediate_layers_indices=[0, 1])  # fmt: skip
+    text = dict(
+        vocab_size=vocab,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        cross_attention_layers=[1, 3],
+        pad_token_id=tok.pad_token_id,
+        bos_token_id=tok.bos_token_id,
+        eos_token_id=tok.eos_token_id,
+        rope_parameters=dict(rope_type="default", rope_theta=1e4),
+    )
+    vision = dict(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_global_layers=1,
+        attention_heads=2,
+        image_size=56,
+        patch_size=14,
+        vision_output_dim=96,
+        intermediate_layers_indices=[0, 1],
+    )
     torch.manual_seed(0)
-    hf = MllamaForConditionalGeneration(MllamaConfig(text_config=text, vision_config=vision, image_token_index=vocab))
+    hf = MllamaForConditionalGeneration(
+        MllamaConfig(text_config=text, vision_config=vision, image_token_index=vocab)
+    )
     for name, p in hf.named_parameters():
-        if name.endswith("gate") or "attn_gate" in name or "mlp_gate" in name or "gate_" in name and "proj" not in name:
+        if (
+            name.endswith("gate")
+            or "attn_gate" in name
+            or "mlp_gate" in name
+            or "gate_" in name
+            and "proj" not in name
+        ):
             torch.nn.init.constant_(p, 0.7)  # they begin at zero, and would hide the images
     hf.save_pretrained(path)
     tok.save_pretrained(path)
@@ -53,20 +84,29 @@ def sequences(records, processor):
 
 def reference(hf, path, prompt, ids):
     """transformers' processor and forward over the whole text, -100 for the prompt -> sum of the loss"""
-    processor = MllamaProcessor(MllamaImageProcessorPil.from_pretrained(path), mllama.Processor(path).tokenizer)
+    processor = MllamaProcessor(
+        MllamaImageProcessorPil.from_pretrained(path), mllama.Processor(path).tokenizer
+    )
     record = prompt.record
     text = processor.tokenizer.decode(prompt.ids + ids)
     images = {"images": [[mllama.load_image(i) for i in record.images]]} if record.images else {}
     inputs = processor(text=[text], add_special_tokens=False, return_tensors="pt", **images)
     assert inputs["input_ids"][0].tolist()[: len(prompt.ids)] == prompt.ids
-    inputs["input_ids"] = torch.tensor([prompt.ids + ids])  # random ids may decode to a text that encodes otherwise
+    inputs["input_ids"] = torch.tensor(
+        [prompt.ids + ids]
+    )  # random ids may decode to a text that encodes otherwise
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
     if record.images:  # its mask grows by its own rule for generation: the last row again
         row = processor(
-            text=[processor.tokenizer.decode(prompt.ids)], add_special_tokens=False, return_tensors="pt", **images
+            text=[processor.tokenizer.decode(prompt.ids)],
+            add_special_tokens=False,
+            return_tensors="pt",
+            **images,
         )
         last = row["cross_attention_mask"]
-        inputs["cross_attention_mask"] = torch.cat([last, last[:, -1:].expand(-1, len(ids), -1, -1)], 1)
+        inputs["cross_attention_mask"] = torch.cat(
+            [last, last[:, -1:].expand(-1, len(ids), -1, -1)], 1
+        )
     logits = hf(**inputs).logits[0, len(prompt.ids) - 1 : -1]
     return torch.nn.functional.cross_entropy(logits, torch.tensor(ids), reduction="sum")
 
@@ -79,7 +119,10 @@ def test_loss_and_gradients_are_those_of_transformers(llama, pictures):
     seqs = sequences(pictures, mllama.Processor(llama))
     assert {len(p.record.images) for p, _ in seqs} == {0, 1, 2}
     for prompt, ids in seqs:
-        want, mine = reference(hf, llama, prompt, ids), -policy(mllama.pack([(prompt, ids)]))[0].sum()
+        want, mine = (
+            reference(hf, llama, prompt, ids),
+            -policy(mllama.pack([(prompt, ids)]))[0].sum(),
+        )
         assert mine.item() == pytest.approx(want.item(), abs=2e-5 * len(ids))
         want.backward()
         mine.backward()
@@ -100,7 +143,9 @@ def test_checkpointing_and_a_frozen_tower_change_no_gradient(llama, pictures):
         for seq in seqs:
             policy(mllama.pack([seq]))[0].sum().backward()
         named = policy.hf.named_parameters()
-        grads.append({model.clean_name(n): model.full(p.grad) for n, p in named if p.grad is not None})
+        grads.append(
+            {model.clean_name(n): model.full(p.grad) for n, p in named if p.grad is not None}
+        )
     assert grads[0].keys() == grads[1].keys()
     assert {n for n in grads[0] if "vision_model" not in n} == grads[2].keys()
     for other in grads[1:]:
@@ -124,14 +169,25 @@ def test_sft_trains_it_and_transformers_reads_the_result(llama, chains, tmp_path
     """two ranks, one of them without held-out records; falling loss; the export has the names of the original"""
     from safetensors.torch import load_file
 
-    said = run_sft(tmp_path, chains, ranks=2, model=llama, epochs=1, lr=3e-3, holdout=1, freeze_vision=False)
-    rows = log_of(tmp_path)
-    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5 and 0 <= rows[-1]["eval_accuracy"] <= 1 and "left_out" in rows[0], (
-        said
+    said = run_sft(
+        tmp_path, chains, ranks=2, model=llama, epochs=1, lr=3e-3, holdout=1, freeze_vision=False
     )
-    before, after = load_file(llama / "model.safetensors"), load_file(tmp_path / "final" / "model.safetensors")
-    assert before.keys() == after.keys() and not all(torch.equal(before[k], after[k]) for k in before)
-    hf, info = MllamaForConditionalGeneration.from_pretrained(tmp_path / "final", output_loading_info=True)
+    rows = log_of(tmp_path)
+    assert (
+        rows[-1]["loss"] < rows[0]["loss"] - 0.5
+        and 0 <= rows[-1]["eval_accuracy"] <= 1
+        and "left_out" in rows[0]
+    ), said
+    before, after = (
+        load_file(llama / "model.safetensors"),
+        load_file(tmp_path / "final" / "model.safetensors"),
+    )
+    assert before.keys() == after.keys() and not all(
+        torch.equal(before[k], after[k]) for k in before
+    )
+    hf, info = MllamaForConditionalGeneration.from_pretrained(
+        tmp_path / "final", output_loading_info=True
+    )
     assert not info["missing_keys"] and not info["unexpected_keys"]
 
 

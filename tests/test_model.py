@@ -8,10 +8,9 @@ import torch
 from conftest import single_rank
 from transformers import AutoModelForImageTextToText
 
-import data
 import model
-import packing
 import toy
+from nano import data, packing
 
 
 @pytest.fixture(scope="module")
@@ -33,8 +32,14 @@ def reference_logits(tiny, prompt, ids, processor):
     hf = AutoModelForImageTextToText.from_pretrained(tiny)
     row = torch.tensor([prompt.ids + ids])
     kinds = (row == processor.image_token).int()
-    images = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid) if prompt.record.images else {}
-    return hf, hf(input_ids=row, attention_mask=torch.ones_like(row), mm_token_type_ids=kinds, **images).logits[0]
+    images = (
+        dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid)
+        if prompt.record.images
+        else {}
+    )
+    return hf, hf(
+        input_ids=row, attention_mask=torch.ones_like(row), mm_token_type_ids=kinds, **images
+    ).logits[0]
 
 
 def test_mrope_positions_are_those_of_transformers(tiny, loaded, pictures):
@@ -58,7 +63,9 @@ def test_packed_forward_is_the_one_by_one_forward(tiny, loaded, pictures):
         logprobs, entropy = policy(batch)
         want_logprobs, want_entropy = [], []
         for prompt, ids in seqs:
-            logits = reference_logits(tiny, prompt, ids, processor)[1][len(prompt.ids) - 1 : -1].double()
+            logits = reference_logits(tiny, prompt, ids, processor)[1][
+                len(prompt.ids) - 1 : -1
+            ].double()
             logits[:, policy.banned] = -float("inf")
             log_p = logits.log_softmax(-1)
             want_logprobs.append(log_p.gather(1, torch.tensor(ids)[:, None])[:, 0])
@@ -89,8 +96,18 @@ def test_packed_gradients_are_the_one_by_one_gradients(tiny, pictures):
 def test_a_shared_prompt_and_its_image_go_through_once_and_change_nothing(tiny, loaded, pictures):
     """against transformers one by one, and gradients against the same sequences with a Prompt each"""
     policy, processor = loaded
-    one, two, three = (packing.encode(r, processor) for r in (pictures[2], pictures[4], pictures[5]))
-    rollouts = [(one, [20, 30, 40]), (two, [10] * 9), (one, [50]), (three, [11, 12]), (two, []), (one, [60, 70]), (two, [13])]  # fmt: skip
+    one, two, three = (
+        packing.encode(r, processor) for r in (pictures[2], pictures[4], pictures[5])
+    )
+    rollouts = [
+        (one, [20, 30, 40]),
+        (two, [10] * 9),
+        (one, [50]),
+        (three, [11, 12]),
+        (two, []),
+        (one, [60, 70]),
+        (two, [13]),
+    ]
     shared = packing.pack(rollouts)
     separate = packing.pack([(copy.copy(prompt), answer) for prompt, answer in rollouts])
     assert len(shared.image_grid) == 1 + 2 and len(separate.image_grid) == 3 + 3 * 2
@@ -100,7 +117,9 @@ def test_a_shared_prompt_and_its_image_go_through_once_and_change_nothing(tiny, 
         got, want = policy(shared)[0], []
         for prompt, ids in rollouts:
             if ids:
-                logits = reference_logits(tiny, prompt, ids, processor)[1][len(prompt.ids) - 1 : -1].double()
+                logits = reference_logits(tiny, prompt, ids, processor)[1][
+                    len(prompt.ids) - 1 : -1
+                ].double()
                 logits[:, policy.banned] = -float("inf")
                 want.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
     assert (got - torch.cat(want)).abs().max() < 2e-5
@@ -128,7 +147,9 @@ def test_ranges_of_queries_and_keys_for_attention_on_a_gpu(loaded, pictures):
         for j, t in enumerate(reversed(range(where.cu_seqlens[i], where.cu_seqlens[i + 1]))):
             seen = keys[: len(keys) - j]
             weights = (torch.einsum("hd,hsd->hs", q[:, t], k[:, seen]) / 8**0.5).softmax(-1)
-            assert torch.allclose(got[t], torch.einsum("hs,hsd->hd", weights, v[:, seen]), atol=1e-5)
+            assert torch.allclose(
+                got[t], torch.einsum("hs,hsd->hd", weights, v[:, seen]), atol=1e-5
+            )
 
 
 def test_text_only_batch_still_runs_the_vision_tower(loaded, pictures):
@@ -167,7 +188,11 @@ def test_a_base_model_without_a_chat_template(loaded, pictures):
     processor.tokenizer = copy.deepcopy(processor.tokenizer)
     processor.tokenizer.chat_template = None
     text = packing.prompt_text(pictures[0], processor.tokenizer, "Think .")
-    assert text.startswith("Think .") and text.endswith("Assistant:") and "<|vision_start|><|image_pad|>" in text
+    assert (
+        text.startswith("Think .")
+        and text.endswith("Assistant:")
+        and "<|vision_start|><|image_pad|>" in text
+    )
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
@@ -180,7 +205,9 @@ def test_other_qwen_families_load_and_agree_with_transformers(family, tiny, tmp_
         logprobs, _ = policy(packing.pack(seqs))
         want = []
         for prompt, ids in seqs:
-            logits = reference_logits(path, prompt, ids, processor)[1][len(prompt.ids) - 1 : -1].double()
+            logits = reference_logits(path, prompt, ids, processor)[1][
+                len(prompt.ids) - 1 : -1
+            ].double()
             logits[:, policy.banned] = -float("inf")
             want.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
     assert (logprobs - torch.cat(want)).abs().max() < 3e-5
@@ -215,13 +242,17 @@ def test_a_folder_without_all_weights_is_refused(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "m")
     state = load_file(tmp_path / "m" / "model.safetensors")
     lost = [k for k in state if "layers.1" in k]
-    save_file({k: v for k, v in state.items() if k not in lost}, tmp_path / "m" / "model.safetensors")
+    save_file(
+        {k: v for k, v in state.items() if k not in lost}, tmp_path / "m" / "model.safetensors"
+    )
     with pytest.raises(ValueError, match=f"{len(lost)} weights are not in its"):
         model.load_sharded(tmp_path / "m", "cpu")
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen3_vl"])
-def test_a_frozen_vision_tower_sees_an_image_once_and_nothing_changes(family, tiny, tmp_path, pictures):
+def test_a_frozen_vision_tower_sees_an_image_once_and_nothing_changes(
+    family, tiny, tmp_path, pictures
+):
     path = tiny if family == "qwen2_5_vl" else toy.random_relative(tmp_path / family, family)
     policy, processor = model.load(path, freeze_vision=True)
     seqs = sequences(pictures, processor)
@@ -242,13 +273,19 @@ def test_a_frozen_vision_tower_sees_an_image_once_and_nothing_changes(family, ti
 
 def test_compiled_blocks_change_no_gradient(tiny, pictures, monkeypatch):
     """traced and cut around attention; the code generator is left out, it takes a minute and is PyTorch's to test"""
-    monkeypatch.setattr(torch.nn.Module, "compile", functools.partialmethod(torch.nn.Module.compile, backend="eager"))
+    monkeypatch.setattr(
+        torch.nn.Module,
+        "compile",
+        functools.partialmethod(torch.nn.Module.compile, backend="eager"),
+    )
     single_rank()
     grads = []
     for compiled in (False, True):
         policy = model.load_sharded(tiny, "cpu", freeze_vision=True, compile=compiled)
         policy(packing.pack(sequences(pictures, model.Processor(tiny))))[0].sum().backward()
-        grads.append({n: model.full(p.grad) for n, p in policy.named_parameters() if p.grad is not None})
+        grads.append(
+            {n: model.full(p.grad) for n, p in policy.named_parameters() if p.grad is not None}
+        )
     assert grads[0].keys() == grads[1].keys()
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-4, rtol=1e-4) for n in grads[0])
 
@@ -274,7 +311,9 @@ def test_activation_checkpointing_changes_no_gradient_and_no_name(tiny, tmp_path
         batch = packing.pack(sequences(pictures, processor))
         model.shard(policy, "cpu", activation_checkpointing=checkpointing)
         policy(batch)[0].sum().backward()
-        grads.append({model.clean_name(n): model.full(p.grad) for n, p in policy.named_parameters()})
+        grads.append(
+            {model.clean_name(n): model.full(p.grad) for n, p in policy.named_parameters()}
+        )
     assert grads[0].keys() == grads[1].keys()
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
     whole = model.replica(policy)
@@ -297,7 +336,12 @@ def test_a_rehearsed_step_leaves_nothing_behind(tiny, pictures):
     policy = model.load_sharded(tiny, "cpu")
     before = {n: model.full(p).clone() for n, p in policy.named_parameters()}
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, weight_decay=0.1)
-    model.rehearse(policy, optimizer, packing.pack(sequences(pictures, model.Processor(tiny))), reference=policy)
+    model.rehearse(
+        policy,
+        optimizer,
+        packing.pack(sequences(pictures, model.Processor(tiny))),
+        reference=policy,
+    )
     assert all(torch.equal(before[n], model.full(p)) for n, p in policy.named_parameters())
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1
     assert all(p.grad is None for p in policy.parameters())

@@ -3,7 +3,16 @@
 The table lies beside this file in reward_cases.txt, one case a line. Nothing here needs a network, a GPU or torch.
 Set REWARD_FUZZ=2000 for a longer fuzz than the default.
 """
-import json, os, random, re, signal, subprocess, sys, threading, time
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -33,14 +42,19 @@ def test_table(kind):
     """Every case of a kind; both ways round unless its verdict ends in >."""
     wrong = []
     for k, verdict, pred, gold, source, choices in CASES:
-        for a, b in [(pred, gold), (gold, pred)][: 1 if verdict.endswith(">") else 2] if k == kind else []:
+        for a, b in (
+            [(pred, gold), (gold, pred)][: 1 if verdict.endswith(">") else 2] if k == kind else []
+        ):
             if R.is_equiv(a, b, choices) != verdict.startswith("yes"):
                 wrong.append(f"{verdict}: {a!r} against {b!r} ({source})")
     assert not wrong, "\n".join(wrong)
 
 
 def test_table_is_broad():
-    assert len(CASES) > 500 and min(sum(c[1].startswith(v) for c in CASES) for v in ("yes", "no")) > 150
+    assert (
+        len(CASES) > 500
+        and min(sum(c[1].startswith(v) for c in CASES) for v in ("yes", "no")) > 150
+    )
 
 
 # ---- format ------------------------------------------------------------------------------------------------------------
@@ -70,23 +84,45 @@ GOOD = {
     "<think>一</think><answer>５</answer>": "５",
 }
 BAD = [
-    "", " ", "5", "<answer>5</answer>", "<think>a</think>5", "<think>a</think>", "<think>a", "<think>a</think><answer>5",
-    "<think>a</think><answer></answer>", "<think>a</think><answer>  \n </answer>", "<think>a</think><answer>\\boxed{}</answer>",
-    "<think>a</think><answer>Final Answer:</answer>", "<think>a</think><answer>**Final Answer:** </answer>",
-    "<answer>5</answer><think>a</think>", "<think>a<answer>5</answer></think>",
+    "",
+    " ",
+    "5",
+    "<answer>5</answer>",
+    "<think>a</think>5",
+    "<think>a</think>",
+    "<think>a",
+    "<think>a</think><answer>5",
+    "<think>a</think><answer></answer>",
+    "<think>a</think><answer>  \n </answer>",
+    "<think>a</think><answer>\\boxed{}</answer>",
+    "<think>a</think><answer>Final Answer:</answer>",
+    "<think>a</think><answer>**Final Answer:** </answer>",
+    "<answer>5</answer><think>a</think>",
+    "<think>a<answer>5</answer></think>",
     "<think>a</think><answer>5</answer><answer>6</answer>",
-    "<think>a</think><think>b</think><answer>5</answer>", "<think>a</think><answer>5</answer>.",
+    "<think>a</think><think>b</think><answer>5</answer>",
+    "<think>a</think><answer>5</answer>.",
     "x<think>a</think><answer>5</answer>",
-    "<think>a</think>so<answer>5</answer>", "<think><think>a</think></think><answer>5</answer>",
+    "<think>a</think>so<answer>5</answer>",
+    "<think><think>a</think></think><answer>5</answer>",
     "<think>a</think><answer><answer>5</answer></answer>",
-    "<think>a <answer> b</think><answer>5</answer>", "<think>a </answer> b</think><answer>5</answer>",
+    "<think>a <answer> b</think><answer>5</answer>",
+    "<think>a </answer> b</think><answer>5</answer>",
     "<think>a</think></think><answer>5</answer>",
-    "<THINK>a</THINK><ANSWER>5</ANSWER>", "<think>a</think><answer>5</answer", "think>a</think><answer>5</answer>",
+    "<THINK>a</THINK><ANSWER>5</ANSWER>",
+    "<think>a</think><answer>5</answer",
+    "think>a</think><answer>5</answer>",
     "<think>a</answer><answer>5</think>",
-    "<think>a</think><answer>5<think></answer>", "<think>a</think><answer>5</answer></answer>",
+    "<think>a</think><answer>5<think></answer>",
+    "<think>a</think><answer>5</answer></answer>",
     "</think><think><answer>5</answer>",
-    "<think>a</think><answer>5</answer><|im_end|>", "<think >a</think><answer>5</answer>", "<think>a</think><answer/>5</answer>",
-    "<think>a</think><answer>5</answer>\u200b", "\n<think>a</think><answer>5</answer>", None, 5,
+    "<think>a</think><answer>5</answer><|im_end|>",
+    "<think >a</think><answer>5</answer>",
+    "<think>a</think><answer/>5</answer>",
+    "<think>a</think><answer>5</answer>\u200b",
+    "\n<think>a</think><answer>5</answer>",
+    None,
+    5,
 ]
 
 
@@ -101,11 +137,18 @@ def test_format_bad(completion):
     assert R.score(completion, "5")[:2] == (0.0, "format")
 
 
-@pytest.mark.parametrize("text", ["<think>a</think><answer>" * 40_000, "<think>" * 200_000,
-                                  "<answer>" * 100_000 + "</answer>" * 100_000,
-                                  "<think>a</think>" + " " * 10**6 + "x<answer>5</answer>",
-                                  "<think></think><answer>" + "\\boxed{" * 100_000 + "</answer>",
-                                  "<think></think><answer>" + " *" * 300_000 + "</answer>", "<think>" + "\n" * 10**6])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<think>a</think><answer>" * 40_000,
+        "<think>" * 200_000,
+        "<answer>" * 100_000 + "</answer>" * 100_000,
+        "<think>a</think>" + " " * 10**6 + "x<answer>5</answer>",
+        "<think></think><answer>" + "\\boxed{" * 100_000 + "</answer>",
+        "<think></think><answer>" + " *" * 300_000 + "</answer>",
+        "<think>" + "\n" * 10**6,
+    ],
+)
 def test_format_is_linear(text):
     begun = time.perf_counter()
     R.extract_answer(text)
@@ -122,10 +165,14 @@ def test_hffrf_needs_format_and_result():
     assert R.score(wrap(5), "5") == R.Score(1.0, "ok", True, True, "5")
     assert R.score(wrap(6), "5") == R.Score(0.0, "wrong", True, False, "6")
     assert R.score("\\boxed{5}", "5") == R.Score(0.0, "format", False, False, None)
-    assert R.score("<think>so 5", "5", truncated=True) == R.Score(0.0, "truncated", False, False, None)
+    assert R.score("<think>so 5", "5", truncated=True) == R.Score(
+        0.0, "truncated", False, False, None
+    )
     for weight in (0.0, 1.0):
         for text in (wrap(5), "<answer>5</answer> and so", "\\boxed{5}"):
-            assert R.score(text, "5", truncated=True, format_weight=weight) == R.Score(0.0, "truncated", False, False, None)
+            assert R.score(text, "5", truncated=True, format_weight=weight) == R.Score(
+                0.0, "truncated", False, False, None
+            )
     assert R.score(wrap("the sum of its parts"), "5").why == "unparsable"
     assert R.reward(wrap("B"), "54°", choices=["45°", "54°"]) == 1.0
     assert R.reward(wrap(5), 5) == 1.0
@@ -135,14 +182,28 @@ def test_zero_variant_is_one_to_one():
     """Vision-R1-Zero: format and result count the same (paper, App. A)."""
     assert R.score(wrap(5), "5", format_weight=1.0).reward == 1.0
     assert R.score(wrap(6), "5", format_weight=1.0)[:4] == (0.5, "wrong", True, False)
-    assert R.score("so <answer>5</answer>", "5", format_weight=1.0)[:4] == (0.5, "format", False, True)
-    assert R.score("so \\boxed{6} no, \\boxed{5}", "5", format_weight=1.0)[:4] == (0.5, "format", False, True)
+    assert R.score("so <answer>5</answer>", "5", format_weight=1.0)[:4] == (
+        0.5,
+        "format",
+        False,
+        True,
+    )
+    assert R.score("so \\boxed{6} no, \\boxed{5}", "5", format_weight=1.0)[:4] == (
+        0.5,
+        "format",
+        False,
+        True,
+    )
     assert R.score("5", "5", format_weight=1.0)[:2] == (0.0, "format")
     assert R.score(wrap(6), "5", format_weight=0.25).reward == pytest.approx(0.2)
 
 
 def test_batch_equals_score_and_keeps_order():
-    completions = [wrap(k % 7) for k in range(50)] + [wrap("\\frac{1}{2}"), "5", wrap("x" + "+x" * 250)]
+    completions = [wrap(k % 7) for k in range(50)] + [
+        wrap("\\frac{1}{2}"),
+        "5",
+        wrap("x" + "+x" * 250),
+    ]
     golds = [str(k % 5) for k in range(50)] + ["0.5", "5", "251x"]
     cut = [False] * 49 + [True] * 4
     want = [R.score(c, g, truncated=t) for c, g, t in zip(completions, golds, cut)]
@@ -170,18 +231,35 @@ def test_reflexive_and_blind_to_dress():
 
 
 def test_latex_spellings_do_not_matter():
-    swaps = [("\\frac", "\\dfrac"), ("\\frac", "\\tfrac"), ("(", "\\left("), (")", "\\right)"), (",", ",\\,"),
-             ("\\circ", "{\\circ}"), ("\\cdot", "\\times")]
+    swaps = [
+        ("\\frac", "\\dfrac"),
+        ("\\frac", "\\tfrac"),
+        ("(", "\\left("),
+        (")", "\\right)"),
+        (",", ",\\,"),
+        ("\\circ", "{\\circ}"),
+        ("\\cdot", "\\times"),
+    ]
     wrong = []
     for kind, verdict, pred, gold, source, choices in CASES:
         for old, new in swaps:
             if "\\" not in pred or old not in pred or choices or verdict != "yes":
                 continue
-            if old in "()" and ("\\left" in pred or "\\(" in pred or "\\text" in pred or pred.count("(") != pred.count(")")):
+            if old in "()" and (
+                "\\left" in pred
+                or "\\(" in pred
+                or "\\text" in pred
+                or pred.count("(") != pred.count(")")
+            ):
                 continue
             if old == "," and re.search(r"\d,\d{3}", pred):  # a thousands separator
                 continue
-            if "_" not in pred and "{,}" not in pred and ",\\" not in pred and not R.is_equiv(pred.replace(old, new), gold):
+            if (
+                "_" not in pred
+                and "{,}" not in pred
+                and ",\\" not in pred
+                and not R.is_equiv(pred.replace(old, new), gold)
+            ):
                 wrong.append((pred.replace(old, new), gold))
     assert not wrong
 
@@ -190,8 +268,15 @@ def test_random_numbers_keep_their_value():
     rng = random.Random(0)
     for _ in range(300):
         p, q, k = rng.randint(-50, 50), rng.randint(2, 30), rng.choice([2, 3, 5, 7])
-        spellings = [f"{p}/{q}", f"\\frac{{{p}}}{{{q}}}", f"\\frac{{{k * p}}}{{{k * q}}}", f"x = \\dfrac{{{p}}}{{{q}}}",
-                     f"({p})\\div {q}", f"{p} \\cdot {q}^{{-1}}", f"{p / q:.9f}"]
+        spellings = [
+            f"{p}/{q}",
+            f"\\frac{{{p}}}{{{q}}}",
+            f"\\frac{{{k * p}}}{{{k * q}}}",
+            f"x = \\dfrac{{{p}}}{{{q}}}",
+            f"({p})\\div {q}",
+            f"{p} \\cdot {q}^{{-1}}",
+            f"{p / q:.9f}",
+        ]
         other = f"{p + 1}/{q}"
         for s in spellings:
             assert R.is_equiv(s, spellings[0]) and R.is_equiv(spellings[0], s), (s, spellings[0])
@@ -211,50 +296,222 @@ def test_random_polynomials():
 # ---- hostile answers -----------------------------------------------------------------------------------------------------
 class Tripwire:
     """Creating this file is what injected code tries."""
+
     path = "reward_was_executed.txt"
 
 
 INJECTIONS = [
-    "__import__('os').system('touch %s')", "().__class__.__bases__[0].__subclasses__()", "(lambda: open('%s','w'))()",
-    "exec('open(\"%s\",\"w\")')",
-    "eval('1+4')", "open('%s','w').write('x')", "{0.__class__}", "{self.__init__.__globals__}", "%%s%%n",
-    "f'{open(\"%s\",\"w\")}'", "5 if open('%s','w') else 6",
-    "[c for c in ().__class__.__mro__]", "x.__class__", "sympify('5')", "Symbol('x').func.__globals__", "\\input{/etc/passwd}",
-    "\\write18{touch %s}", "$(touch %s)",
-    "`touch %s`", "; touch %s", "'; DROP TABLE answers; --", "<script>alert(5)</script>", "getattr(int,'real')", "print(5)",
-    "S('__import__(\"os\")')", "E.subs", "I.is_real",
-    "globals()", "vars()['x']", "5;import os", "5\nimport os", "yield 5", "await 5", "5 := 5", "del x", "raise SystemExit",
-    "exit()", "quit()", "breakpoint()", "input()",
+    "__import__('os').system('touch %s')",
+    "().__class__.__bases__[0].__subclasses__()",
+    "(lambda: open('%s','w'))()",
+    'exec(\'open("%s","w")\')',
+    "eval('1+4')",
+    "open('%s','w').write('x')",
+    "{0.__class__}",
+    "{self.__init__.__globals__}",
+    "%%s%%n",
+    'f\'{open("%s","w")}\'',
+    "5 if open('%s','w') else 6",
+    "[c for c in ().__class__.__mro__]",
+    "x.__class__",
+    "sympify('5')",
+    "Symbol('x').func.__globals__",
+    "\\input{/etc/passwd}",
+    "\\write18{touch %s}",
+    "$(touch %s)",
+    "`touch %s`",
+    "; touch %s",
+    "'; DROP TABLE answers; --",
+    "<script>alert(5)</script>",
+    "getattr(int,'real')",
+    "print(5)",
+    "S('__import__(\"os\")')",
+    "E.subs",
+    "I.is_real",
+    "globals()",
+    "vars()['x']",
+    "5;import os",
+    "5\nimport os",
+    "yield 5",
+    "await 5",
+    "5 := 5",
+    "del x",
+    "raise SystemExit",
+    "exit()",
+    "quit()",
+    "breakpoint()",
+    "input()",
 ]
 BOMBS = [
-    "9**9**9**9", "9^9^9^9^9", "9^{9^{9^{9}}}", "10^{10^{10}}", "2^{10^9}", "(2^{100})^{(2^{100})}", "((9!)!)!", "1000000!",
-    "999999999!", "99!!!!!!!", "10^{-10^{10}}",
-    "\\binom{10^9}{5\\cdot 10^8}", "\\sum_{k=1}^{10^{12}} k", "\\prod_{k=1}^{10^9} k", "\\int_0^1 x^{10^9} dx",
-    "\\lim_{x\\to 0} \\sin(x)/x", "sum(range(10**10))", "1e999", "1e-999",
-    "1e99999999", "0." + "0" * 5000 + "1", "9" * 5000, "1" + "0" * 1500, "x" * 3000, "x^" * 500 + "x",
-    "(" * 500 + "5" + ")" * 500, "[" * 5000, "{" * 100_000, "}" * 100_000, "(" * 10**6,
-    "\\frac{" * 3000, "\\frac{1}{" * 30 + "7" + "}" * 30, "\\sqrt{" * 200 + "5" + "}" * 200, "-" * 10_000 + "5", "+" * 600 + "5",
-    "5" + "!" * 500, "1" + "/1" * 290, "5" + "%" * 500, "|" * 1000,
-    "|" * 3 + "5" + "|" * 3, "1," * 5000, "1," * 290 + "1", "\\{" + "1," * 250 + "1\\}", " " * 10**6, "5" + " " * 10**6 + "5",
-    "\n" * 10**6 + "5", "a" * 10**6, "1" * 10**6, "\\" * 10**6, "$" * 10**6,
-    "\\boxed{" * 10_000 + "5" + "}" * 10_000, "The answer is " * 70_000, "*" * 10**6, "**" * 5000 + "5", "é" * 10**6,
-    "²" * 10**5, "½" * 10**5, "五" * 10**5, "\u202e5", "5\u0301", "🙂" * 1000,
-    "\x00", "5\x00", "\x005", "\x00" * 10**6, "5\x1b[31m", "\ud800", "5\ufffe", "{5", "5}", "(5", "5)", "[5", "\\left(5",
-    "\\frac{1", "\\sqrt", "\\frac", "^", "_", "x^", "x_", "_{", "\\begin{pmatrix}",
-    "\\begin{pmatrix}1&2", "\\begin{array}{" + "c" * 1000, "\\end{pmatrix}", "\\begin{pmatrix}" + "1&" * 290 + "1\\end{pmatrix}",
-    "NaN", "nan", "inf", "-inf", "Infinity", "1/0", "0/0", "0^0", "0^{-1}",
-    "\\infty-\\infty", "\\infty/\\infty", "\\tan(90^\\circ)", "\\ln 0", "\\log_1 5", "\\sqrt[0]{5}", "\\arcsin 2", "(-1)^{0.5}",
-    "(-8)^{1/3}", "i^i", "e^{1000}", "e^{e^{e^{e}}}", "\\sin(10^{300})",
-    "x^{1000000}", "(x+1)^{100000}", "(((x+1)^{99}+1)^{99}+1)^{99}", "x!" + "+x!" * 100,
-    "+".join(f"x_{{{k}}}" for k in range(80)), "\\pm" * 100 + "5", "\\pm 1" * 100, "\\pm1,\\pm2,\\pm3" * 20,
-    "(a|a)*" * 100, "((a+)+)+" * 50, "a" * 200 + "!", "1 " * 5000, "five " * 5000, "twenty-" * 3000, "hundred " * 300,
-    "one hundred " * 5, "a.b." * 10_000, "A: " * 10_000, "(A)" * 10_000, "A, " * 20_000,
-    "<think>" * 1000, "</answer>" * 1000, "<answer>5</answer>", "12:" * 5000, "1:1:" * 100 + "1", "5 " + "cm" * 2000,
-    "5 cm" + "^2" * 100, "5 cm/" * 100 + "s", "5 square " * 100, "m" * 600, "5" + "^{-1}" * 200,
-    "\\text{" * 5000, "\\text{\\text{\\text{\\text{\\text{5}}}}}", "$5$" * 1000, "5=" * 250 + "5", "x=" * 250 + "5",
-    "5<" * 250 + "5", "\\cup" * 500, "(1,2)\\cup" * 60 + "(3,4)", "January " * 3000, "2003-" * 3000,
-    "0x5", "0b101", "5j", "05e0", "5e", "5e+", "5_000", "1__0", "5.5.5", "..5", "5..", "·5", "5'", "5''''", "f'" * 300,
-    "\\overline{" * 500, "0.\\overline{" + "3" * 5000 + "}", "0.\\overline{}", "\\frac{1}{0.\\overline{0}}",
+    "9**9**9**9",
+    "9^9^9^9^9",
+    "9^{9^{9^{9}}}",
+    "10^{10^{10}}",
+    "2^{10^9}",
+    "(2^{100})^{(2^{100})}",
+    "((9!)!)!",
+    "1000000!",
+    "999999999!",
+    "99!!!!!!!",
+    "10^{-10^{10}}",
+    "\\binom{10^9}{5\\cdot 10^8}",
+    "\\sum_{k=1}^{10^{12}} k",
+    "\\prod_{k=1}^{10^9} k",
+    "\\int_0^1 x^{10^9} dx",
+    "\\lim_{x\\to 0} \\sin(x)/x",
+    "sum(range(10**10))",
+    "1e999",
+    "1e-999",
+    "1e99999999",
+    "0." + "0" * 5000 + "1",
+    "9" * 5000,
+    "1" + "0" * 1500,
+    "x" * 3000,
+    "x^" * 500 + "x",
+    "(" * 500 + "5" + ")" * 500,
+    "[" * 5000,
+    "{" * 100_000,
+    "}" * 100_000,
+    "(" * 10**6,
+    "\\frac{" * 3000,
+    "\\frac{1}{" * 30 + "7" + "}" * 30,
+    "\\sqrt{" * 200 + "5" + "}" * 200,
+    "-" * 10_000 + "5",
+    "+" * 600 + "5",
+    "5" + "!" * 500,
+    "1" + "/1" * 290,
+    "5" + "%" * 500,
+    "|" * 1000,
+    "|" * 3 + "5" + "|" * 3,
+    "1," * 5000,
+    "1," * 290 + "1",
+    "\\{" + "1," * 250 + "1\\}",
+    " " * 10**6,
+    "5" + " " * 10**6 + "5",
+    "\n" * 10**6 + "5",
+    "a" * 10**6,
+    "1" * 10**6,
+    "\\" * 10**6,
+    "$" * 10**6,
+    "\\boxed{" * 10_000 + "5" + "}" * 10_000,
+    "The answer is " * 70_000,
+    "*" * 10**6,
+    "**" * 5000 + "5",
+    "é" * 10**6,
+    "²" * 10**5,
+    "½" * 10**5,
+    "五" * 10**5,
+    "\u202e5",
+    "5\u0301",
+    "🙂" * 1000,
+    "\x00",
+    "5\x00",
+    "\x005",
+    "\x00" * 10**6,
+    "5\x1b[31m",
+    "\ud800",
+    "5\ufffe",
+    "{5",
+    "5}",
+    "(5",
+    "5)",
+    "[5",
+    "\\left(5",
+    "\\frac{1",
+    "\\sqrt",
+    "\\frac",
+    "^",
+    "_",
+    "x^",
+    "x_",
+    "_{",
+    "\\begin{pmatrix}",
+    "\\begin{pmatrix}1&2",
+    "\\begin{array}{" + "c" * 1000,
+    "\\end{pmatrix}",
+    "\\begin{pmatrix}" + "1&" * 290 + "1\\end{pmatrix}",
+    "NaN",
+    "nan",
+    "inf",
+    "-inf",
+    "Infinity",
+    "1/0",
+    "0/0",
+    "0^0",
+    "0^{-1}",
+    "\\infty-\\infty",
+    "\\infty/\\infty",
+    "\\tan(90^\\circ)",
+    "\\ln 0",
+    "\\log_1 5",
+    "\\sqrt[0]{5}",
+    "\\arcsin 2",
+    "(-1)^{0.5}",
+    "(-8)^{1/3}",
+    "i^i",
+    "e^{1000}",
+    "e^{e^{e^{e}}}",
+    "\\sin(10^{300})",
+    "x^{1000000}",
+    "(x+1)^{100000}",
+    "(((x+1)^{99}+1)^{99}+1)^{99}",
+    "x!" + "+x!" * 100,
+    "+".join(f"x_{{{k}}}" for k in range(80)),
+    "\\pm" * 100 + "5",
+    "\\pm 1" * 100,
+    "\\pm1,\\pm2,\\pm3" * 20,
+    "(a|a)*" * 100,
+    "((a+)+)+" * 50,
+    "a" * 200 + "!",
+    "1 " * 5000,
+    "five " * 5000,
+    "twenty-" * 3000,
+    "hundred " * 300,
+    "one hundred " * 5,
+    "a.b." * 10_000,
+    "A: " * 10_000,
+    "(A)" * 10_000,
+    "A, " * 20_000,
+    "<think>" * 1000,
+    "</answer>" * 1000,
+    "<answer>5</answer>",
+    "12:" * 5000,
+    "1:1:" * 100 + "1",
+    "5 " + "cm" * 2000,
+    "5 cm" + "^2" * 100,
+    "5 cm/" * 100 + "s",
+    "5 square " * 100,
+    "m" * 600,
+    "5" + "^{-1}" * 200,
+    "\\text{" * 5000,
+    "\\text{\\text{\\text{\\text{\\text{5}}}}}",
+    "$5$" * 1000,
+    "5=" * 250 + "5",
+    "x=" * 250 + "5",
+    "5<" * 250 + "5",
+    "\\cup" * 500,
+    "(1,2)\\cup" * 60 + "(3,4)",
+    "January " * 3000,
+    "2003-" * 3000,
+    "0x5",
+    "0b101",
+    "5j",
+    "05e0",
+    "5e",
+    "5e+",
+    "5_000",
+    "1__0",
+    "5.5.5",
+    "..5",
+    "5..",
+    "·5",
+    "5'",
+    "5''''",
+    "f'" * 300,
+    "\\overline{" * 500,
+    "0.\\overline{" + "3" * 5000 + "}",
+    "0.\\overline{}",
+    "\\frac{1}{0.\\overline{0}}",
 ]
 
 
@@ -268,12 +525,27 @@ def in_scratch(tmp_path_factory):
 
 def fair(text):
     """Is 5, an infinity or 1 a fair reading of this strange text?"""
-    spelt = ("<answer>5</answer>", "\\text{\\text{\\text{\\text{\\text{5}}}}}", "05e0", "5\ufffe", "5'", "inf", "Infinity")
-    return (text in spelt or "boxed" in text or text.startswith(("5=", "x=")) or text.endswith("\n5")
-            or not text.strip(" \n+-5\x00%$*=/.|01!^{}(e)"))
+    spelt = (
+        "<answer>5</answer>",
+        "\\text{\\text{\\text{\\text{\\text{5}}}}}",
+        "05e0",
+        "5\ufffe",
+        "5'",
+        "inf",
+        "Infinity",
+    )
+    return (
+        text in spelt
+        or "boxed" in text
+        or text.startswith(("5=", "x="))
+        or text.endswith("\n5")
+        or not text.strip(" \n+-5\x00%$*=/.|01!^{}(e)")
+    )
 
 
-@pytest.mark.parametrize("gold", ["5", "\\frac{\\sqrt{3}}{2}", "x+1", "B", "Yes", "(1,2)", "1, 2", "\\infty"])
+@pytest.mark.parametrize(
+    "gold", ["5", "\\frac{\\sqrt{3}}{2}", "x+1", "B", "Yes", "(1,2)", "1, 2", "\\infty"]
+)
 def test_hostile(gold):
     """No crash, no code run, no second of work, and nothing accepted."""
     before, slow, taken = R.stats()["crashes"], [], []
@@ -293,10 +565,12 @@ def test_hostile(gold):
 
 def test_hostile_memory():
     """The whole hostile list in a process of its own stays below 512 MiB (address space)."""
-    code = ("import sys, resource; sys.path[:0] = sys.argv[1:]; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))\n"
-            "import reward as R; from test_reward import BOMBS, INJECTIONS\n"
-            "for t in BOMBS + INJECTIONS: R.is_equiv(t, '5'); R.is_equiv(t, 'x+1')\n"
-            "print(R.stats()['crashes'])")
+    code = (
+        "import sys, resource; sys.path[:0] = sys.argv[1:]; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))\n"
+        "import reward as R; from test_reward import BOMBS, INJECTIONS\n"
+        "for t in BOMBS + INJECTIONS: R.is_equiv(t, '5'); R.is_equiv(t, 'x+1')\n"
+        "print(R.stats()['crashes'])"
+    )
     command = [sys.executable, "-c", code, str(ROOT), str(ROOT / "tests")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout.strip() == "0", done.stderr
@@ -305,15 +579,24 @@ def test_hostile_memory():
 def test_no_evaluation_in_the_source():
     for name in ("reward.py", "mathtext.py", "mathparse.py", "mathequal.py"):
         tree = __import__("ast").parse((ROOT / name).read_text(encoding="utf-8"))
-        names = {n.id for n in __import__("ast").walk(tree) if isinstance(n, __import__("ast").Name)}
+        names = {
+            n.id for n in __import__("ast").walk(tree) if isinstance(n, __import__("ast").Name)
+        }
         assert not names & {"eval", "exec", "compile", "__import__", "sympify", "parse_expr"}, name
 
 
 def test_import_is_light():
     """Importing reward must not pull in sympy, torch or numpy."""
-    code = ("import sys; sys.path.insert(0, sys.argv[1]); import reward\n"
-            "print(sorted({'sympy', 'torch', 'numpy', 'mpmath'} & set(sys.modules)))")
-    assert subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True).stdout.strip() == "[]"
+    code = (
+        "import sys; sys.path.insert(0, sys.argv[1]); import reward\n"
+        "print(sorted({'sympy', 'torch', 'numpy', 'mpmath'} & set(sys.modules)))"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True
+        ).stdout.strip()
+        == "[]"
+    )
 
 
 # ---- workers ---------------------------------------------------------------------------------------------------------------
@@ -321,7 +604,9 @@ def test_workers_from_any_thread():
     got = []
 
     def work():
-        scores = R.reward_batch([wrap(f"{k}+x" + "+x" * 250) for k in range(3)], ["251x+1"] * 3, workers=2)
+        scores = R.reward_batch(
+            [wrap(f"{k}+x" + "+x" * 250) for k in range(3)], ["251x+1"] * 3, workers=2
+        )
         got.append([s.reward for s in scores])
 
     threads = [threading.Thread(target=work) for _ in range(3)]
@@ -339,7 +624,10 @@ def test_a_slow_worker_is_stopped_counted_and_replaced(monkeypatch):
     monkeypatch.setattr(R, "TIME_LIMIT", 0.2)
     before, answer = R.stats(), "7+x" + "+x" * 250
     assert R.reward_batch([wrap(answer)], ["251x+7"], workers=1)[0][:2] == (0.0, "timeout")
-    assert R.stats()["timeouts"] == before["timeouts"] + 1 and R.stats()["restarts"] == before["restarts"] + 1
+    assert (
+        R.stats()["timeouts"] == before["timeouts"] + 1
+        and R.stats()["restarts"] == before["restarts"] + 1
+    )
     monkeypatch.undo()
     R.close_workers()
     assert R.reward_batch([wrap(answer)], ["251x+7"], workers=1)[0].why == "ok"
@@ -350,21 +638,31 @@ def test_a_dead_worker_is_replaced():
     for worker in R._idle:
         worker.proc.kill()
     before = R.stats()["crashes"]
-    scores = R.reward_batch([wrap(f"{k}+x" + "+x" * 250) for k in (11, 12, 13, 14)], ["251x+14"] * 4, workers=1)
+    scores = R.reward_batch(
+        [wrap(f"{k}+x" + "+x" * 250) for k in (11, 12, 13, 14)], ["251x+14"] * 4, workers=1
+    )
     assert [s.why for s in scores].count("ok") == 1 and R.stats()["crashes"] >= before
 
 
 def test_workers_end_with_their_parent():
     """Killed hard, the parent leaves no worker behind."""
-    code = ("import sys, time; sys.path.insert(0, sys.argv[1]); import reward as R\n"
-            "R.reward_batch(['<think></think><answer>x' + '+x' * 250 + '</answer>'], ['5'], workers=1)\n"
-            "print(R._idle[0].proc.pid, flush=True); time.sleep(60)")
-    parent = subprocess.Popen([sys.executable, "-c", code, str(ROOT)], stdout=subprocess.PIPE, text=True)
+    code = (
+        "import sys, time; sys.path.insert(0, sys.argv[1]); import reward as R\n"
+        "R.reward_batch(['<think></think><answer>x' + '+x' * 250 + '</answer>'], ['5'], workers=1)\n"
+        "print(R._idle[0].proc.pid, flush=True); time.sleep(60)"
+    )
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code, str(ROOT)], stdout=subprocess.PIPE, text=True
+    )
     pid = int(parent.stdout.readline())
     parent.kill(), parent.wait(), parent.stdout.close()
     for _ in range(50):
         try:
-            gone = Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z" if Path("/proc").exists() else os.kill(pid, 0)
+            gone = (
+                Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
+                if Path("/proc").exists()
+                else os.kill(pid, 0)
+            )
         except (FileNotFoundError, ProcessLookupError):
             gone = True
         if gone:
@@ -374,12 +672,17 @@ def test_workers_end_with_their_parent():
 
 
 def test_command_line(tmp_path):
-    run = lambda *a: subprocess.run([sys.executable, str(ROOT / "reward.py"), *a], capture_output=True, text=True)
+    run = lambda *a: subprocess.run(
+        [sys.executable, str(ROOT / "reward.py"), *a], capture_output=True, text=True
+    )
     assert "verdict: equal" in run("3\\sqrt{2}", "\\sqrt{18}").stdout
     assert "verdict: not equal" in run("6 (or 5)", "5").stdout
     assert "usage" in run().stderr
-    rows = [{"completion": wrap(5), "answer": "5", "why": "ok", "reward": 1.0},
-            {"completion": wrap(6), "answer": "5", "reward": 1.0}, {"completion": "5", "answer": "5"}]
+    rows = [
+        {"completion": wrap(5), "answer": "5", "why": "ok", "reward": 1.0},
+        {"completion": wrap(6), "answer": "5", "reward": 1.0},
+        {"completion": "5", "answer": "5"},
+    ]
     (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
     out = run("audit", str(tmp_path / "s.jsonl")).stdout
     assert "3 samples" in out and "reward was 1.0" in out and "format" in out
@@ -393,8 +696,10 @@ def rows(name):
     return [json.loads(line) for line in path.open(encoding="utf-8")]
 
 
-BENCHMARKS = ("algopuzzlevqa chartqa_owid dynamath gaokao_mm_math geometry3k mathverse mathvision mathvista puzzlevqa "
-              "scemqa_math tabmwp")
+BENCHMARKS = (
+    "algopuzzlevqa chartqa_owid dynamath gaokao_mm_math geometry3k mathverse mathvision mathvista puzzlevqa "
+    "scemqa_math tabmwp"
+)
 
 
 @pytest.mark.parametrize("name", BENCHMARKS.split())
@@ -406,22 +711,86 @@ def test_golds_of_real_data(name):
             assert R.is_equiv(dress.format(gold), gold), r["id"]
         if choices and len(set(choices)) == len(choices) and (gold in choices or len(gold) == 1):
             k = choices.index(gold) if gold in choices else ord(gold) - 65
-            assert R.is_equiv(chr(65 + k), gold, choices) and R.is_equiv(choices[k], gold, choices), (r["id"], gold, choices)
+            assert R.is_equiv(chr(65 + k), gold, choices) and R.is_equiv(
+                choices[k], gold, choices
+            ), (r["id"], gold, choices)
             assert not R.is_equiv(chr(65 + (k + 1) % len(choices)), gold, choices), r["id"]
 
 
-@pytest.mark.parametrize("name, field, least", [("mathvision", "extracted", 0.99), ("mathvista", "prediction", 1.0)])
+@pytest.mark.parametrize(
+    "name, field, least", [("mathvision", "extracted", 0.99), ("mathvista", "prediction", 1.0)]
+)
 def test_agrees_with_official_verdicts(name, field, least):
     """mathvision: the rest are answers by the text of the right option, which the official rule does not accept."""
-    got = [R.is_equiv(str(r[field]), r["gt_answer"], r["choices"]) == r["correct"] for r in rows(f"model_responses/{name}.jsonl")]
+    got = [
+        R.is_equiv(str(r[field]), r["gt_answer"], r["choices"]) == r["correct"]
+        for r in rows(f"model_responses/{name}.jsonl")
+    ]
     assert sum(got) / len(got) >= least
 
 
 # ---- fuzz --------------------------------------------------------------------------------------------------------------------
-PIECES = ["1", "2", "5", "10", "0.5", "x", "y", "+", "-", "*", "/", "^", "{", "}", "(", ")", "[", "]", ",", "\\frac", "\\sqrt",
-          "\\pi", "\\pm", "=", "<", "\\cup", "\\sin", "\\ln", "!", "%", "^\\circ", "cm",
-          " ", "or", "and", "\\infty", "\\text{", "|", "$", "\\boxed{", "A", ":", "_", "e", "i", "\\{", "\\}", "9999",
-          "\\begin{pmatrix}", "\\end{pmatrix}", "&", "\\\\", "½", "²", "度", "！", "\x00", "'", "five"]
+PIECES = [
+    "1",
+    "2",
+    "5",
+    "10",
+    "0.5",
+    "x",
+    "y",
+    "+",
+    "-",
+    "*",
+    "/",
+    "^",
+    "{",
+    "}",
+    "(",
+    ")",
+    "[",
+    "]",
+    ",",
+    "\\frac",
+    "\\sqrt",
+    "\\pi",
+    "\\pm",
+    "=",
+    "<",
+    "\\cup",
+    "\\sin",
+    "\\ln",
+    "!",
+    "%",
+    "^\\circ",
+    "cm",
+    " ",
+    "or",
+    "and",
+    "\\infty",
+    "\\text{",
+    "|",
+    "$",
+    "\\boxed{",
+    "A",
+    ":",
+    "_",
+    "e",
+    "i",
+    "\\{",
+    "\\}",
+    "9999",
+    "\\begin{pmatrix}",
+    "\\end{pmatrix}",
+    "&",
+    "\\\\",
+    "½",
+    "²",
+    "度",
+    "！",
+    "\x00",
+    "'",
+    "five",
+]
 
 
 def test_fuzz_pieces():
@@ -439,9 +808,13 @@ def test_fuzz_pieces():
 def test_fuzz_hypothesis():
     hypothesis = pytest.importorskip("hypothesis", reason="hypothesis is optional")
     st = hypothesis.strategies
-    answers = st.one_of(st.text(max_size=60), st.lists(st.sampled_from(PIECES), max_size=30).map("".join))
+    answers = st.one_of(
+        st.text(max_size=60), st.lists(st.sampled_from(PIECES), max_size=30).map("".join)
+    )
 
-    @hypothesis.settings(max_examples=int(os.environ.get("REWARD_FUZZ", 300)), deadline=1000, database=None)
+    @hypothesis.settings(
+        max_examples=int(os.environ.get("REWARD_FUZZ", 300)), deadline=1000, database=None
+    )
     @hypothesis.given(answers, answers)
     def check(a, b):
         before = R.stats()["crashes"]

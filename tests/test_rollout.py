@@ -7,8 +7,7 @@ import torch
 from transformers import AutoModelForImageTextToText
 
 import model
-import packing
-import rollout
+from nano import packing, rollout
 
 
 @pytest.fixture(scope="module")
@@ -34,17 +33,31 @@ def prompts_of(pictures, processor):
 def test_greedy_tokens_are_those_of_generate(loaded, pictures):
     policy, processor = loaded
     prompts = prompts_of(pictures, processor)
-    got = engine(loaded).generate(prompts, 1, 24, [(0, i) for i in range(len(prompts))], temperature=0)
-    hf = AutoModelForImageTextToText.from_config(copy.deepcopy(policy.hf.config), attn_implementation="sdpa")
+    got = engine(loaded).generate(
+        prompts, 1, 24, [(0, i) for i in range(len(prompts))], temperature=0
+    )
+    hf = AutoModelForImageTextToText.from_config(
+        copy.deepcopy(policy.hf.config), attn_implementation="sdpa"
+    )
     model.copy_weights(policy, hf)
     for prompt, (mine,) in zip(prompts, got):
         row = torch.tensor([prompt.ids])
         images = (
-            dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid) if prompt.record.images else {}
+            dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid)
+            if prompt.record.images
+            else {}
         )
-        want = hf.generate(input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=24, do_sample=False,
-                           mm_token_type_ids=(row == processor.image_token).int(), eos_token_id=processor.eos_ids,
-                           suppress_tokens=policy.banned.tolist(), pad_token_id=0, **images)  # fmt: skip
+        want = hf.generate(
+            input_ids=row,
+            attention_mask=torch.ones_like(row),
+            max_new_tokens=24,
+            do_sample=False,
+            mm_token_type_ids=(row == processor.image_token).int(),
+            eos_token_id=processor.eos_ids,
+            suppress_tokens=policy.banned.tolist(),
+            pad_token_id=0,
+            **images,
+        )
         assert mine.ids == want[0, len(prompt.ids) :].tolist()
 
 
@@ -52,7 +65,9 @@ def test_greedy_tokens_are_those_of_generate(loaded, pictures):
 def test_sampled_logprobs_are_the_trainers(loaded, pictures, temperature):
     policy, processor = loaded
     prompts = prompts_of(pictures, processor)
-    groups = engine(loaded, max_rows=5).generate(prompts, 4, 40, [(7, i) for i in range(len(prompts))], temperature)
+    groups = engine(loaded, max_rows=5).generate(
+        prompts, 4, 40, [(7, i) for i in range(len(prompts))], temperature
+    )
     sequences = [(p, r.ids) for p, g in zip(prompts, groups) for r in g]
     with torch.no_grad():
         logprobs, _ = policy(packing.pack(sequences), temperature)
@@ -66,10 +81,14 @@ def test_other_families_sample_what_the_trainer_sees(family, tmp_path, pictures)
 
     policy, processor = model.load(toy.random_relative(tmp_path, family))
     prompts = prompts_of(pictures, processor)
-    groups = engine((policy, processor)).generate(prompts, 3, 20, [(7, i) for i in range(len(prompts))])
+    groups = engine((policy, processor)).generate(
+        prompts, 3, 20, [(7, i) for i in range(len(prompts))]
+    )
     with torch.no_grad():
         logprobs, _ = policy(packing.pack([(p, r.ids) for p, g in zip(prompts, groups) for r in g]))
-    assert (logprobs - torch.tensor([x for g in groups for r in g for x in r.logprobs])).abs().max() < 1e-4
+    assert (
+        logprobs - torch.tensor([x for g in groups for r in g for x in r.logprobs])
+    ).abs().max() < 1e-4
 
 
 def test_samples_do_not_depend_on_batching(loaded, pictures):
@@ -87,7 +106,9 @@ def test_samples_do_not_depend_on_batching(loaded, pictures):
 def test_finish_reasons_and_limits(loaded, pictures):
     prompts = prompts_of(pictures, loaded[1])
     eos = loaded[1].eos_ids
-    rollouts = [r for g in engine(loaded).generate(prompts, 8, 60, [(0, i) for i in range(6)]) for r in g]
+    rollouts = [
+        r for g in engine(loaded).generate(prompts, 8, 60, [(0, i) for i in range(6)]) for r in g
+    ]
     assert {r.finish for r in rollouts} == {"stop", "length"}
     for r in rollouts:
         assert len(r.ids) == len(r.logprobs) <= 60
@@ -100,9 +121,13 @@ def test_vision_tokens_are_never_sampled_even_if_the_policy_loves_them(tiny, pic
     with torch.no_grad():  # every hidden state now points at <|image_pad|>
         policy.hf.model.language_model.norm.weight.zero_()
         policy.hf.get_output_embeddings().weight[processor.image_token] = 50.0
-    groups = engine((policy, processor)).generate(prompts_of(pictures, processor), 4, 20, [(0, i) for i in range(6)])
+    groups = engine((policy, processor)).generate(
+        prompts_of(pictures, processor), 4, 20, [(0, i) for i in range(6)]
+    )
     banned = set(policy.banned.tolist())
-    assert processor.image_token in banned and not any(banned & set(r.ids) for g in groups for r in g)
+    assert processor.image_token in banned and not any(
+        banned & set(r.ids) for g in groups for r in g
+    )
 
 
 def test_the_draws_follow_the_distribution():
@@ -117,7 +142,11 @@ def test_the_draws_follow_the_distribution():
 
 def test_top_p_keeps_the_smallest_set_that_holds_the_mass():
     p = torch.tensor([0.5, 0.3, 0.15, 0.05])
-    tokens, logprobs = rollout.sample(p.log().repeat(4000, 1), rollout.uniforms((5,), 4000), 1.0, 0.7, None)
+    tokens, logprobs = rollout.sample(
+        p.log().repeat(4000, 1), rollout.uniforms((5,), 4000), 1.0, 0.7, None
+    )
     assert set(tokens.tolist()) == {0, 1}
     assert abs((tokens == 0).float().mean() - 0.625) < 0.03
-    assert torch.allclose(logprobs, p.log()[tokens])  # reported before the cut, as the trainer sees it
+    assert torch.allclose(
+        logprobs, p.log()[tokens]
+    )  # reported before the cut, as the trainer sees it

@@ -9,10 +9,8 @@ import cold_start
 import eval as evaluation
 import grpo
 import ptst
-import rollout
-import run
 import sft
-import steps
+from nano import rollout, run, steps
 
 STAGES = [cold_start, sft, grpo, evaluation]
 
@@ -20,10 +18,14 @@ STAGES = [cold_start, sft, grpo, evaluation]
 @pytest.mark.parametrize("stage, recipe", [(s, r) for s in STAGES for r in s.RECIPES])
 def test_every_recipe_parses(stage, recipe):
     config = run.parse_config(stage.Config, stage.RECIPES, ["--recipe", recipe])
-    assert config.recipe == recipe and all(getattr(config, k) == v for k, v in stage.RECIPES[recipe].items())
+    assert config.recipe == recipe and all(
+        getattr(config, k) == v for k, v in stage.RECIPES[recipe].items()
+    )
     if stage is grpo:
         assert (
-            ptst.total_steps(ptst.parse(config.stages)) > 0 and config.clip_eps == 0.2 and config.kl_coef == 1e-2
+            ptst.total_steps(ptst.parse(config.stages)) > 0
+            and config.clip_eps == 0.2
+            and config.kl_coef == 1e-2
         )  # Eq. 1
 
 
@@ -31,7 +33,8 @@ def test_the_papers_models():
     """App. A, as the table in the paper has it"""
     of = lambda name: run.parse_config(grpo.Config, grpo.RECIPES, ["--recipe", name])
     assert (
-        ptst.parse(of("vision-r1-7b").stages) == ptst.SCHEDULES["vision-r1"] and of("vision-r1-7b").format_weight == 0
+        ptst.parse(of("vision-r1-7b").stages) == ptst.SCHEDULES["vision-r1"]
+        and of("vision-r1-7b").format_weight == 0
     )
     assert (
         ptst.parse(of("vision-r1-long").stages) == ptst.SCHEDULES["vision-r1-long"]
@@ -50,15 +53,28 @@ def test_the_papers_models():
 
 def test_flags_have_the_last_word_and_dashes_are_allowed():
     config = run.parse_config(
-        grpo.Config, grpo.RECIPES, ["--lr", "2e-6", "--recipe=vision-r1-7b", "--max-prompt-len", "99", "--no_resume"]
+        grpo.Config,
+        grpo.RECIPES,
+        ["--lr", "2e-6", "--recipe=vision-r1-7b", "--max-prompt-len", "99", "--no_resume"],
     )
-    assert (config.lr, config.questions, config.max_prompt_len, config.resume) == (2e-6, 512, 99, False)
+    assert (config.lr, config.questions, config.max_prompt_len, config.resume) == (
+        2e-6,
+        512,
+        99,
+        False,
+    )
 
 
-@pytest.mark.parametrize("argv, hint", [
-    (["--clip-epss", "1"], "did you mean --clip_eps"), (["--recipe", "vision-r1-8b"], "did you mean vision-r1-7b"),
-    (["--lrr=3"], "did you mean --lr"), (["lr"], "unknown argument 'lr'"), (["--questions", "many"], "invalid int value"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "argv, hint",
+    [
+        (["--clip-epss", "1"], "did you mean --clip_eps"),
+        (["--recipe", "vision-r1-8b"], "did you mean vision-r1-7b"),
+        (["--lrr=3"], "did you mean --lr"),
+        (["lr"], "unknown argument 'lr'"),
+        (["--questions", "many"], "invalid int value"),
+    ],
+)
 def test_mistakes_name_the_nearest(argv, hint, capsys):
     with pytest.raises(SystemExit):
         run.parse_config(grpo.Config, grpo.RECIPES, argv)
@@ -74,8 +90,14 @@ def test_log_is_cut_after_the_checkpoint(tmp_path):
 
 def test_a_folder_of_its_own():
     assert run.default_out("grpo", "toy:ci", "toy:rl-problems") == "runs/toy/grpo"
-    assert run.default_out("grpo", "runs/x/final", "../data/geometry3k/data.jsonl") == "runs/grpo-x-geometry3k"
-    assert run.default_out("grpo", "Qwen/Qwen2.5-VL-3B", "a/train-0.parquet") == "runs/grpo-Qwen2.5-VL-3B-train-0"
+    assert (
+        run.default_out("grpo", "runs/x/final", "../data/geometry3k/data.jsonl")
+        == "runs/grpo-x-geometry3k"
+    )
+    assert (
+        run.default_out("grpo", "Qwen/Qwen2.5-VL-3B", "a/train-0.parquet")
+        == "runs/grpo-Qwen2.5-VL-3B-train-0"
+    )
 
 
 def test_one_writer_per_folder(tmp_path):
@@ -97,7 +119,9 @@ def test_no_flag_is_dead_or_hidden_by_torchrun():
     for stage in [sft, grpo, evaluation]:
         source = "".join(open(part.__file__).read() for part in (stage, run, rollout, steps))
         for f in dataclasses.fields(stage.Config):
-            assert source.count(f".{f.name}") + source.count(f'"{f.name}"') >= 1 or f.name == "recipe", (
+            assert (
+                source.count(f".{f.name}") + source.count(f'"{f.name}"') >= 1 or f.name == "recipe"
+            ), (
                 stage.__name__,
                 f.name,
             )

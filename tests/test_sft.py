@@ -16,12 +16,10 @@ from conftest import ROOT, single_rank
 from test_grpo import kill_all
 from transformers import AutoModelForImageTextToText, get_cosine_schedule_with_warmup
 
-import data
 import model
-import run
 import sft
-import steps
 import toy
+from nano import data, run, steps
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +35,25 @@ def chains(tmp_path_factory):
             {"type": "text", "text": f"description {r.problem} Reasoning :"},
         ]
         told = toy.MLLM().chat([{"role": "user", "content": ask}])
-        r.response = toy.Reasoner().chat([{"role": "user", "content": f"{told} {r.problem}"}]) + " <answer> 1 </answer>"
+        r.response = (
+            toy.Reasoner().chat([{"role": "user", "content": f"{told} {r.problem}"}])
+            + " <answer> 1 </answer>"
+        )
     data.write_parquet(path, records)
     return path
 
 
 def command(out, chains, ranks=1, **flags):
     flags = (
-        dict(model=ROOT / "assets" / "toy-base", data=chains, out=out, epochs=2, batch_size=8, save_every=100, lr=1e-4)
+        dict(
+            model=ROOT / "toy" / "base",
+            data=chains,
+            out=out,
+            epochs=2,
+            batch_size=8,
+            save_every=100,
+            lr=1e-4,
+        )
         | flags
     )
     launch = (
@@ -63,7 +72,11 @@ def command(out, chains, ranks=1, **flags):
 
 def run_sft(*args, **flags):
     done = subprocess.run(
-        command(*args, **flags), env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=240
+        command(*args, **flags),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
@@ -78,7 +91,11 @@ def run_here(out, chains, **flags):
 
 def log_of(out):
     return [
-        {k: v for k, v in json.loads(line).items() if k not in ("tokens_per_s", "t_data", "t_total", "mem_peak")}
+        {
+            k: v
+            for k, v in json.loads(line).items()
+            if k not in ("tokens_per_s", "t_data", "t_total", "mem_peak")
+        }
         for line in open(out / "log.jsonl")
     ]
 
@@ -100,14 +117,16 @@ def test_first_loss_is_that_of_transformers_one_by_one(one_rank, chains):
     """labels of the prompt masked with -100, no packing, transformers' own forward; mean over response tokens"""
     records, _ = data.read(chains)
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
-    loss, _, count = one_by_one(ROOT / "assets" / "toy-base", [records[i] for i in order[:8]])
+    loss, _, count = one_by_one(ROOT / "toy" / "base", [records[i] for i in order[:8]])
     first = log_of(one_rank)[0]
     assert first["tokens"] == count and first["loss"] == pytest.approx(loss, rel=1e-4)
 
 
 def test_the_loss_falls_and_every_epoch_covers_all(one_rank):
     rows = log_of(one_rank)
-    assert [r["step"] for r in rows] == list(range(1, 15)) and rows[-1]["loss"] < rows[0]["loss"] - 0.3
+    assert [r["step"] for r in rows] == list(range(1, 15)) and rows[-1]["loss"] < rows[0][
+        "loss"
+    ] - 0.3
     assert sum(r["tokens"] for r in rows[:7]) == sum(r["tokens"] for r in rows[7:])
 
 
@@ -120,7 +139,9 @@ def test_the_schedule_is_the_cosine_of_transformers():
     for step in range(99):
         theirs.step()  # theirs starts at 0, so that the first update is lost; ours is one warm-up step ahead
         if step < 9:
-            assert sft.learning_rate(step, 100, config) == pytest.approx(optimizer.param_groups[0]["lr"])
+            assert sft.learning_rate(step, 100, config) == pytest.approx(
+                optimizer.param_groups[0]["lr"]
+            )
     assert sft.learning_rate(10, 100, config) == pytest.approx(3e-4) and sft.learning_rate(
         55, 100, config
     ) == pytest.approx(1.5e-4)
@@ -130,7 +151,10 @@ def test_the_schedule_is_the_cosine_of_transformers():
 def test_two_ranks_are_one_rank(one_rank, chains, tmp_path):
     run_sft(tmp_path, chains, ranks=2, micro_tokens=300, workers=1)
     for a, b in zip(log_of(one_rank), log_of(tmp_path), strict=True):
-        assert all(a[k] == b[k] or a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5) for k in a), (a, b)
+        assert all(a[k] == b[k] or a[k] == pytest.approx(b[k], rel=1e-3, abs=1e-5) for k in a), (
+            a,
+            b,
+        )
     a, b = weights_of(one_rank), weights_of(tmp_path)
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5
 
@@ -144,7 +168,11 @@ def test_killed_in_mid_epoch_and_resumed_is_uninterrupted(one_rank, chains, tmp_
         stderr=subprocess.DEVNULL,
     )
     log, deadline = tmp_path / "log.jsonl", time.time() + 120
-    while p.poll() is None and time.time() < deadline and not (log.exists() and log.read_bytes().count(b"\n") >= 5):
+    while (
+        p.poll() is None
+        and time.time() < deadline
+        and not (log.exists() and log.read_bytes().count(b"\n") >= 5)
+    ):
         time.sleep(0.01)
     kill_all(str(tmp_path))
     p.wait()
@@ -163,12 +191,24 @@ def one_by_one(folder, records):
     for record in records:
         prompt, ids = steps.encode([record], processor, sft.Config(), data.Problems())[0]
         row = torch.tensor([prompt.ids + ids])
-        images = {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid} if record.images else {}
+        images = (
+            {"pixel_values": prompt.pixel_values, "image_grid_thw": prompt.image_grid}
+            if record.images
+            else {}
+        )
         kinds = (row == processor.image_token).int()
         with torch.no_grad():
-            logits = hf(input_ids=row, mm_token_type_ids=kinds, attention_mask=torch.ones_like(row), **images).logits
+            logits = hf(
+                input_ids=row,
+                mm_token_type_ids=kinds,
+                attention_mask=torch.ones_like(row),
+                **images,
+            ).logits
         banned = processor.banned_ids(logits.shape[-1])
-        logits, ids = logits[0, len(prompt.ids) - 1 : -1].double().index_fill(1, banned, -1e30), torch.tensor(ids)
+        logits, ids = (
+            logits[0, len(prompt.ids) - 1 : -1].double().index_fill(1, banned, -1e30),
+            torch.tensor(ids),
+        )
         total += torch.nn.functional.cross_entropy(logits, ids, reduction="sum").item()
         right, count = right + (logits.argmax(-1) == ids).sum().item(), count + len(ids)
     return total / count, right / count, count
@@ -181,7 +221,9 @@ def test_held_out_loss_and_accuracy_are_those_of_transformers(chains, tmp_path):
     everything = data.read(chains)[0]
     out = steps.hold_out([set(r.images) for r in everything], 9, 0)
     records, held = ([r for r, o in zip(everything, out) if o == which] for which in (False, True))
-    assert len(held) == 9 and len(records) == 41 and not {r.id for r in held} & {r.id for r in records}
+    assert (
+        len(held) == 9 and len(records) == 41 and not {r.id for r in held} & {r.id for r in records}
+    )
     assert [r["step"] for r in rows if "eval_loss" in r] == [4, 6]
     loss, accuracy, _ = one_by_one(tmp_path / "final", held)
     assert rows[-1]["eval_loss"] == pytest.approx(loss, rel=1e-4)
@@ -194,7 +236,9 @@ def test_qwen3_vl_trains(chains, tmp_path):
     run_here(tmp_path / "out", chains, model=folder, epochs=1, lr=3e-3, freeze_vision=False)
     rows, records = log_of(tmp_path / "out"), data.read(chains)[0]
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
-    assert rows[0]["loss"] == pytest.approx(one_by_one(folder, [records[i] for i in order[:8]])[0], rel=1e-4)
+    assert rows[0]["loss"] == pytest.approx(
+        one_by_one(folder, [records[i] for i in order[:8]])[0], rel=1e-4
+    )
     assert rows[-1]["loss"] < rows[0]["loss"] - 0.5
     assert one_by_one(tmp_path / "out" / "final", records[:8])[0] < rows[0]["loss"] - 0.5
 
@@ -202,7 +246,9 @@ def test_qwen3_vl_trains(chains, tmp_path):
 @pytest.fixture(scope="module")
 def real_chains(real, tmp_path_factory):
     """200 real problems with pictures; the response is made up around the true answer"""
-    found = [r for name in ("geometry3k", "mathvision") for r in data.read(real / name)[0] if r.images][:200]
+    found = [
+        r for name in ("geometry3k", "mathvision") for r in data.read(real / name)[0] if r.images
+    ][:200]
     path = tmp_path_factory.mktemp("real") / "data.jsonl"
     with open(path, "w") as f:
         for r in found:
@@ -222,14 +268,20 @@ def test_200_real_records_the_loss_falls(real_chains, tiny, tmp_path):
 def test_packed_loss_is_the_unpacked_loss(real_chains, tiny):
     single_rank()
     policy, processor = model.load(tiny)
-    sequences = steps.encode(data.read(real_chains)[0][:80], processor, sft.Config(), data.Problems())
+    sequences = steps.encode(
+        data.read(real_chains)[0][:80], processor, sft.Config(), data.Problems()
+    )
     loss = {}
     for micro_tokens in (16384, 1000, 1):  # a row of 1 token holds no two sequences
-        parts = list(steps.batches(sequences, processor, sft.Config(micro_tokens=micro_tokens), 128, "cpu"))
+        parts = list(
+            steps.batches(sequences, processor, sft.Config(micro_tokens=micro_tokens), 128, "cpu")
+        )
         with torch.no_grad():
             logprobs = torch.cat([policy(batch)[0] for batch in parts])
         loss[micro_tokens] = -logprobs.double().mean().item()
-    assert len(sequences) == 80 == len(parts) and len(logprobs) == sum(len(ids) for _, ids in sequences)
+    assert len(sequences) == 80 == len(parts) and len(logprobs) == sum(
+        len(ids) for _, ids in sequences
+    )
     assert max(loss.values()) - min(loss.values()) < 1e-5
 
 
@@ -240,18 +292,24 @@ def test_questions_about_one_picture_are_held_out_together():
 
 def test_answers_without_chains(tiny):
     processor = model.Processor(tiny)
-    record = data.Record("a", "x", "B", [], response="<think>\nWait, B.\n</think>\n<answer>Final Answer:B</answer>")
+    record = data.Record(
+        "a", "x", "B", [], response="<think>\nWait, B.\n</think>\n<answer>Final Answer:B</answer>"
+    )
     ids = steps.response_ids(record, processor, drop_chains=True)
     assert processor.tokenizer.decode(ids) == "<answer>Final Answer:B</answer><|im_end|>"
 
 
 def test_vision_r1_cold_as_downloaded_trains(real, tiny, tmp_path):
     """both files with their folders of pictures; one picture is not there, another cut short; two ranks with workers"""
-    cold = shutil.copytree(real / "formats" / "vision_r1_cold", tmp_path / "cold", copy_function=shutil.copy)
+    cold = shutil.copytree(
+        real / "formats" / "vision_r1_cold", tmp_path / "cold", copy_function=shutil.copy
+    )
     lost, cut = sorted((cold / "mulberry_images").rglob("*.png"))[:2]
     lost.unlink()
     cut.write_bytes(cut.read_bytes()[:500])
-    said = run_sft(tmp_path / "out", cold, ranks=2, workers=1, model=tiny, batch_size=4, micro_tokens=1000)
+    said = run_sft(
+        tmp_path / "out", cold, ranks=2, workers=1, model=tiny, batch_size=4, micro_tokens=1000
+    )
     assert "1 x missing image" in said and str(lost) in said and "3 x several exchanges" in said
     assert "11 records, 0 held out; 2 epochs of 3 steps" in said and f"broken image ({cut}" in said
     rows = log_of(tmp_path / "out")
@@ -275,6 +333,7 @@ def test_overlong_and_broken_records_are_reported_and_left_out(tiny, pictures):
     pictures[0].images = [pictures[0].images[0][:200]]
     pictures[1].response = "so " * 300
     kept = steps.encode(pictures, processor, sft.Config(cutoff=120), problems)
-    assert {p.id: p.kind for p in problems} == {"t-0": "broken image", "t-1": "sequence too long"} and len(kept) == len(
-        pictures
-    ) - 2
+    assert {p.id: p.kind for p in problems} == {
+        "t-0": "broken image",
+        "t-1": "sequence too long",
+    } and len(kept) == len(pictures) - 2

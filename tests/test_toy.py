@@ -8,10 +8,9 @@ import torch
 from conftest import ROOT
 
 import model
-import packing
 import reward
-import rollout
 import toy
+from nano import packing, rollout
 
 
 def messages(text, png=None):
@@ -50,13 +49,18 @@ def test_the_model_cannot_see_the_truth_in_the_file(tiny):
     Image.open(io.BytesIO(record.images[0])).save(out, "PNG")  # written again, without the chunk
     with_truth = packing.encode(record, processor).pixel_values
     record.images = [out.getvalue()]
-    assert b"cells" not in out.getvalue() and torch.equal(with_truth, packing.encode(record, processor).pixel_values)
+    assert b"cells" not in out.getvalue() and torch.equal(
+        with_truth, packing.encode(record, processor).pixel_values
+    )
 
 
 def test_the_description_without_a_pseudo_cot_misses_details():
     """App. B"""
     records = toy.problems(60, 3, "x")
-    told = lambda text: sum(len(re.findall(r"is (?:\d|smudged)", toy.MLLM().chat(messages(text, r.images[0])))) for r in records)
+    told = lambda text: sum(
+        len(re.findall(r"is (?:\d|smudged)", toy.MLLM().chat(messages(text, r.images[0]))))
+        for r in records
+    )
     assert told("description Reasoning :") == 9 * 60 and told("description") < 0.95 * 9 * 60
 
 
@@ -68,9 +72,13 @@ def test_the_reasoner_depends_on_the_description_alone_and_thinking_longer_helps
         assert reply == toy.Reasoner().chat(messages(f"{told} {r.problem}"))
         worked_out = "not clear" in reply
         kind = "clear" if "smudged" not in r.source else "worked out" if worked_out else "guessed"
-        right.setdefault((kind, min(reply.count(". so ") - 2 * worked_out, 2) > 1), []).append(reply.endswith(f"</think> {r.answer}"))
+        right.setdefault((kind, min(reply.count(". so ") - 2 * worked_out, 2) > 1), []).append(
+            reply.endswith(f"</think> {r.answer}")
+        )
     rate = {k: sum(v) / len(v) for k, v in right.items()}
-    assert rate["guessed", False] < 0.4 < 0.6 < rate["worked out", False]  # a smudged digit needs the longer chain
+    assert (
+        rate["guessed", False] < 0.4 < 0.6 < rate["worked out", False]
+    )  # a smudged digit needs the longer chain
     assert rate["clear", True] < rate["clear", False]  # doubts spoil right answers
 
 
@@ -79,7 +87,9 @@ def test_what_the_reasoner_works_out_is_the_columns_total_less_its_other_digits(
     reasoner.slip = 0
     for r in toy.problems(80, 5, "x", hard=1):
         told = toy.MLLM().chat(messages("description Reasoning :", r.images[0]))
-        if str(toy.read_messages(messages("", r.images[0]))[1]) == str([int(x) if x != "smudged" else 0 for x in re.findall(r" is (\w+)", told)]):
+        if str(toy.read_messages(messages("", r.images[0]))[1]) == str(
+            [int(x) if x != "smudged" else 0 for x in re.findall(r" is (\w+)", told)]
+        ):
             reply = reasoner.chat(messages(f"{told} {r.problem}"))
             for cell, digit in re.findall(r"\. so (\w\d) is (\d)", reply):
                 assert int(digit) == solve(r)[toy.CELLS.index(cell)]
@@ -87,26 +97,33 @@ def test_what_the_reasoner_works_out_is_the_columns_total_less_its_other_digits(
 
 def test_the_tokenizer_takes_any_text_and_makes_words_of_the_world_one_token():
     tok = toy.tokenizer()
-    for text in ("<think> A1 3 3 , so 41 . </think> <answer> 41 </answer>", "naïve ∠ABC = 30°\n\t中文"):
+    for text in (
+        "<think> A1 3 3 , so 41 . </think> <answer> 41 </answer>",
+        "naïve ∠ABC = 30°\n\t中文",
+    ):
         assert tok.decode(tok(text).input_ids) == text
     assert len(tok("<think> A1 3 3 , so 41 . </think> <answer> 41 </answer>").input_ids) == 12
 
 
 @pytest.fixture(scope="module")
 def base():
-    policy, processor = model.load(ROOT / "assets" / "toy-base")
+    policy, processor = model.load(ROOT / "toy" / "base")
     return policy, processor, rollout.TorchEngine(policy.hf, processor, policy.banned)
 
 
 def test_the_shipped_base_is_small_and_reads_pictures(base):
     policy, processor, engine = base
-    assert sum(f.stat().st_size for f in (ROOT / "assets" / "toy-base").iterdir()) < 4e6
+    assert sum(f.stat().st_size for f in (ROOT / "toy" / "base").iterdir()) < 4e6
     assert 1e6 <= sum(p.numel() for p in policy.parameters()) <= 5e6
     records = toy.problems(16, 8, "x")
     for r in records:
         r.problem = "<image>column 1 is 9 . Describe the picture ."
     groups = engine.generate(
-        [packing.encode(r, processor) for r in records], 1, 60, [(0, i) for i in range(16)], temperature=0
+        [packing.encode(r, processor) for r in records],
+        1,
+        60,
+        [(0, i) for i in range(16)],
+        temperature=0,
     )
     good = 0
     for r, (x,) in zip(records, groups):
@@ -122,7 +139,10 @@ def test_the_base_answers_tersely_and_knows_the_format_only_when_asked(base):
     for prompt, rate in ((toy.ZERO_PROMPT, 0.9), ("", 0.0)):
         prompts = [packing.encode(r, processor, prompt) for r in records]
         groups = engine.generate(prompts, 1, 60, [(0, i) for i in range(32)])
-        scores = [reward.score(processor.tokenizer.decode(x.ids[:-1]), r.answer) for r, (x,) in zip(records, groups)]
+        scores = [
+            reward.score(processor.tokenizer.decode(x.ids[:-1]), r.answer)
+            for r, (x,) in zip(records, groups)
+        ]
         got = sum(s.format_ok for s in scores) / 32
         assert got >= rate if rate else got == 0
         assert all(len(x.ids) < 20 for (x,) in groups)

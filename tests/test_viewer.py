@@ -17,10 +17,12 @@ from conftest import ROOT
 from PIL import Image
 
 import toy
-import viewer
-from data import write_parquet
+from nano.data import write_parquet
+from tools import viewer
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 HOSTILE = (
     '</script><script>document.title="owned"</script><!-- <script> <img src=x onerror=\'document.title="owned"\'> '
     "<style>*{display:none}</style> &lt;b&gt; \u202eevil\u0000 \u2028 \ud800 ${1} `x` </p></main> Wait, wait! awaiting <answer> 7 </answer>"
@@ -29,9 +31,24 @@ HOSTILE = (
 
 def sample(step, record, k, why="ok", **more):
     right = why == "ok"
-    return dict(step=step, max_len=64, id=record.id, source=record.source, problem=record.problem, answer=record.answer, choices=None,
-                completion=f"<think> Hmm , number {k} . </think> <answer> {record.answer} </answer>", reward=float(right), why=why,
-                advantage=0.5 if right else -0.5, length=10 + k, finish="length" if why == "truncated" else "stop") | more  # fmt: skip
+    return (
+        dict(
+            step=step,
+            max_len=64,
+            id=record.id,
+            source=record.source,
+            problem=record.problem,
+            answer=record.answer,
+            choices=None,
+            completion=f"<think> Hmm , number {k} . </think> <answer> {record.answer} </answer>",
+            reward=float(right),
+            why=why,
+            advantage=0.5 if right else -0.5,
+            length=10 + k,
+            finish="length" if why == "truncated" else "stop",
+        )
+        | more
+    )
 
 
 def write(folder, rows, records=None):
@@ -80,15 +97,25 @@ def test_the_page_holds_the_rows_the_pictures_and_nothing_foreign(tmp_path, caps
     records = toy.problems(3, 0, "v")
     records[2].images = records[1].images  # one picture, two problems
     rows = [
-        sample(s, r, k, why) for s, r in enumerate(records, 1) for k, why in enumerate(["ok", "wrong", "truncated"])
+        sample(s, r, k, why)
+        for s, r in enumerate(records, 1)
+        for k, why in enumerate(["ok", "wrong", "truncated"])
     ]
     rows[0]["completion"] = HOSTILE
     viewer.main([str(write(tmp_path / "runs" / "a", rows, records))])
     assert "9 completions in 3 groups, 2 pictures" in capsys.readouterr().out
     page, html = read_page(tmp_path / "runs" / "a" / "view.html")
-    assert page["name"] == "runs/a" and page["words"] == ["Wait", "Hmm", "Mistake", "Alternatively", "Check"]  # Table 4
+    assert page["name"] == "runs/a" and page["words"] == [
+        "Wait",
+        "Hmm",
+        "Mistake",
+        "Alternatively",
+        "Check",
+    ]  # Table 4
     said = [s[0] for g in page["groups"] for s in g[3]]
-    assert said == [r["completion"] for r in rows]  # to the last character, half a surrogate pair included
+    assert said == [
+        r["completion"] for r in rows
+    ]  # to the last character, half a surrogate pair included
     assert [(g[0], page["problems"][g[1]][0], g[2]) for g in page["groups"]] == [
         (1, "v-0", 64),
         (2, "v-1", 64),
@@ -105,10 +132,19 @@ def test_the_page_holds_the_rows_the_pictures_and_nothing_foreign(tmp_path, caps
         assert (
             ours.tobytes() == Image.open(io.BytesIO(record.images[0])).convert("RGB").tobytes()
         )  # small: kept as it was
-        assert b"cells" not in base64.b64decode(uri.split(",", 1)[1])  # what else the file held is not passed on
-    assert "default-src 'none'" in html.policy and "img-src data:;" in html.policy and "unsafe" not in html.policy
+        assert b"cells" not in base64.b64decode(
+            uri.split(",", 1)[1]
+        )  # what else the file held is not passed on
+    assert (
+        "default-src 'none'" in html.policy
+        and "img-src data:;" in html.policy
+        and "unsafe" not in html.policy
+    )
     assert not re.search(r"https?:|//[a-z]", html.policy)
-    for tag, attributes in html.tags:  # nothing is loaded from anywhere, no handler is written into the markup
+    for (
+        tag,
+        attributes,
+    ) in html.tags:  # nothing is loaded from anywhere, no handler is written into the markup
         assert not {"src", "href", "style"} & attributes.keys() and not any(
             name.startswith("on") for name in attributes
         ), tag
@@ -116,15 +152,37 @@ def test_the_page_holds_the_rows_the_pictures_and_nothing_foreign(tmp_path, caps
 
 def test_answers_of_an_evaluation_are_grouped_by_question(tmp_path):
     records = toy.problems(2, 0, "v")
-    rows = [dict(id=r.id, sample=s, source=r.source, problem=r.problem, choices=["3", "4"], completion="x", answer=r.answer, given=None,
-                 right=s == 1, why="format", format_ok=False, length=3, finish="stop") for r in records for s in range(2)]  # fmt: skip
+    rows = [
+        dict(
+            id=r.id,
+            sample=s,
+            source=r.source,
+            problem=r.problem,
+            choices=["3", "4"],
+            completion="x",
+            answer=r.answer,
+            given=None,
+            right=s == 1,
+            why="format",
+            format_ok=False,
+            length=3,
+            finish="stop",
+        )
+        for r in records
+        for s in range(2)
+    ]
     (tmp_path / "responses.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "config.json").write_text(json.dumps({"data": "gone.jsonl", "max_len": 256}))
     page, wrong = viewer.build(tmp_path)
-    assert [(g[0], g[2], [s[1] for s in g[3]]) for g in page["groups"]] == [(0, 256, [0, 1]), (0, 256, [0, 1])]
+    assert [(g[0], g[2], [s[1] for s in g[3]]) for g in page["groups"]] == [
+        (0, 256, [0, 1]),
+        (0, 256, [0, 1]),
+    ]
     assert page["problems"][0][4] == ["3", "4"] and page["images"] == []
     assert (
-        "gone.jsonl: no such file" in page["problems"][0][6] and "--data" in page["problems"][0][6] and len(wrong) == 2
+        "gone.jsonl: no such file" in page["problems"][0][6]
+        and "--data" in page["problems"][0][6]
+        and len(wrong) == 2
     )
     write_parquet(tmp_path / "moved.parquet", records)
     page, wrong = viewer.build(tmp_path / "responses.jsonl", str(tmp_path / "moved.parquet"))
@@ -134,13 +192,24 @@ def test_answers_of_an_evaluation_are_grouped_by_question(tmp_path):
 def test_why_a_picture_is_missing(tmp_path):
     records = toy.problems(4, 0, "v")
     folder = write(tmp_path, [sample(1, r, 0) for r in records], records)
-    records[0].id, records[1].problem, records[2].images = "other", "<image>Another question .", [b"no picture"]
+    records[0].id, records[1].problem, records[2].images = (
+        "other",
+        "<image>Another question .",
+        [b"no picture"],
+    )
     write_parquet(folder / "problems.parquet", records)
     page, _ = viewer.build(folder)
     notes = [p[6] for p in page["problems"]]
-    assert "is not in" in notes[0] and "another problem" in notes[1] and "identify" in notes[2] and notes[3] == ""
+    assert (
+        "is not in" in notes[0]
+        and "another problem" in notes[1]
+        and "identify" in notes[2]
+        and notes[3] == ""
+    )
     (tmp_path / "problems.jsonl").write_text(
-        "".join(json.dumps(vars(r) | {"images": ["gone.png"]}) + "\n" for r in toy.problems(1, 0, "v"))
+        "".join(
+            json.dumps(vars(r) | {"images": ["gone.png"]}) + "\n" for r in toy.problems(1, 0, "v")
+        )
     )
     page, _ = viewer.build(folder, str(tmp_path / "problems.jsonl"))
     assert "missing image" in page["problems"][0][6] and "gone.png" in page["problems"][0][6]
@@ -156,11 +225,15 @@ def test_pictures_fit_their_budget(tmp_path):
         r.images = [out.getvalue()]
     folder = write(tmp_path, [sample(1, r, 0) for r in records], records)
     page, wrong = viewer.build(folder, image_mb=0.1)
-    sizes = [Image.open(io.BytesIO(base64.b64decode(u.split(",", 1)[1]))).size for u in page["images"]]
+    sizes = [
+        Image.open(io.BytesIO(base64.b64decode(u.split(",", 1)[1]))).size for u in page["images"]
+    ]
     assert len(sizes) == 6 and sum(map(len, page["images"])) <= 100_000 and not wrong
     assert all(abs(w / h - 9 / 7) < 0.02 and w <= 320 for w, h in sizes)
     page, wrong = viewer.build(folder, image_mb=0.002)
-    assert not page["images"] and all("budget" in p[6] for p in page["problems"]) and len(wrong) == 6
+    assert (
+        not page["images"] and all("budget" in p[6] for p in page["problems"]) and len(wrong) == 6
+    )
 
 
 def test_bad_rows_are_reported_and_the_rest_is_shown(tmp_path, capsys):
@@ -182,15 +255,21 @@ def test_bad_rows_are_reported_and_the_rest_is_shown(tmp_path, capsys):
         and "samples.jsonl:5: not JSON" in shown.err
     )
     page, _ = read_page(tmp_path / "new" / "page.html")
-    assert [s[2:6] for s in page["groups"][0][3]] == [[None, "ok", None, None], [1.0, "ok", 0.5, 11]]
+    assert [s[2:6] for s in page["groups"][0][3]] == [
+        [None, "ok", None, None],
+        [1.0, "ok", 0.5, 11],
+    ]
 
 
-@pytest.mark.parametrize("make, words", [
-    (lambda p: p / "nowhere", "no such run or file"),
-    (lambda p: write(p / "below" / "run", [{}]).parent, "below.run"),
-    (lambda p: write(p, []), "it is empty"),
-    (lambda p: write(p, [{"step": 1}]), "no rollouts in it.*no id, problem, completion"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda p: p / "nowhere", "no such run or file"),
+        (lambda p: write(p / "below" / "run", [{}]).parent, "below.run"),
+        (lambda p: write(p, []), "it is empty"),
+        (lambda p: write(p, [{"step": 1}]), "no rollouts in it.*no id, problem, completion"),
+    ],
+)
 def test_what_is_no_run_ends_with_one_line(tmp_path, make, words):
     with pytest.raises(SystemExit, match=words):
         viewer.main([str(make(tmp_path))])
@@ -198,7 +277,9 @@ def test_what_is_no_run_ends_with_one_line(tmp_path, make, words):
 
 def test_the_command(tmp_path, monkeypatch, capsys):
     record = toy.problems(1, 0, "v")[0]
-    monkeypatch.setattr(sys, "argv", ["eval.py", "view", str(write(tmp_path, [sample(1, record, 0)], [record]))])
+    monkeypatch.setattr(
+        sys, "argv", ["eval.py", "view", str(write(tmp_path, [sample(1, record, 0)], [record]))]
+    )
     runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
     assert f"wrote {tmp_path / 'view.html'}: 1 completions" in capsys.readouterr().out
 
@@ -217,7 +298,12 @@ class Page:
         flags += " disable-component-update disable-sync remote-debugging-pipe"  # it reads from 3 and writes to 4
         wired = ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", BROWSER]
         self.process = subprocess.Popen(
-            [*wired, *(f"--{flag}" for flag in flags.split()), f"--user-data-dir={folder}", "about:blank"],
+            [
+                *wired,
+                *(f"--{flag}" for flag in flags.split()),
+                f"--user-data-dir={folder}",
+                "about:blank",
+            ],
             pass_fds=(theirs_in, theirs_out),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -232,8 +318,12 @@ class Page:
             [],
         )
         self.buffer = b""
-        target = next(t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page")
-        self.session = self.send("Target.attachToTarget", targetId=target["targetId"], flatten=True)["sessionId"]
+        target = next(
+            t for t in self.send("Target.getTargets")["targetInfos"] if t["type"] == "page"
+        )
+        self.session = self.send(
+            "Target.attachToTarget", targetId=target["targetId"], flatten=True
+        )["sessionId"]
         for domain in ("Page", "Runtime", "Network", "Log"):
             self.send(f"{domain}.enable")
 
@@ -259,7 +349,11 @@ class Page:
     def open(self, path, width=1280, height=800, dark=False):
         """-> seconds from asking for the page to its load event, by which time its script has drawn it"""
         self.send(
-            "Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=width < 600
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=width < 600,
         )
         self.send(
             "Emulation.setEmulatedMedia",
@@ -288,8 +382,16 @@ class Page:
 
     def faults(self):
         """requests for anything but the page and its data URIs, errors, refusals of the page's policy"""
-        urls = [e["params"]["request"]["url"] for e in self.events if e["method"] == "Network.requestWillBeSent"]
-        errors = [e["params"] for e in self.events if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")]
+        urls = [
+            e["params"]["request"]["url"]
+            for e in self.events
+            if e["method"] == "Network.requestWillBeSent"
+        ]
+        errors = [
+            e["params"]
+            for e in self.events
+            if e["method"] in ("Runtime.exceptionThrown", "Log.entryAdded")
+        ]
         return [u for u in urls if not u.startswith(("data:", "file:"))], errors
 
     def close(self):
@@ -327,7 +429,12 @@ STEP = "document.getElementById('stepname').textContent"
 
 def test_keys_step_through_training_and_filter(browser, trained):
     browser.open(trained)
-    assert browser.js(PLACE) == "1 of 6" and browser.js(CARDS) == ["truncated", "wrong", "wrong", "wrong"]
+    assert browser.js(PLACE) == "1 of 6" and browser.js(CARDS) == [
+        "truncated",
+        "wrong",
+        "wrong",
+        "wrong",
+    ]
     browser.press("j", "ArrowDown", "ArrowRight")
     assert (
         browser.js(PLACE) == "4 of 6"
@@ -337,11 +444,22 @@ def test_keys_step_through_training_and_filter(browser, trained):
     browser.press("k", "ArrowLeft", "ArrowUp", "ArrowUp")  # the last one stops at the first group
     assert browser.js(PLACE) == "1 of 6"
     browser.press("r")
-    assert browser.js(PLACE) == "1 of 5" and browser.js(STEP) == "step 2 of 6" and browser.js(CARDS) == ["right"]
+    assert (
+        browser.js(PLACE) == "1 of 5"
+        and browser.js(STEP) == "step 2 of 6"
+        and browser.js(CARDS) == ["right"]
+    )
     browser.press("x", "End")
-    assert browser.js(PLACE) == "4 of 4" and browser.js(STEP) == "step 4 of 6" and browser.js(CARDS) == ["truncated"]
+    assert (
+        browser.js(PLACE) == "4 of 4"
+        and browser.js(STEP) == "step 4 of 6"
+        and browser.js(CARDS) == ["truncated"]
+    )
     browser.press("s")  # source: even -> steps 2 and 4 have a truncated one
-    assert browser.js(PLACE) == "2 of 2" and browser.js("document.getElementById('source').value") == "even"
+    assert (
+        browser.js(PLACE) == "2 of 2"
+        and browser.js("document.getElementById('source').value") == "even"
+    )
     browser.press("s", "s", "a", "o")  # odd: step 3 is the last; every source again; only this step
     assert browser.js(PLACE) == "1 of 1" and browser.js("document.getElementById('only').checked")
     browser.press("ArrowRight")
@@ -362,16 +480,25 @@ def test_hostile_text_is_text(browser, trained):
     browser.open(trained)
     assert browser.js("document.title") == "runs0/toy · rollouts"
     shown = browser.js("document.querySelectorAll('.said')[1].textContent")
-    expected = HOSTILE.replace("\u202e", "U+202E").replace("\x00", "U+0000").replace("\ud800", "\ufffd")
-    assert shown.replace("\ud800", "\ufffd") == expected  # nothing lost, what is invisible is spelt out
+    expected = (
+        HOSTILE.replace("\u202e", "U+202E").replace("\x00", "U+0000").replace("\ud800", "\ufffd")
+    )
+    assert (
+        shown.replace("\ud800", "\ufffd") == expected
+    )  # nothing lost, what is invisible is spelt out
     assert browser.js("document.querySelectorAll('.said *:not(span):not(mark)').length") == 0
     assert browser.js(
         "[...document.querySelectorAll('.said')[1].querySelectorAll('mark')].map(x => x.textContent)"
     ) == ["Wait", "wait"]
-    assert browser.js("document.querySelectorAll('.said')[1].querySelector('.final').textContent") == " 7 "
+    assert (
+        browser.js("document.querySelectorAll('.said')[1].querySelector('.final').textContent")
+        == " 7 "
+    )
     assert browser.faults() == ([], [])
-    blocked = browser.js("new Promise(done => { addEventListener('securitypolicyviolation', e => done(e.effectiveDirective));"
-                         "const s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s) })")  # fmt: skip
+    blocked = browser.js(
+        "new Promise(done => { addEventListener('securitypolicyviolation', e => done(e.effectiveDirective));"
+        "const s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s) })"
+    )
     assert blocked == "script-src-elem"  # if a script did come in, it would not run
 
 
@@ -419,22 +546,35 @@ def test_contrast_and_width(browser, trained, dark, width):
         low, high = sorted(luminance([c / 255 for c in colour]) for colour in colours)
         assert (high + 0.05) / (low + 0.05) >= 4.5, (text, colours)
     assert browser.js("document.documentElement.scrollWidth") <= width
-    assert browser.js("[...document.querySelectorAll('button, input, select, [role=listbox], canvas')].every(x => x.ariaHidden || x.ariaLabel"
-                      " || x.labels?.length || x.textContent.trim())")  # fmt: skip
+    assert browser.js(
+        "[...document.querySelectorAll('button, input, select, [role=listbox], canvas')].every(x => x.ariaHidden || x.ariaLabel"
+        " || x.labels?.length || x.textContent.trim())"
+    )
 
 
 def test_ten_thousand_samples(browser, tmp_path):
     """loaded in under 3 s, few elements in the document, and a key is answered at once"""
     records = toy.problems(8, 0, "v")
-    rows = [sample(1 + i // 16, records[i // 16 % 8], i, "ok" if i % 3 else "wrong", completion="<think> " + "Wait , let me see . " * 100 + "</think>")
-            for i in range(10_000)]  # fmt: skip
+    rows = [
+        sample(
+            1 + i // 16,
+            records[i // 16 % 8],
+            i,
+            "ok" if i % 3 else "wrong",
+            completion="<think> " + "Wait , let me see . " * 100 + "</think>",
+        )
+        for i in range(10_000)
+    ]
     began = time.process_time()
     viewer.main([str(write(tmp_path / "run", rows, records))])
     assert time.process_time() - began < 5
     assert (
         min(browser.open(tmp_path / "run" / "view.html") for _ in range(3)) < 3
     )  # the best of three: others may be busy here
-    assert browser.js(PLACE) == "1 of 625" and browser.js("document.querySelectorAll('*').length") < 6000
+    assert (
+        browser.js(PLACE) == "1 of 625"
+        and browser.js("document.querySelectorAll('*').length") < 6000
+    )
     took = []
     for key, place in [("End", "625 of 625"), ("w", "625 of 625"), ("Home", "1 of 625")]:
         began = time.perf_counter()

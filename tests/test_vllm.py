@@ -18,21 +18,28 @@ import pytest
 import torch
 from conftest import ROOT, single_rank
 
-pytest.importorskip("vllm", reason="vLLM is not installed: bash tests/run.sh --vllm makes an environment that has it")
+pytest.importorskip(
+    "vllm",
+    reason="vLLM is not installed: bash tests/run.sh --vllm makes an environment that has it",
+)
 pytestmark = pytest.mark.vllm
-SPARE = dict(TORCHDYNAMO_DISABLE="1", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1")  # no compilation of small helpers
+SPARE = dict(
+    TORCHDYNAMO_DISABLE="1", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1"
+)  # no compilation of small helpers
 os.environ |= SPARE
 
 import httpx  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
-import data  # noqa: E402
 import eval as evaluation  # noqa: E402
 import model  # noqa: E402
-import packing  # noqa: E402
-import rollout  # noqa: E402
 import toy  # noqa: E402
-import vllm_engine  # noqa: E402
+from nano import (
+    data,  # noqa: E402
+    packing,  # noqa: E402
+    rollout,  # noqa: E402
+    vllm_engine,  # noqa: E402
+)
 
 CPU = torch.device("cpu")
 
@@ -68,7 +75,11 @@ def restored(running):
 
 @pytest.fixture(scope="module")
 def prompts(running, real):
-    records = [r for name in ("geometry3k", "mathvista", "mathvision") for r in data.read(real / name / "data.jsonl")[0]]
+    records = [
+        r
+        for name in ("geometry3k", "mathvista", "mathvision")
+        for r in data.read(real / name / "data.jsonl")[0]
+    ]
     kept = packing.usable([r for r in records if r.images], running[1], 600, data.Problems())[:50]
     assert len(kept) == 50
     return [packing.encode(r, running[1]) for r in kept]
@@ -76,7 +87,9 @@ def prompts(running, real):
 
 def trainer(policy, prompts, groups, temperature=1.0):
     with torch.no_grad():
-        return policy(packing.pack([(p, r.ids) for p, g in zip(prompts, groups) for r in g]), temperature)[0]
+        return policy(
+            packing.pack([(p, r.ids) for p, g in zip(prompts, groups) for r in g]), temperature
+        )[0]
 
 
 def sampled(groups):
@@ -96,26 +109,40 @@ def test_greedy_tokens_of_vllm_torchengine_and_generate_are_one(restored, prompt
     ours = rollout.TorchEngine(model.replica(policy), processor, policy.banned)
     ours.sync(policy)
     second = ours.generate(prompts, 1, 12, seeds(50), temperature=0)
-    hf = AutoModelForImageTextToText.from_config(copy.deepcopy(policy.hf.config), attn_implementation="sdpa")
+    hf = AutoModelForImageTextToText.from_config(
+        copy.deepcopy(policy.hf.config), attn_implementation="sdpa"
+    )
     model.copy_weights(policy, hf)
     for prompt, (a,), (b,) in zip(prompts, got, second):
         row = torch.tensor([prompt.ids])
-        third = hf.generate(input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=12, do_sample=False,
-                            mm_token_type_ids=(row == processor.image_token).int(), eos_token_id=processor.eos_ids,
-                            suppress_tokens=policy.banned.tolist(), pad_token_id=0, pixel_values=prompt.pixel_values,
-                            image_grid_thw=prompt.image_grid)  # fmt: skip
+        third = hf.generate(
+            input_ids=row,
+            attention_mask=torch.ones_like(row),
+            max_new_tokens=12,
+            do_sample=False,
+            mm_token_type_ids=(row == processor.image_token).int(),
+            eos_token_id=processor.eos_ids,
+            suppress_tokens=policy.banned.tolist(),
+            pad_token_id=0,
+            pixel_values=prompt.pixel_values,
+            image_grid_thw=prompt.image_grid,
+        )
         assert a.ids == b.ids == third[0, len(prompt.ids) :].tolist()
         assert a.finish == b.finish and a.logprobs == pytest.approx(b.logprobs, abs=1e-3)
     assert (trainer(policy, prompts, got) - sampled(got)).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
-def test_sampled_logprobs_are_the_trainers_and_follow_from_the_seed(restored, pictures, temperature):
+def test_sampled_logprobs_are_the_trainers_and_follow_from_the_seed(
+    restored, pictures, temperature
+):
     """images of several sizes, two images, none; log-probabilities are those after temperature and ban"""
     policy, processor, engine = restored
     mixed = [packing.encode(r, processor) for r in pictures]
     done = []
-    groups = engine.generate(mixed, 4, 24, seeds(6), temperature, on_done=lambda p, s, r: done.append((p, s)))
+    groups = engine.generate(
+        mixed, 4, 24, seeds(6), temperature, on_done=lambda p, s, r: done.append((p, s))
+    )
     assert sorted(done) == [(p, s) for p in range(6) for s in range(4)]
     assert (trainer(policy, mixed, groups, temperature) - sampled(groups)).abs().max() < 1e-3
     ids = [[r.ids for r in g] for g in groups]
@@ -130,11 +157,16 @@ def test_the_draws_follow_the_distribution(restored, pictures):
     policy, processor, engine = restored
     prompt = packing.encode(pictures[0], processor)
     n, temperature = 2000, 2.0
-    first = torch.tensor([r.ids[0] for r in engine.generate([prompt], n, 1, seeds(1), temperature)[0]])
+    first = torch.tensor(
+        [r.ids[0] for r in engine.generate([prompt], n, 1, seeds(1), temperature)[0]]
+    )
     size = policy.hf.get_output_embeddings().weight.shape[0]
-    every = [rollout.Rollout([i], [], "") for i in range(size) if i not in set(policy.banned.tolist())]
+    every = [
+        rollout.Rollout([i], [], "") for i in range(size) if i not in set(policy.banned.tolist())
+    ]
     p = torch.zeros(size).index_put_(
-        (torch.tensor([r.ids[0] for r in every]),), trainer(policy, [prompt] * len(every), [[r] for r in every], temperature).exp()
+        (torch.tensor([r.ids[0] for r in every]),),
+        trainer(policy, [prompt] * len(every), [[r] for r in every], temperature).exp(),
     )
     assert p.sum() == pytest.approx(1, abs=1e-4)
     z = (first.bincount(minlength=size) - n * p) / (n * p * (1 - p)).sqrt()
@@ -148,7 +180,11 @@ def test_top_p_draws_from_the_smallest_set_that_holds_its_mass(restored, picture
     prompt, top_p, n = packing.encode(pictures[0], processor), 0.8, 1000
     size = policy.hf.get_output_embeddings().weight.shape[0]
     every = [i for i in range(size) if i not in set(policy.banned.tolist())]
-    p = trainer(policy, [prompt] * len(every), [[rollout.Rollout([i], [], "")] for i in every]).double().exp()
+    p = (
+        trainer(policy, [prompt] * len(every), [[rollout.Rollout([i], [], "")] for i in every])
+        .double()
+        .exp()
+    )
     ranked = sorted(zip(p.tolist(), every), reverse=True)
     nucleus, mass = {}, 0.0
     while mass < top_p:
@@ -175,13 +211,19 @@ def test_vision_tokens_are_never_sampled_even_if_the_policy_loves_them(restored,
     engine.sync(policy)
     groups = engine.generate([packing.encode(r, processor) for r in pictures], 8, 24, seeds(6))
     banned = set(policy.banned.tolist())
-    assert processor.image_token in banned and not any(banned & set(r.ids) for g in groups for r in g)
-    assert (trainer(policy, [packing.encode(r, processor) for r in pictures], groups) - sampled(groups)).abs().max() < 1e-3
+    assert processor.image_token in banned and not any(
+        banned & set(r.ids) for g in groups for r in g
+    )
+    assert (
+        trainer(policy, [packing.encode(r, processor) for r in pictures], groups) - sampled(groups)
+    ).abs().max() < 1e-3
 
 
 def test_both_of_vllms_model_runners_take_the_ban(running):
     """the CPU build uses the first; GPUs the second, whose interface is another one"""
-    from vllm.v1.worker.gpu.sample.logits_processor import build_custom_logits_processors_params_validator
+    from vllm.v1.worker.gpu.sample.logits_processor import (
+        build_custom_logits_processors_params_validator,
+    )
 
     policy, _, engine, _ = running
     build_custom_logits_processors_params_validator([vllm_engine.Ban])
@@ -192,12 +234,21 @@ def test_both_of_vllms_model_runners_take_the_ban(running):
 
 def test_what_vllm_read_must_be_what_the_trainer_reads(restored, prompts, monkeypatch):
     _, _, engine = restored
-    assert vllm_engine.unexpanded(prompts[0], engine.processor).count(engine.processor.image_token) == 1
-    for image in vllm_engine.resized_images(prompts[0], engine.processor):  # the second resize is none
+    assert (
+        vllm_engine.unexpanded(prompts[0], engine.processor).count(engine.processor.image_token)
+        == 1
+    )
+    for image in vllm_engine.resized_images(
+        prompts[0], engine.processor
+    ):  # the second resize is none
         again = engine.processor.image_processor(images=[image], return_tensors="pt")
         assert torch.equal(again["pixel_values"], prompts[0].pixel_values)
     rule = vllm_engine.resized_images
-    monkeypatch.setattr(vllm_engine, "resized_images", lambda *a: [i.resize((i.width // 2, i.height)) for i in rule(*a)])
+    monkeypatch.setattr(
+        vllm_engine,
+        "resized_images",
+        lambda *a: [i.resize((i.width // 2, i.height)) for i in rule(*a)],
+    )
     with pytest.raises(RuntimeError, match="vLLM read .* prompt tokens, the trainer"):
         engine.generate(prompts[:1], 1, 2, seeds(1))
     monkeypatch.undo()
@@ -208,11 +259,27 @@ def test_what_vllm_read_must_be_what_the_trainer_reads(restored, prompts, monkey
 # ---- weights
 
 
-KINDS = ["visual.patch_embed", "visual.blocks.1.attn.qkv", "visual.blocks.1.attn.proj", "visual.blocks.0.mlp.gate_proj",
-         "visual.blocks.0.mlp.up_proj", "visual.blocks.0.mlp.down_proj", "visual.blocks.0.norm1", "visual.merger",
-         "layers.1.self_attn.q_proj", "layers.1.self_attn.k_proj", "layers.1.self_attn.v_proj", "layers.2.self_attn.o_proj",
-         "layers.0.mlp.gate_proj", "layers.0.mlp.up_proj", "layers.0.mlp.down_proj", "layers.1.input_layernorm",
-         "language_model.norm", "embed_tokens", "visual."]  # fmt: skip
+KINDS = [
+    "visual.patch_embed",
+    "visual.blocks.1.attn.qkv",
+    "visual.blocks.1.attn.proj",
+    "visual.blocks.0.mlp.gate_proj",
+    "visual.blocks.0.mlp.up_proj",
+    "visual.blocks.0.mlp.down_proj",
+    "visual.blocks.0.norm1",
+    "visual.merger",
+    "layers.1.self_attn.q_proj",
+    "layers.1.self_attn.k_proj",
+    "layers.1.self_attn.v_proj",
+    "layers.2.self_attn.o_proj",
+    "layers.0.mlp.gate_proj",
+    "layers.0.mlp.up_proj",
+    "layers.0.mlp.down_proj",
+    "layers.1.input_layernorm",
+    "language_model.norm",
+    "embed_tokens",
+    "visual.",
+]
 
 
 @torch.no_grad()
@@ -241,7 +308,9 @@ def test_a_change_of_one_kind_of_layer_arrives(restored, prompts, kind):
     engine.sync(policy)
     after = probe(engine, prompts[0])
     assert (torch.tensor(before.logprobs) - torch.tensor(after.logprobs)).abs().max() > 1e-4
-    assert (trainer(policy, prompts[:1], [[after]]) - torch.tensor(after.logprobs)).abs().max() < 1e-3
+    assert (
+        trainer(policy, prompts[:1], [[after]]) - torch.tensor(after.logprobs)
+    ).abs().max() < 1e-3
 
 
 def test_a_stale_cache_would_be_noticed(restored, prompts, monkeypatch):
@@ -261,17 +330,26 @@ def test_a_stale_cache_would_be_noticed(restored, prompts, monkeypatch):
 def test_a_weight_that_does_not_arrive_ends_the_run(restored, monkeypatch):
     policy, _, engine = restored
     whole = list(vllm_engine.buckets(policy, torch.float32))
-    monkeypatch.setattr(vllm_engine, "buckets", lambda *_: [[(n, t) for b in whole for n, t in b if "layers.1.mlp" not in n]])
+    monkeypatch.setattr(
+        vllm_engine,
+        "buckets",
+        lambda *_: [[(n, t) for b in whole for n, t in b if "layers.1.mlp" not in n]],
+    )
     with pytest.raises(RuntimeError, match="nothing arrived for 2 parameters"):
         engine.sync(policy)
     monkeypatch.undo()
-    engine.llm.collective_rpc(lambda wrapper: setattr(wrapper.worker, "_weight_update_active", False))
+    engine.llm.collective_rpc(
+        lambda wrapper: setattr(wrapper.worker, "_weight_update_active", False)
+    )
     engine.sync(policy)
 
 
 def test_no_bucket_holds_the_whole_model(running):
     policy = running[0]
-    sizes = [sum(t.nbytes for _, t in b) for b in vllm_engine.buckets(policy, torch.float32, size=200_000)]
+    sizes = [
+        sum(t.nbytes for _, t in b)
+        for b in vllm_engine.buckets(policy, torch.float32, size=200_000)
+    ]
     total = sum(p.numel() * 4 for p in policy.hf.parameters())
     largest = max(p.numel() * 4 for p in policy.hf.parameters())
     assert sum(sizes) == total and len(sizes) > 5 and max(sizes) <= 200_000 + largest
@@ -281,8 +359,17 @@ def test_the_acts_of_a_sync_come_in_order(running, monkeypatch):
     """what a GPU does, asked of the CPU build, whose worker ignores sleep"""
     policy, _, engine, _ = running
     acts = []
-    for name in ("wake_up", "start_weight_update", "update_weights", "finish_weight_update", "reset_prefix_cache", "reset_mm_cache",
-                 "get_weight_version", "sleep"):  # fmt: skip
+    for name in (
+        "wake_up",
+        "start_weight_update",
+        "update_weights",
+        "finish_weight_update",
+        "reset_prefix_cache",
+        "reset_mm_cache",
+        "get_weight_version",
+        "sleep",
+    ):
+
         def spy(*args, real=getattr(engine.llm, name), name=name, **kwargs):
             acts.append(name + str(kwargs.get("tags", "")))
             return real(*args, **kwargs)
@@ -292,8 +379,16 @@ def test_the_acts_of_a_sync_come_in_order(running, monkeypatch):
     engine.sleep()
     assert acts == ["sleep"] and engine.asleep
     engine.sync(policy)
-    assert acts[1:] == ["wake_up['weights']", "start_weight_update", "update_weights", "finish_weight_update",
-                        "reset_prefix_cache", "reset_mm_cache", "wake_up['kv_cache']", "get_weight_version"]  # fmt: skip
+    assert acts[1:] == [
+        "wake_up['weights']",
+        "start_weight_update",
+        "update_weights",
+        "finish_weight_update",
+        "reset_prefix_cache",
+        "reset_mm_cache",
+        "wake_up['kv_cache']",
+        "get_weight_version",
+    ]
     assert not engine.asleep
 
 
@@ -308,20 +403,51 @@ def problem_file(tmp_path_factory):
 
 
 def command(out, problem_file, ranks=1, script=ROOT / "grpo.py", **flags):
-    flags = dict(model=ROOT / "assets" / "toy-base", data=problem_file, out=out, stages="16x8x4,24x4x1", questions=8, lr=1e-4,
-                 save_every=2, seed=1, engine="vllm", max_num_seqs=64) | flags  # fmt: skip
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launch, str(script), "--recipe", "toy-zero", *[w for k, v in flags.items() for w in (f"--{k}", str(v))]]
+    flags = (
+        dict(
+            model=ROOT / "toy" / "base",
+            data=problem_file,
+            out=out,
+            stages="16x8x4,24x4x1",
+            questions=8,
+            lr=1e-4,
+            save_every=2,
+            seed=1,
+            engine="vllm",
+            max_num_seqs=64,
+        )
+        | flags
+    )
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc_per_node={ranks}",
+    ]
+    return [
+        *launch,
+        str(script),
+        "--recipe",
+        "toy-zero",
+        *[w for k, v in flags.items() for w in (f"--{k}", str(v))],
+    ]
 
 
 def log_of(out):
-    return [json.loads(line) for line in open(out / "log.jsonl")] if (out / "log.jsonl").exists() else []
+    return (
+        [json.loads(line) for line in open(out / "log.jsonl")]
+        if (out / "log.jsonl").exists()
+        else []
+    )
 
 
 def begin(words, **kwargs):
     """a process of its own session that writes to a file"""
     file = tempfile.TemporaryFile("w+")
-    process = subprocess.Popen(words, env=os.environ | SPARE, stdout=file, stderr=file, start_new_session=True, **kwargs)
+    process = subprocess.Popen(
+        words, env=os.environ | SPARE, stdout=file, stderr=file, start_new_session=True, **kwargs
+    )
     process.file = file
     return process
 
@@ -347,7 +473,7 @@ def wait_for(what, process, seconds=400):
 DIES = """# grpo.py, whose rank 1 is killed in step 3, inside vLLM's sampling, when three of its responses have ended
 import os, runpy, signal, sys
 sys.path.insert(0, {root!r})
-import vllm_engine
+from nano import vllm_engine
 real, ended = vllm_engine.check_rollout, []
 def check_rollout(*args):
     if os.environ["RANK"] == "1" and os.path.exists({checkpoint!r}):
@@ -377,7 +503,11 @@ def test_two_ranks_killed_and_resumed_are_one_rank(problem_file, tmp_path):
     rows = list(zip(log_of(tmp_path / "one"), log_of(tmp_path / "two"), strict=True))
     assert len(rows) == 5
     for a, b in rows:
-        assert a["logprob_gap_max"] < 1e-3 and b["logprob_gap_max"] < 1e-3 and 0 <= b["logprob_gap_kl"] < 1e-6
+        assert (
+            a["logprob_gap_max"] < 1e-3
+            and b["logprob_gap_max"] < 1e-3
+            and 0 <= b["logprob_gap_kl"] < 1e-6
+        )
         for key in ("reward", "accuracy", "len_mean", "entropy", "kl", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (a["step"], key)
 
@@ -390,13 +520,26 @@ class Server:
             s.bind(("127.0.0.1", 0))
             self.port = s.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        words = ["--port", self.port, "--host", "127.0.0.1", "--max-model-len", 1024, "--max-num-seqs", 64]
-        self.process = begin([sys.executable, str(ROOT / "vllm_engine.py"), str(path), *map(str, words)])
+        words = [
+            "--port",
+            self.port,
+            "--host",
+            "127.0.0.1",
+            "--max-model-len",
+            1024,
+            "--max-num-seqs",
+            64,
+        ]
+        self.process = begin(
+            [sys.executable, str(ROOT / "vllm_engine.py"), str(path), *map(str, words)]
+        )
 
     def ready(self):
         def healthy():
             try:
-                return httpx.get(self.url + "/health", timeout=5, trust_env=False).status_code == 200
+                return (
+                    httpx.get(self.url + "/health", timeout=5, trust_env=False).status_code == 200
+                )
             except httpx.HTTPError:
                 return False
 
@@ -406,7 +549,11 @@ class Server:
     def at_work(self):
         """how many requests it is answering at this moment, by its own count"""
         lines = httpx.get(self.url + "/metrics", timeout=5, trust_env=False).text.splitlines()
-        return sum(float(line.split()[-1]) for line in lines if line.startswith("vllm:num_requests_running"))
+        return sum(
+            float(line.split()[-1])
+            for line in lines
+            if line.startswith("vllm:num_requests_running")
+        )
 
     def kill(self):
         if self.process.poll() is None:
@@ -417,27 +564,55 @@ class Server:
 @pytest.fixture(scope="module")
 def server():
     """of toy-base; the last test that asks for it kills it"""
-    one = Server(ROOT / "assets" / "toy-base")
+    one = Server(ROOT / "toy" / "base")
     try:
         yield one.ready()
     finally:
         one.kill()
 
 
-def test_evaluation_by_vllm_a_server_and_torch_is_one_report(problem_file, server, tmp_path, capsys):
+def test_evaluation_by_vllm_a_server_and_torch_is_one_report(
+    problem_file, server, tmp_path, capsys
+):
     """greedy, over all that a run writes; vllm as a program of its own, whose end must be a clean one"""
-    setting = dict(model=str(ROOT / "assets" / "toy-base"), data=str(problem_file), limit=24, system_prompt=toy.ZERO_PROMPT,
-                   temperature=0.0, top_p=0.95, max_len=24, max_prompt_len=1000, max_num_seqs=64, chunk=10)  # fmt: skip
+    setting = dict(
+        model=str(ROOT / "toy" / "base"),
+        data=str(problem_file),
+        limit=24,
+        system_prompt=toy.ZERO_PROMPT,
+        temperature=0.0,
+        top_p=0.95,
+        max_len=24,
+        max_prompt_len=1000,
+        max_num_seqs=64,
+        chunk=10,
+    )
     words = [w for k, v in setting.items() for w in (f"--{k}", str(v))]
-    run = begin([sys.executable, str(ROOT / "eval.py"), "--recipe", "toy", *words, "--engine", "vllm", "--out", str(tmp_path / "vllm")])
+    run = begin(
+        [
+            sys.executable,
+            str(ROOT / "eval.py"),
+            "--recipe",
+            "toy",
+            *words,
+            "--engine",
+            "vllm",
+            "--out",
+            str(tmp_path / "vllm"),
+        ]
+    )
     single_rank()
     for engine in ("torch", "http"):
-        flags = setting | dict(engine=engine, out=str(tmp_path / engine), url=server.url if engine == "http" else "")
+        flags = setting | dict(
+            engine=engine, out=str(tmp_path / engine), url=server.url if engine == "http" else ""
+        )
         evaluation.evaluate(evaluation.Config(**flags), CPU)
     out, code = ends(run, 300)
     assert code == 0 and "Traceback" not in out, out
     for name in ("report.json", "responses.jsonl"):
-        torchs, vllms, servers = ((tmp_path / e / name).read_text() for e in ("torch", "vllm", "http"))
+        torchs, vllms, servers = (
+            (tmp_path / e / name).read_text() for e in ("torch", "vllm", "http")
+        )
         assert torchs == vllms == servers
     report = json.loads((tmp_path / "torch" / "report.json").read_text())["all"]
     assert report["n"] == 24 and 0.05 < report["accuracy"] < 0.9 and report["format_rate"] > 0.9
@@ -447,20 +622,32 @@ def test_evaluation_by_vllm_a_server_and_torch_is_one_report(problem_file, serve
         engine.must_serve(str(tmp_path), 1024)
     with pytest.raises(SystemExit, match="takes 1024 tokens"):
         engine.must_serve(setting["model"], 1025)
-    engine.ask("POST", server.url, "/update_weight_version", {"new_version": "3"})  # as a training run leaves it
+    engine.ask(
+        "POST", server.url, "/update_weight_version", {"new_version": "3"}
+    )  # as a training run leaves it
     with pytest.raises(SystemExit, match="weights of a training run"):
         engine.must_serve(setting["model"], 1024)
 
 
-def test_a_server_killed_in_the_middle_of_a_rollout_ends_the_run_which_resumes_with_the_next_one(problem_file, server, tmp_path):
-    flags = dict(engine="http", questions=24, stages="16x8x2,24x64x1")  # step 3: 1,536 responses, 64 at a time, take seconds
+def test_a_server_killed_in_the_middle_of_a_rollout_ends_the_run_which_resumes_with_the_next_one(
+    problem_file, server, tmp_path
+):
+    flags = dict(
+        engine="http", questions=24, stages="16x8x2,24x64x1"
+    )  # step 3: 1,536 responses, 64 at a time, take seconds
     process = begin(command(tmp_path, problem_file, url=server.url, **flags))
-    wait_for(lambda: (tmp_path / "checkpoints" / "step-000002").exists() and server.at_work() >= 32, process)
+    wait_for(
+        lambda: (tmp_path / "checkpoints" / "step-000002").exists() and server.at_work() >= 32,
+        process,
+    )
     server.kill()
     out, code = ends(process, 60)
-    assert code != 0 and f"the vLLM server at {server.url} did not answer /inference/v1/generate" in out, out
+    assert (
+        code != 0
+        and f"the vLLM server at {server.url} did not answer /inference/v1/generate" in out
+    ), out
     assert "goes on from its checkpoint" in out and [r["step"] for r in log_of(tmp_path)] == [1, 2]
-    second = Server(ROOT / "assets" / "toy-base").ready()
+    second = Server(ROOT / "toy" / "base").ready()
     try:
         out, code = ends(begin(command(tmp_path, problem_file, url=second.url, **flags)), 500)
         assert code == 0 and "resumed after step 2" in out, out
@@ -477,7 +664,9 @@ def test_a_server_killed_in_the_middle_of_a_rollout_ends_the_run_which_resumes_w
 def test_other_families_names_and_fused_layouts(running, family, tmp_path, pictures):
     running[2].close()
     path = toy.random_relative(tmp_path / family, family)
-    if family == "qwen3_vl":  # as in the released checkpoints; transformers takes it for granted, vLLM reads it
+    if (
+        family == "qwen3_vl"
+    ):  # as in the released checkpoints; transformers takes it for granted, vLLM reads it
         config = json.loads((tmp_path / family / "config.json").read_text())
         config["text_config"]["rope_parameters"]["mrope_interleaved"] = True
         (tmp_path / family / "config.json").write_text(json.dumps(config))

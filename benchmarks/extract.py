@@ -10,21 +10,31 @@ are searched and every pattern is bounded. Left out: reading a chain that never 
 import functools
 import re
 
-import data
-from mathequal import value
-from mathparse import Unparsable, parse
-from mathtext import clean, core_text, letter_text, letters, number_words
+from answers.equal import value
+from answers.parse import Unparsable, parse
+from answers.text import clean, core_text, letter_text, letters, number_words
+from nano import data
 from reward import verdict as reward_verdict
 
 # each repeated part is bounded, so that the search stays linear on hostile text
 _KEYS = re.compile(r"answer|option|choice|result|答案|选项", re.I)
-_SAYS = re.compile(r"(?:answer|option|choice|result)(?: to [^.\n]{1,60})?\*{0,2}\s{0,3}(?:is|are|should be|would be|must be|:|：|=)"
-                   r"[\s:*]{0,6}(?:option|choice|approximately)?\s{0,3}|(?:答案|选项)\s{0,3}(?:是|为|：|:)\s{0,3}", re.I)  # fmt: skip
-_MARKED = re.compile(r"\(([A-Ja-j])\)|\*\*([A-J])[.:)]?\*\*|\b(?:[Oo]ption|[Cc]hoice|选)\s{0,3}([A-J])\b")
+_SAYS = re.compile(
+    r"(?:answer|option|choice|result)(?: to [^.\n]{1,60})?\*{0,2}\s{0,3}(?:is|are|should be|would be|must be|:|：|=)"
+    r"[\s:*]{0,6}(?:option|choice|approximately)?\s{0,3}|(?:答案|选项)\s{0,3}(?:是|为|：|:)\s{0,3}",
+    re.I,
+)
+_MARKED = re.compile(
+    r"\(([A-Ja-j])\)|\*\*([A-J])[.:)]?\*\*|\b(?:[Oo]ption|[Cc]hoice|选)\s{0,3}([A-J])\b"
+)
 _NONE = re.compile(r"\W{0,9}(?:not|none|neither|no)\b", re.I)  # "not (A)", "none of the options"
 NUMBER = re.compile(r"-?(?:\d[\d,]{0,60}\.?\d{0,60}|\.\d{1,60})(?:[eE][-+]?\d{1,3}(?!\d))?")
-DOUBT = re.compile(r"[<>≤≥≠|]|\\(?:neq?|leq?|geq?|not|pm)\b|±")  # an inequality or two values at once is no number
-SHORT, LONGEST = 80, 20_000  # characters: of what may be an answer as a whole, of what is searched (the end of it)
+DOUBT = re.compile(
+    r"[<>≤≥≠|]|\\(?:neq?|leq?|geq?|not|pm)\b|±"
+)  # an inequality or two values at once is no number
+SHORT, LONGEST = (
+    80,
+    20_000,
+)  # characters: of what may be an answer as a whole, of what is searched (the end of it)
 
 
 def statements(text):
@@ -34,7 +44,9 @@ def statements(text):
         for key in _KEYS.finditer(tail):
             if m := _SAYS.match(tail, key.start()):
                 line = tail[m.end() : m.end() + 400].partition("\n")[0]
-                out.append(re.split(r"(?<=[^\d\s])\.\s|\.\s(?=[A-Z])|。", line)[0].strip().rstrip("."))
+                out.append(
+                    re.split(r"(?<=[^\d\s])\.\s|\.\s(?=[A-Z])|。", line)[0].strip().rstrip(".")
+                )
         if out or len(text) <= 2000:
             break
     return out[:-20:-1]
@@ -84,7 +96,11 @@ def find_option(text, choices):
             return k, how
     tail = text[-LONGEST:]
     marked = list(_MARKED.finditer(tail))
-    if marked and len(text) > SHORT and (k := ord(next(filter(None, marked[-1].groups())).upper()) - 65) < len(choices):
+    if (
+        marked
+        and len(text) > SHORT
+        and (k := ord(next(filter(None, marked[-1].groups())).upper()) - 65) < len(choices)
+    ):
         return k, "the last letter in brackets"
     last = candidates(text)[-1].lower()
     alone = lambda c: re.search(rf"(?<![\w.\\]){re.escape(c.lower())}(?![\w]|\.\d)", last)
@@ -98,12 +114,18 @@ def number_of(text):
         return None
     text = core_text(text).replace("\\,", "").replace("\\$", "").replace("\\%", "%")
     text = text.rsplit("=", 1)[-1] if text.count("=") == 1 and not DOUBT.search(text) else text
-    text = re.sub(r"\\approx|≈|^\s*approximately", "", text) if not re.search(r"\d.*(\\approx|≈)", text) else text
+    text = (
+        re.sub(r"\\approx|≈|^\s*approximately", "", text)
+        if not re.search(r"\d.*(\\approx|≈)", text)
+        else text
+    )
     if DOUBT.search(text) or len(text) > 200 or "≈" in text or "\\approx" in text:
         return None
     if re.search(r"\\d?frac|\\sqrt|√|π|\\pi|\d\s*[/^*]\s*\d", text):
         return math_value(text)
-    found = NUMBER.findall(re.sub(r"\^\{?(?:\\circ|[23])\}?|(?<=[a-z])[23]\b", "", number_words(text)))
+    found = NUMBER.findall(
+        re.sub(r"\^\{?(?:\\circ|[23])\}?|(?<=[a-z])[23]\b", "", number_words(text))
+    )
     found = {float(x.replace(",", "")) for x in found if x.replace(",", "") not in ("", "-")}
     return found.pop() if len(found) == 1 else None
 
@@ -117,7 +139,11 @@ def find_number(text):
         if x is not None:
             return x
     last = parts[-1].rstrip(".")
-    guess = len(last) > SHORT / 2 and not DOUBT.search(last) and not re.search(r"\b(?:n?either|or|not)\b", last)
+    guess = (
+        len(last) > SHORT / 2
+        and not DOUBT.search(last)
+        and not re.search(r"\b(?:n?either|or|not)\b", last)
+    )
     found = NUMBER.findall(last) if guess else []
     return float(found[-1].replace(",", "")) if found and found[-1].replace(",", "") else None
 

@@ -17,44 +17,62 @@ import torch.distributed as dist
 from PIL import ImageOps
 from tqdm import tqdm
 
-import run
-from data import MARK, BadRow, Record, load_image, opened
+from nano import run
+from nano.data import MARK, BadRow, Record, load_image, opened
 
 
 @dataclass(eq=False)
 class Prompt:
     """A problem as the model reads it; rollouts of one group share one Prompt, and with it the image."""
+
     record: Record
-    ids: list[int]                      # image tokens expanded: one <|image_pad|> per merged patch
-    position_ids: torch.Tensor          # (3, P) M-RoPE: time, height, width
-    pixel_values: torch.Tensor | None   # (patches, patch_dim) of all its images
-    image_grid: torch.Tensor            # (n_images, 3) in patches
-    features: list | None = None        # per image what a frozen vision tower made of it (model.encode_once)
+    ids: list[int]  # image tokens expanded: one <|image_pad|> per merged patch
+    position_ids: torch.Tensor  # (3, P) M-RoPE: time, height, width
+    pixel_values: torch.Tensor | None  # (patches, patch_dim) of all its images
+    image_grid: torch.Tensor  # (n_images, 3) in patches
+    features: list | None = (
+        None  # per image what a frozen vision tower made of it (model.encode_once)
+    )
 
     @property
     def next_position(self):
-        return int(self.position_ids.max()) + 1     # where the response begins, on all three axes
+        return int(self.position_ids.max()) + 1  # where the response begins, on all three axes
 
 
 def prompt_text(record, tokenizer, system_prompt=""):
     """The chat template's own text, with one <|image_pad|> per image; a base model without one gets a plain dialogue."""
     parts = re.split(f"({MARK})", record.problem)
     if tokenizer.chat_template:
-        content = [{"type": "image"} if p == MARK else {"type": "text", "text": p} for p in parts if p]
+        content = [
+            {"type": "image"} if p == MARK else {"type": "text", "text": p} for p in parts if p
+        ]
         messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
         messages.append({"role": "user", "content": content})
         return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     problem = record.problem.replace(MARK, "<|vision_start|><|image_pad|><|vision_end|>")
-    return f"{system_prompt}\n\nUser: {problem}\nAssistant:".lstrip()   # ours, after arXiv 2503.05132's setting
+    return (
+        f"{system_prompt}\n\nUser: {problem}\nAssistant:".lstrip()
+    )  # ours, after arXiv 2503.05132's setting
 
 
 def prompt_ids(record, processor, patches, system_prompt=""):
     """Token ids with each image mark expanded to patches / merge^2 tokens; BadRow if the text itself holds image tokens."""
-    ids = processor.tokenizer(prompt_text(record, processor.tokenizer, system_prompt), add_special_tokens=False).input_ids
+    ids = processor.tokenizer(
+        prompt_text(record, processor.tokenizer, system_prompt), add_special_tokens=False
+    ).input_ids
     if ids.count(processor.image_token) != len(record.images):
-        raise BadRow("image marks", f"{ids.count(processor.image_token)} image tokens in the text, {len(record.images)} images")
+        raise BadRow(
+            "image marks",
+            f"{ids.count(processor.image_token)} image tokens in the text, {len(record.images)} images",
+        )
     counts = iter(patches)
-    return [t for i in ids for t in ([i] * (next(counts) // processor.merge_size**2) if i == processor.image_token else [i])]
+    return [
+        t
+        for i in ids
+        for t in (
+            [i] * (next(counts) // processor.merge_size**2) if i == processor.image_token else [i]
+        )
+    ]
 
 
 def prompt_length(record, processor, system_prompt=""):
@@ -62,7 +80,9 @@ def prompt_length(record, processor, system_prompt=""):
     patches = []
     for image in record.images:
         with opened(image) as im:
-            width, height = ImageOps.exif_transpose(im).size if im.getexif().get(0x0112, 1) > 4 else im.size
+            width, height = (
+                ImageOps.exif_transpose(im).size if im.getexif().get(0x0112, 1) > 4 else im.size
+            )
         patches.append(processor.image_processor.get_number_of_image_patches(height, width, {}))
     return len(prompt_ids(record, processor, patches, system_prompt))
 
@@ -70,11 +90,16 @@ def prompt_length(record, processor, system_prompt=""):
 def usable(records, processor, max_prompt_len, problems, system_prompt=""):
     """The records whose prompt fits; the others are reported and left out, never cut."""
     kept = []
-    for record in tqdm(records, "prompt lengths", leave=False, disable=True if len(records) < 5000 else None):
+    for record in tqdm(
+        records, "prompt lengths", leave=False, disable=True if len(records) < 5000 else None
+    ):
         try:
             record.prompt_tokens = prompt_length(record, processor, system_prompt)
             if record.prompt_tokens > max_prompt_len:
-                raise BadRow("prompt too long", f"{record.prompt_tokens} tokens, the limit is {max_prompt_len} (--max-prompt-len)")
+                raise BadRow(
+                    "prompt too long",
+                    f"{record.prompt_tokens} tokens, the limit is {max_prompt_len} (--max-prompt-len)",
+                )
             kept.append(record)
         except BadRow as bad:
             problems.add(*bad.args, record.source, None, record.id)
@@ -85,7 +110,9 @@ def encode(record, processor, system_prompt=""):
     """Record -> Prompt, its images decoded and cut into patches."""
     pixels, grid = None, torch.zeros(0, 3, dtype=torch.long)
     if record.images:
-        out = processor.image_processor(images=[load_image(i) for i in record.images], return_tensors="pt")
+        out = processor.image_processor(
+            images=[load_image(i) for i in record.images], return_tensors="pt"
+        )
         pixels, grid = out["pixel_values"], out["image_grid_thw"]
     ids = prompt_ids(record, processor, grid.prod(-1).tolist(), system_prompt)
     return Prompt(record, ids, mrope(ids, grid, processor), pixels, grid)
@@ -95,7 +122,9 @@ def blank(processor):
     """A sequence without a label, for a rank that has none left but must still take part."""
     record = Record("blank", "", "-", [])
     ids = [processor.tokenizer.eos_token_id]
-    return Prompt(record, ids, torch.zeros(3, 1, dtype=torch.long), None, torch.zeros(0, 3, dtype=torch.long)), []
+    return Prompt(
+        record, ids, torch.zeros(3, 1, dtype=torch.long), None, torch.zeros(0, 3, dtype=torch.long)
+    ), []
 
 
 def mrope(ids, grid, processor):
@@ -105,8 +134,12 @@ def mrope(ids, grid, processor):
     while t < len(ids):
         if ids[t] == processor.image_token:
             time, height, width = next(boxes)
-            box = torch.cartesian_prod(*(torch.arange(n) for n in
-                                         (time, height // processor.merge_size, width // processor.merge_size)))
+            box = torch.cartesian_prod(
+                *(
+                    torch.arange(n)
+                    for n in (time, height // processor.merge_size, width // processor.merge_size)
+                )
+            )
             out.append(box.T + here)
             t, here = t + len(box), here + max(height, width) // processor.merge_size
         else:
@@ -125,40 +158,58 @@ class Packing:
     def __init__(self, lengths, after=None, device="cpu"):
         self.lengths, self.after = lengths, after or [None] * len(lengths)
         before = [0 if a is None else lengths[a] for a in self.after]
-        cumulated = lambda sizes: torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)
-        self.cu_seqlens, self.longest = cumulated(lengths), max(lengths)        # (pieces + 1,)
+        cumulated = lambda sizes: torch.tensor(
+            [0, *accumulate(sizes)], dtype=torch.int32, device=device
+        )
+        self.cu_seqlens, self.longest = cumulated(lengths), max(lengths)  # (pieces + 1,)
         self.keys, self.cu_keys, self.longest_keys = None, self.cu_seqlens, self.longest
-        if any(before):     # for attention over ranges: the places of each piece's keys, a prompt's again for each response
+        if any(
+            before
+        ):  # for attention over ranges: the places of each piece's keys, a prompt's again for each response
             spans = [torch.arange(end - n, end) for n, end in zip(lengths, accumulate(lengths))]
-            self.keys = torch.cat([x for i, a in enumerate(self.after) for x in ([] if a is None else [spans[a]]) + [spans[i]]]).to(device)
+            self.keys = torch.cat(
+                [
+                    x
+                    for i, a in enumerate(self.after)
+                    for x in ([] if a is None else [spans[a]]) + [spans[i]]
+                ]
+            ).to(device)
             total = [n + b for n, b in zip(lengths, before)]
             self.cu_keys, self.longest_keys = cumulated(total), max(total)
 
     @cached_property
     def lower(self):
         """(L, L) lower triangle for the longest piece with its prompt; rows p to p + r: a response of r after p tokens."""
-        return torch.ones(self.longest_keys, self.longest_keys, dtype=torch.bool, device=self.cu_keys.device).tril()
+        return torch.ones(
+            self.longest_keys, self.longest_keys, dtype=torch.bool, device=self.cu_keys.device
+        ).tril()
 
 
 class Batch(NamedTuple):
     """Sequences one after the other in a row of T tokens (B sequences, N labelled positions, I distinct images)."""
-    ids: torch.Tensor                   # (T,)
-    position_ids: torch.Tensor          # (3, T)
-    packing: Packing                    # where the sequences begin and end
-    pixel_values: torch.Tensor | None   # (patches of the I images, patch_dim)
-    image_grid: torch.Tensor | None     # (I, 3)
-    image_index: list[int]              # the image at each place in the row where one stands
-    features: list | None               # of the I images, if they were encoded before: then there are no pixels
-    label_index: torch.Tensor           # (N,) positions whose next token is a response token; a shared prompt's last one recurs
-    labels: torch.Tensor                # (N,) that token
-    rows: torch.Tensor                  # (N,) which of the B sequences it belongs to
+
+    ids: torch.Tensor  # (T,)
+    position_ids: torch.Tensor  # (3, T)
+    packing: Packing  # where the sequences begin and end
+    pixel_values: torch.Tensor | None  # (patches of the I images, patch_dim)
+    image_grid: torch.Tensor | None  # (I, 3)
+    image_index: list[int]  # the image at each place in the row where one stands
+    features: list | None  # of the I images, if they were encoded before: then there are no pixels
+    label_index: (
+        torch.Tensor
+    )  # (N,) positions whose next token is a response token; a shared prompt's last one recurs
+    labels: torch.Tensor  # (N,) that token
+    rows: torch.Tensor  # (N,) which of the B sequences it belongs to
 
 
 def pack(sequences, device="cpu"):
     """[(Prompt, response ids)] -> Batch. A Prompt that comes several times brings its tokens and images once."""
     ids, positions, index, labels, rows, image_index, first = [], [], [], [], [], [], {}
     pixels, grids, features, lengths, after, n_images = [], [], [], [], [], 0
-    uses, shared = Counter(prompt for prompt, response in sequences if response), {}    # Prompt -> its piece, its last place
+    uses, shared = (
+        Counter(prompt for prompt, response in sequences if response),
+        {},
+    )  # Prompt -> its piece, its last place
 
     def piece(new_ids, new_positions, prompt=None):
         lengths.append(len(new_ids))
@@ -191,12 +242,33 @@ def pack(sequences, device="cpu"):
             index.append(torch.tensor([shared[prompt][1], *range(len(ids) - r, len(ids) - 1)]))
         labels += response
         rows += [row] * r
-    assert not (features and pixels), "some images of this batch are encoded, others not: encode_once takes all of a step"
-    tensors = (torch.tensor(ids), torch.cat(positions, 1), torch.cat(pixels) if pixels else None,
-               torch.cat(grids) if grids else None, torch.cat(index), torch.tensor(labels, dtype=torch.long),
-               torch.tensor(rows, dtype=torch.long))
-    ids, positions, pixels, grids, index, labels, rows = (x if x is None else x.to(device) for x in tensors)
-    return Batch(ids, positions, Packing(lengths, after, device), pixels, grids, image_index, features or None, index, labels, rows)
+    assert not (features and pixels), (
+        "some images of this batch are encoded, others not: encode_once takes all of a step"
+    )
+    tensors = (
+        torch.tensor(ids),
+        torch.cat(positions, 1),
+        torch.cat(pixels) if pixels else None,
+        torch.cat(grids) if grids else None,
+        torch.cat(index),
+        torch.tensor(labels, dtype=torch.long),
+        torch.tensor(rows, dtype=torch.long),
+    )
+    ids, positions, pixels, grids, index, labels, rows = (
+        x if x is None else x.to(device) for x in tensors
+    )
+    return Batch(
+        ids,
+        positions,
+        Packing(lengths, after, device),
+        pixels,
+        grids,
+        image_index,
+        features or None,
+        index,
+        labels,
+        rows,
+    )
 
 
 # -----------------------------------------------------------------------------------------------------------------
@@ -218,7 +290,9 @@ def rebalance(costs, owners, ranks):
         high, low = load.index(max(load)), load.index(min(load))
         gap = load[high] - load[low]
         there = [i for i, owner in enumerate(owners) if owner == high]
-        best = min(there, key=lambda i: abs(gap - 2 * costs[i]), default=None)  # what brings the two closest together
+        best = min(
+            there, key=lambda i: abs(gap - 2 * costs[i]), default=None
+        )  # what brings the two closest together
         if best is None or abs(gap - 2 * costs[best]) > 0.9 * gap or gap < 0.02 * max(load):
             return owners
         owners[best] = low
@@ -235,7 +309,11 @@ def exchange(groups, costs):
         return groups
     rank, everywhere = dist.get_rank(), [None] * dist.get_world_size()
     dist.all_gather_object(everywhere, costs)
-    known = [(number, cost, owner) for owner, part in enumerate(everywhere) for number, cost in part.items()]
+    known = [
+        (number, cost, owner)
+        for owner, part in enumerate(everywhere)
+        for number, cost in part.items()
+    ]
     numbers, costs, owners = zip(*sorted(known))
     goal = dict(zip(numbers, rebalance(costs, owners, len(everywhere))))
     dist.all_gather_object(everywhere, {n: g for n, g in groups.items() if goal[n] != rank})
@@ -265,6 +343,8 @@ def micro_batches(lengths, budget, width):
     low, high = max(costs, default=0), sum(costs)
     for _ in range(30):  # the smallest limit that needs no more than `count` slices
         middle = (low + high) / 2
-        low, high = (low, middle) if len(cut(lengths, costs, budget, middle)) <= count else (middle, high)
+        low, high = (
+            (low, middle) if len(cut(lengths, costs, budget, middle)) <= count else (middle, high)
+        )
     out = cut(lengths, costs, budget, high)
     return out + [slice(0, 0)] * (count - len(out))

@@ -29,8 +29,8 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
-HERE = Path(__file__).resolve().parent
-BASE = HERE / "assets" / "toy-base"  # the shipped base model
+HERE = Path(__file__).resolve().parents[1]
+BASE = HERE / "toy" / "base"  # the shipped base model
 CELLS = [f"{row}{column}" for row in "ABC" for column in "123"]
 SIDE, DIGITS = 84, 5  # pixels; the digits are 1..5. one cell = 28 px = one merged vision token
 ZERO_PROMPT = "Think first , then answer in tags ."  # the system prompt that the base model has learnt to follow
@@ -54,11 +54,21 @@ def draw(cells, rng, smudged=None):
         x, y = 28 * (i % 3) + 14 + rng.randint(-3, 3), 28 * (i // 3) + 14 + rng.randint(-3, 3)
         ink = shade(0, 110) if light else shade(150, 255)
         if i == smudged:  # a blot, and no trace of the digit
-            pen.ellipse((x - rng.randint(8, 11), y - rng.randint(8, 11), x + rng.randint(8, 11), y + rng.randint(8, 11)), fill=ink)
+            pen.ellipse(
+                (
+                    x - rng.randint(8, 11),
+                    y - rng.randint(8, 11),
+                    x + rng.randint(8, 11),
+                    y + rng.randint(8, 11),
+                ),
+                fill=ink,
+            )
         else:
             pen.text((x, y), str(digit), fill=ink, font=font(rng.randint(16, 22)), anchor="mm")
     truth, out = PngImagePlugin.PngInfo(), io.BytesIO()
-    truth.add_text("cells", " ".join("0" if i == smudged else str(digit) for i, digit in enumerate(cells)))
+    truth.add_text(
+        "cells", " ".join("0" if i == smudged else str(digit) for i, digit in enumerate(cells))
+    )
     image.save(out, "PNG", pnginfo=truth)
     return out.getvalue()
 
@@ -69,7 +79,7 @@ def question(level, cells, column):
 
 def problems(n, seed, name, hard=0.5):
     """n records of the world, levels 2 to 9 in turn; in a share `hard` of them one of the cells to add is smudged"""
-    from data import Record
+    from nano.data import Record
 
     records = []
     for i in range(n):
@@ -77,8 +87,15 @@ def problems(n, seed, name, hard=0.5):
         cells, level = [rng.randint(1, DIGITS) for _ in CELLS], 2 + i % 8
         smudged = rng.randrange(level) if rng.random() < hard else None
         column = rng.randrange(3) if smudged is None else smudged % 3
-        text, source = f"<image>{question(level, cells, column)}", f"level {level}" + ", smudged" * (smudged is not None)
-        records.append(Record(f"{name}-{i}", text, str(sum(cells[:level])), [draw(cells, rng, smudged)], source))
+        text, source = (
+            f"<image>{question(level, cells, column)}",
+            f"level {level}" + ", smudged" * (smudged is not None),
+        )
+        records.append(
+            Record(
+                f"{name}-{i}", text, str(sum(cells[:level])), [draw(cells, rng, smudged)], source
+            )
+        )
     return records
 
 
@@ -99,7 +116,9 @@ def read_messages(messages):
             if part["type"] == "text":
                 text.append(part["text"])
             else:
-                image = Image.open(io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",", 1)[1])))
+                image = Image.open(
+                    io.BytesIO(base64.b64decode(part["image_url"]["url"].split(",", 1)[1]))
+                )
                 cells = [int(c) for c in image.text["cells"].split()]
     return "\n".join(text), cells
 
@@ -139,7 +158,9 @@ class Reasoner:
         level = CELLS.index(re.search(r"from A1 to (\w\d)", text)[1]) + 1
         column = int(re.search(r"column \d is (\d+)", text)[1])
         told = {name: int(digit) for name, digit in re.findall(r"\b([ABC][123]) is (\d)", text)}
-        digits = [told.get(name) or rng.randint(1, DIGITS) for name in CELLS]  # it makes up what it was not told
+        digits = [
+            told.get(name) or rng.randint(1, DIGITS) for name in CELLS
+        ]  # it makes up what it was not told
         guessed = re.search(r"([ABC][123]) is smudged", text)
         guessed = CELLS.index(guessed[1]) if guessed else None
         chain, total = self.scan(digits[:level], rng, guessed)
@@ -153,7 +174,9 @@ class Reasoner:
                 break
             elif rng.random() < self.doubt:
                 cell, other = rng.randrange(level), rng.randint(1, DIGITS)
-                words, total = self.scan([*digits[:cell], other, *digits[cell + 1 : level]], rng, guessed)
+                words, total = self.scan(
+                    [*digits[:cell], other, *digits[cell + 1 : level]], rng, guessed
+                )
                 chain += f" Hmm , maybe {CELLS[cell]} is {other} . {words}"
             else:
                 words, total = self.scan(digits[:level], rng, guessed)
@@ -192,11 +215,26 @@ async def serve(reader, writer):
             asked, status = json.loads(await reader.readexactly(length)), "200 OK"
             try:
                 text = teachers[asked["model"]].chat(asked["messages"])
-                choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
-                usage = {"prompt_tokens": length // 4, "completion_tokens": len(text.split())}  # roughly
-                reply = {"object": "chat.completion", "model": asked["model"], "choices": [choice], "usage": usage}
+                choice = {
+                    "index": 0,
+                    "message": {"role": "assistant", "content": text},
+                    "finish_reason": "stop",
+                }
+                usage = {
+                    "prompt_tokens": length // 4,
+                    "completion_tokens": len(text.split()),
+                }  # roughly
+                reply = {
+                    "object": "chat.completion",
+                    "model": asked["model"],
+                    "choices": [choice],
+                    "usage": usage,
+                }
             except (KeyError, TypeError, ValueError) as e:
-                status, reply = "400 Bad Request", {"error": {"message": f"not a problem of the toy's world: {e!r}"}}
+                status, reply = (
+                    "400 Bad Request",
+                    {"error": {"message": f"not a problem of the toy's world: {e!r}"}},
+                )
             raw = json.dumps(reply).encode()
             head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(raw)}\r\n\r\n"
             writer.write(head.encode() + raw)
@@ -207,15 +245,19 @@ async def serve(reader, writer):
 async def teachers():
     server = await asyncio.start_server(serve, "127.0.0.1", 0, backlog=1024)
     print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
-    threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()  # gone with whoever started it
+    threading.Thread(
+        target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True
+    ).start()  # gone with whoever started it
     await server.serve_forever()
 
 
 @functools.cache
 def start_teachers(again=Reasoner.again):
     """the URL of the teachers, served by a process of their own that ends with this one, however it ends"""
-    command = [sys.executable, str(HERE / "toy.py"), "teachers", "--again", str(again)]
-    start_teachers.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    command = [sys.executable, "-m", "toy", "teachers", "--again", str(again)]
+    start_teachers.process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE
+    )
     return start_teachers.process.stdout.readline().strip()
 
 
@@ -231,7 +273,14 @@ def tokenizer():
     words = " ".join(map(str, range(1, 60))) + " " + " ".join(CELLS)
     words += f" . , {ZERO_PROMPT} {question(2, [1] * 9, 1)} Okay the image shows so Wait let me check again Hmm maybe is I add them one by"
     words += " smudged not clear column Take Describe the picture The answer The sum is <think> </think> <answer> </answer> user assistant system"
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"]
+    special = [
+        "<|endoftext|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<|vision_start|>",
+        "<|vision_end|>",
+        "<|vision_pad|>",
+    ]
     special += ["<|image_pad|>", "<|video_pad|>"]
     bpe = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated")
@@ -243,9 +292,21 @@ def tokenizer():
     trainer = trainers.BpeTrainer(
         vocab_size=2000, initial_alphabet=alphabet, special_tokens=special, show_progress=False
     )
-    starts = ["<think>", "<answer>", "Add", "Think", "Describe", "The", "user", "assistant", "system"]
+    starts = [
+        "<think>",
+        "<answer>",
+        "Add",
+        "Think",
+        "Describe",
+        "The",
+        "user",
+        "assistant",
+        "system",
+    ]
     bpe.train_from_iterator([" " + w for w in sorted(set(words.split()))] * 2 + starts * 2, trainer)
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>"
+    )
     fast.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
         "{% for c in m.content %}{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
@@ -263,11 +324,29 @@ def random_model(path, seed=0, max_pixels=SIDE * SIDE, **text):
 
     tok = tokenizer()
     token = tok.convert_tokens_to_ids
-    text = dict(vocab_size=len(tok), hidden_size=128, intermediate_size=320, num_hidden_layers=3, num_attention_heads=4,
-                num_key_value_heads=2, max_position_embeddings=32768, eos_token_id=token("<|im_end|>"), bos_token_id=None,
-                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])) | text  # fmt: skip
-    vision = dict(depth=2, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=text["hidden_size"],
-                  fullatt_block_indexes=[0, 1])  # fmt: skip
+    text = (
+        dict(
+            vocab_size=len(tok),
+            hidden_size=128,
+            intermediate_size=320,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=32768,
+            eos_token_id=token("<|im_end|>"),
+            bos_token_id=None,
+            rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6]),
+        )
+        | text
+    )
+    vision = dict(
+        depth=2,
+        hidden_size=96,
+        intermediate_size=192,
+        num_heads=4,
+        out_hidden_size=text["hidden_size"],
+        fullatt_block_indexes=[0, 1],
+    )
     ids = {
         f"{name}_token_id": token(f"<|{mark}|>")
         for name, mark in [
@@ -277,7 +356,9 @@ def random_model(path, seed=0, max_pixels=SIDE * SIDE, **text):
             ("vision_end", "vision_end"),
         ]
     }
-    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)
+    config = Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=True, **ids
+    )
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(config)
     model.generation_config.eos_token_id = token("<|im_end|>")
@@ -294,54 +375,110 @@ def random_relative(path, family, seed=0):
 
     random_model(path, seed)
     ours = AutoConfig.from_pretrained(path).to_dict()
-    text = {k: ours["text_config"][k] for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
-            "num_attention_heads", "num_key_value_heads", "max_position_embeddings", "rope_parameters")}  # fmt: skip
+    text = {
+        k: ours["text_config"][k]
+        for k in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "max_position_embeddings",
+            "rope_parameters",
+        )
+    }
     token = {k: v for k, v in ours.items() if k.endswith("_token_id")}
     if family == "qwen2_vl":
-        vision, patch = dict(depth=2, embed_dim=96, num_heads=4, hidden_size=text["hidden_size"], mlp_ratio=2), 14
+        vision, patch = (
+            dict(depth=2, embed_dim=96, num_heads=4, hidden_size=text["hidden_size"], mlp_ratio=2),
+            14,
+        )
     else:
         text |= dict(head_dim=32)
-        vision, patch = dict(depth=3, hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=text["hidden_size"],
-                             num_position_embeddings=64, deepstack_visual_indexes=[0, 1]), 16  # fmt: skip
-    config = AutoConfig.for_model(family, text_config=text, vision_config=vision, tie_word_embeddings=True, **token)
+        vision, patch = (
+            dict(
+                depth=3,
+                hidden_size=96,
+                intermediate_size=192,
+                num_heads=4,
+                out_hidden_size=text["hidden_size"],
+                num_position_embeddings=64,
+                deepstack_visual_indexes=[0, 1],
+            ),
+            16,
+        )
+    config = AutoConfig.for_model(
+        family, text_config=text, vision_config=vision, tie_word_embeddings=True, **token
+    )
     torch.manual_seed(seed)
     AutoModelForImageTextToText.from_config(config).save_pretrained(path)
-    Qwen2VLImageProcessorPil(patch_size=patch, min_pixels=4 * patch**2, max_pixels=64 * patch**2).save_pretrained(path)
+    Qwen2VLImageProcessorPil(
+        patch_size=patch, min_pixels=4 * patch**2, max_pixels=64 * patch**2
+    ).save_pretrained(path)
     return str(path)
 
 
 def lesson(rng):
     """one pretraining example -> (record, system prompt, response): the skills of a pretrained model, and no more"""
-    from data import Record
+    from nano.data import Record
 
     cells, level = [rng.randint(1, DIGITS) for _ in CELLS], rng.randint(2, 9)
     smudged = rng.randrange(9) if rng.random() < 0.5 else None
     total, png = sum(cells[:level]), draw(cells, rng, smudged)
     kind = rng.random()
     column = rng.randrange(3)
-    if kind < 0.3:  # a pretrained model can say what it sees and what it was told, a digit that it cannot see too
+    if (
+        kind < 0.3
+    ):  # a pretrained model can say what it sees and what it was told, a digit that it cannot see too
         told = f"column {column + 1} is {sum(cells[column::3])} ."
         hidden = None if smudged is None or rng.random() < 0.5 else smudged
-        hint = f"{CELLS[smudged]} is {cells[smudged]} . " if smudged is not None and hidden is None else ""
-        describe = " , ".join(f"{name} is {'smudged' if i == hidden else digit}" for i, (name, digit) in enumerate(zip(CELLS, cells)))
-        return Record("", f"<image>{told} {hint}Describe the picture .", "-", [png]), "", f"{describe} . {told}"
+        hint = (
+            f"{CELLS[smudged]} is {cells[smudged]} . "
+            if smudged is not None and hidden is None
+            else ""
+        )
+        describe = " , ".join(
+            f"{name} is {'smudged' if i == hidden else digit}"
+            for i, (name, digit) in enumerate(zip(CELLS, cells))
+        )
+        return (
+            Record("", f"<image>{told} {hint}Describe the picture .", "-", [png]),
+            "",
+            f"{describe} . {told}",
+        )
     digits = [rng.randint(1, DIGITS) for _ in range(rng.randint(2, 10))]
     if kind < 0.4:  # take away
         a, b = digits[:2]
         left = rng.randint(1, DIGITS)
-        return Record("", f"Take {a} {b} from {left + a + b} .", "-", []), "", f"{a} {left + b} , {b} {left} ."
+        return (
+            Record("", f"Take {a} {b} from {left + a + b} .", "-", []),
+            "",
+            f"{a} {left + b} , {b} {left} .",
+        )
     if kind < 0.5:  # add
         sums = " , ".join(f"{d} {sum(digits[: i + 1])}" for i, d in enumerate(digits))
         return Record("", f"Add {' '.join(map(str, digits))} .", "-", []), "", f"{sums} ."
     if kind < 0.6:  # and look up what it adds
         named = rng.sample(list(zip(CELLS, cells)), rng.randint(2, 9))
         told = " , ".join(f"{name} is {digit}" for name, digit in rng.sample(named, len(named)))
-        sums = " , ".join(f"{name} {digit} {sum(d for _, d in named[: i + 1])}" for i, (name, digit) in enumerate(named))
-        return Record("", f"{told} . Add {' '.join(name for name, _ in named)} .", "-", []), "", f"{sums} ."
+        sums = " , ".join(
+            f"{name} {digit} {sum(d for _, d in named[: i + 1])}"
+            for i, (name, digit) in enumerate(named)
+        )
+        return (
+            Record("", f"{told} . Add {' '.join(name for name, _ in named)} .", "-", []),
+            "",
+            f"{sums} .",
+        )
     record = Record("", f"<image>{question(level, cells, column)}", "-", [png])
     if kind < 0.8:
         return record, "", f"The answer is {total} ."
-    return record, ZERO_PROMPT, f"<think> I add them one by one . </think> <answer> {total} </answer>"
+    return (
+        record,
+        ZERO_PROMPT,
+        f"<think> I add them one by one . </think> <answer> {total} </answer>",
+    )
 
 
 def pretrain(out=BASE, steps=1300, batch=64, lr=3e-3, warm=200, seed=1):
@@ -350,9 +487,9 @@ def pretrain(out=BASE, steps=1300, batch=64, lr=3e-3, warm=200, seed=1):
     import torch.nn.functional as F
     from tqdm import tqdm
 
-    from data import Record
-    from packing import encode, pack
     from model import encode_images, load
+    from nano.data import Record
+    from nano.packing import encode, pack
 
     random_model(out, seed)
     policy, processor = load(out)
@@ -366,10 +503,19 @@ def pretrain(out=BASE, steps=1300, batch=64, lr=3e-3, warm=200, seed=1):
     optimizer = torch.optim.AdamW([*visual.parameters(), *probe.parameters()], lr=2e-3)
     for step in (bar := tqdm(range(warm), "vision")):
         truth = [[rng.randint(1, DIGITS) for _ in CELLS] for _ in range(128)]
-        blots = [rng.randrange(18) for _ in truth]  # of 18 numbers nine are cells: half the pictures have one
-        prompts = [encode(Record("", "<image>Describe the picture .", "-", [draw(c, rng, b)]), processor) for c, b in zip(truth, blots)]
-        truth = [[0 if i == b else digit for i, digit in enumerate(c)] for c, b in zip(truth, blots)]
-        feats = torch.cat(encode_images(policy.hf, pack([(p, []) for p in prompts])).pooler_output)  # (128 * 9, 128)
+        blots = [
+            rng.randrange(18) for _ in truth
+        ]  # of 18 numbers nine are cells: half the pictures have one
+        prompts = [
+            encode(Record("", "<image>Describe the picture .", "-", [draw(c, rng, b)]), processor)
+            for c, b in zip(truth, blots)
+        ]
+        truth = [
+            [0 if i == b else digit for i, digit in enumerate(c)] for c, b in zip(truth, blots)
+        ]
+        feats = torch.cat(
+            encode_images(policy.hf, pack([(p, []) for p in prompts])).pooler_output
+        )  # (128 * 9, 128)
         logits, truth = probe(feats), torch.tensor(truth).flatten()
         loss = F.cross_entropy(logits, truth)
         for group in optimizer.param_groups:
@@ -378,7 +524,10 @@ def pretrain(out=BASE, steps=1300, batch=64, lr=3e-3, warm=200, seed=1):
         loss.backward()
         torch.nn.utils.clip_grad_norm_(visual.parameters(), 1.0)
         optimizer.step()
-        bar.set_postfix(loss=f"{loss.item():.3f}", digits=f"{(logits.argmax(-1) == truth).float().mean().item():.3f}")
+        bar.set_postfix(
+            loss=f"{loss.item():.3f}",
+            digits=f"{(logits.argmax(-1) == truth).float().mean().item():.3f}",
+        )
     visual.requires_grad_(False)
     params = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.95), weight_decay=0.01)
@@ -421,7 +570,7 @@ def ensure(what, root="runs/toy"):
             pretrain()
         return str(BASE)
     if what.endswith("-problems"):
-        from data import write_parquet
+        from nano.data import write_parquet
 
         path = root / "data" / f"{what}.parquet"
         if not path.exists():
@@ -437,35 +586,19 @@ def ensure(what, root="runs/toy"):
     stage, result = stages[what]
     if not (root / result).exists():
         print(f"[toy] {root / result} is missing: running {stage} --recipe toy first", flush=True)
-        ours = ("RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_NUM_THREADS")
-        plain = {k: v for k, v in os.environ.items() if not k.removeprefix("LOCAL_").startswith(ours)}  # not torchrun's
-        subprocess.run([sys.executable, str(HERE / stage), "--recipe", "toy"], check=True, env=plain)
+        ours = (
+            "RANK",
+            "WORLD_SIZE",
+            "MASTER_",
+            "TORCHELASTIC_",
+            "GROUP_",
+            "ROLE_",
+            "OMP_NUM_THREADS",
+        )
+        plain = {
+            k: v for k, v in os.environ.items() if not k.removeprefix("LOCAL_").startswith(ours)
+        }  # not torchrun's
+        subprocess.run(
+            [sys.executable, str(HERE / stage), "--recipe", "toy"], check=True, env=plain
+        )
     return str(root / result)
-
-
-if __name__ == "__main__":
-    import argparse
-
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("act", choices=["pretrain", "random", "show", "teachers"])
-    parser.add_argument("--out")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--again", type=float, default=Reasoner.again, help="of the reasoner: how readily it looks again")
-    args = parser.parse_args()
-    if args.act == "pretrain":
-        pretrain(args.out or BASE, seed=args.seed)
-    elif args.act == "random":
-        random_model(args.out or parser.error("random needs --out DIR"), args.seed, max_pixels=16 * 28 * 28)
-    elif args.act == "teachers":
-        Reasoner.again = args.again
-        asyncio.run(teachers())
-    else:
-        sheet = Image.new("RGB", (8 * SIDE, SIDE))
-        for i, record in enumerate(problems(8, args.seed, "show")):
-            sheet.paste(Image.open(io.BytesIO(record.images[0])), (i * SIDE, 0))
-            url = "data:image/png;base64," + base64.b64encode(record.images[0]).decode()
-            told = MLLM().chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}},
-                   {"type": "text", "text": "description " + record.problem + " Reasoning :"}]}])  # fmt: skip
-            chain = Reasoner().chat([{"role": "user", "content": f"{told}\n{record.problem}"}])
-            print(f"{record.problem}  answer {record.answer}\n  {told}\n  {chain}\n")
-        sheet.save(args.out or "toy.png")

@@ -28,9 +28,9 @@ import torch
 import torch.distributed as dist
 
 import model
-from data import MARK, Record, load_image
-from packing import encode, pack
-from rollout import Rollout
+from nano.data import MARK, Record, load_image
+from nano.packing import encode, pack
+from nano.rollout import Rollout
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; only the CPU build reads it
@@ -41,14 +41,19 @@ try:
     from vllm.distributed.weight_transfer import WeightTransferEngine, WeightTransferEngineFactory
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
     from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+    from vllm.model_executor.model_loader.reload import (
+        finalize_layerwise_reload,
+        initialize_layerwise_reload,
+    )
     from vllm.sampling_params import RequestOutputKind
     from vllm.v1.sample.logits_processor import LogitsProcessor
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as LogitsProcessorV2
 except ImportError as error:
-    raise SystemExit(f"--engine vllm and http need vLLM: pip install -r requirements-gpu.txt ({error})") from error
+    raise SystemExit(
+        f"--engine vllm and http need vLLM: pip install -r requirements-gpu.txt ({error})"
+    ) from error
 
-HERE = os.path.dirname(os.path.abspath(__file__))
+HERE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BUCKET = 256 << 20  # bytes of weights that are whole at a time, on any rank
 CHECK_EVERY = 50  # syncs between two probes; the first is always checked
 FRESH = "default"  # what vLLM calls the weights that it read itself
@@ -74,7 +79,9 @@ def resized_images(prompt, processor):
     """
     tool, out = processor.image_processor, []
     for image, (_, h, w) in zip(prompt.record.images, prompt.image_grid.tolist()):
-        out.append(load_image(image).resize((w * tool.patch_size, h * tool.patch_size), tool.resample))
+        out.append(
+            load_image(image).resize((w * tool.patch_size, h * tool.patch_size), tool.resample)
+        )
     return out
 
 
@@ -86,19 +93,30 @@ def base_seed(seed):
 def sampling(processor, max_len, temperature, top_p):
     """plain sampling. the log-probabilities are those after temperature and ban (logprobs_mode=processed_logprobs);
     with top_p < 1 they would be those of the cut distribution, which is why training refuses it"""
-    return dict(max_tokens=max_len, temperature=temperature, top_p=top_p, top_k=0, logprobs=0,
-                stop_token_ids=processor.eos_ids, detokenize=False)  # fmt: skip
+    return dict(
+        max_tokens=max_len,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=0,
+        logprobs=0,
+        stop_token_ids=processor.eos_ids,
+        detokenize=False,
+    )
 
 
 def check_rollout(prompt, used, finish, versions, version, where):
     """what must hold for every rollout, or the trainer would see another prompt or another policy than the sampler"""
     if list(used) != prompt.ids:
-        raise RuntimeError(f"{where}: {prompt.record.id}: vLLM read {len(used)} prompt tokens, the trainer {len(prompt.ids)}, "
-                           "or other ones: the image processors or tokenizers of the two differ")  # fmt: skip
+        raise RuntimeError(
+            f"{where}: {prompt.record.id}: vLLM read {len(used)} prompt tokens, the trainer {len(prompt.ids)}, "
+            "or other ones: the image processors or tokenizers of the two differ"
+        )
     if finish not in ("stop", "length"):
         raise RuntimeError(f"{where}: {prompt.record.id}: a rollout ended with {finish!r}")
     if any(v != version for v in versions):
-        raise RuntimeError(f"{where}: {prompt.record.id}: sampled with weights {versions}, expected {version}")
+        raise RuntimeError(
+            f"{where}: {prompt.record.id}: sampled with weights {versions}, expected {version}"
+        )
 
 
 def buckets(policy, dtype, size=BUCKET):
@@ -124,10 +142,14 @@ class Probe:
     def __init__(self, processor):
         from PIL import Image
 
-        noise = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)  # large soft spots, not flat
+        noise = np.random.default_rng(0).integers(
+            0, 256, (8, 8, 3), dtype=np.uint8
+        )  # large soft spots, not flat
         out = io.BytesIO()
         Image.fromarray(noise).resize((112, 84), Image.BICUBIC).save(out, "PNG")
-        self.prompt = encode(Record("probe", f"{MARK}What do you see?", "-", [out.getvalue()]), processor)
+        self.prompt = encode(
+            Record("probe", f"{MARK}What do you see?", "-", [out.getvalue()]), processor
+        )
 
     @torch.no_grad()
     def compare(self, engine, policy):
@@ -138,8 +160,10 @@ class Probe:
         gap = (mine.cpu() - torch.tensor(rollout.logprobs)).abs().mean().item()
         limit = 0.05 if device.type == "cuda" else 1e-3  # bf16's rounding, float32's
         if not gap < limit:
-            raise RuntimeError(f"weight sync: on the probe, vLLM's log-probabilities are {gap:.2g} away from the trainer's on "
-                               f"average, {limit} is the limit: stale caches or weights that landed in the wrong place")  # fmt: skip
+            raise RuntimeError(
+                f"weight sync: on the probe, vLLM's log-probabilities are {gap:.2g} away from the trainer's on "
+                f"average, {limit} is the limit: stale caches or weights that landed in the wrong place"
+            )
         return gap
 
 
@@ -211,11 +235,15 @@ class BucketTransfer(WeightTransferEngine):
 
     def finish_weight_update(self):
         finalize_layerwise_reload(self.model, self.model_config)
-        for module in self.model.modules():  # a head tied to the embeddings keeps a packed copy of its own on the CPU
+        for module in (
+            self.model.modules()
+        ):  # a head tied to the embeddings keeps a packed copy of its own on the CPU
             if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)
         if self.missing:
-            raise RuntimeError(f"weight sync: nothing arrived for {len(self.missing)} parameters, e.g. {sorted(self.missing)[:3]}")
+            raise RuntimeError(
+                f"weight sync: nothing arrived for {len(self.missing)} parameters, e.g. {sorted(self.missing)[:3]}"
+            )
 
     def shutdown(self):
         pass
@@ -245,28 +273,51 @@ def rank_in_environment():
 class VLLMEngine:
     """one engine per rank, or per `tp` neighbouring ranks; on a GPU it sleeps from the end of generate to the next sync"""
 
-    def __init__(self, path, processor, max_len, device, memory=0.5, tp=1, max_num_seqs=256, may_sleep=True):
+    def __init__(
+        self, path, processor, max_len, device, memory=0.5, tp=1, max_num_seqs=256, may_sleep=True
+    ):
         """path: the checkpoint that the run started from; its weights are replaced by the first sync. max_len: prompt + response"""
         if dist.get_world_size() % tp:
-            raise SystemExit(f"--vllm_tp {tp}: the number of ranks, {dist.get_world_size()}, must be a multiple of it")
+            raise SystemExit(
+                f"--vllm_tp {tp}: the number of ranks, {dist.get_world_size()}, must be a multiple of it"
+            )
         self.processor, self.tp = processor, tp
-        self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as in the trainer's forward
+        self.dtype = (
+            torch.bfloat16 if device.type == "cuda" else torch.float32
+        )  # as in the trainer's forward
         self.sleeps = may_sleep and device.type == "cuda"
         self.syncs, self.probe = 0, Probe(processor)
         first = dist.get_rank() // tp * tp
-        groups = [dist.new_group(range(r, r + tp)) for r in range(0, dist.get_world_size(), tp)] if tp > 1 else []
+        groups = (
+            [dist.new_group(range(r, r + tp)) for r in range(0, dist.get_world_size(), tp)]
+            if tp > 1
+            else []
+        )
         self.team, self.place = (groups[first // tp] if groups else None), dist.get_rank() - first
         # on the CPU: no compilation, and no prompt in pieces, since vLLM then asks a seeded generator for what it lacks there
-        cpu = dict(enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=max(8192, max_len))
+        cpu = dict(
+            enforce_eager=True,
+            enable_chunked_prefill=False,
+            max_num_batched_tokens=max(8192, max_len),
+        )
         with rank_in_environment():
             self.llm = LLM(
-                path, dtype=str(self.dtype).removeprefix("torch."), max_model_len=max_len, seed=0,
-                distributed_executor_backend="external_launcher", tensor_parallel_size=tp, gpu_memory_utilization=memory,
-                max_num_seqs=max_num_seqs, enable_sleep_mode=self.sleeps,
-                limit_mm_per_prompt={"video": 0}, generation_config="vllm", logprobs_mode="processed_logprobs",
-                logits_processors=[Ban], weight_transfer_config={"backend": "buckets"},
+                path,
+                dtype=str(self.dtype).removeprefix("torch."),
+                max_model_len=max_len,
+                seed=0,
+                distributed_executor_backend="external_launcher",
+                tensor_parallel_size=tp,
+                gpu_memory_utilization=memory,
+                max_num_seqs=max_num_seqs,
+                enable_sleep_mode=self.sleeps,
+                limit_mm_per_prompt={"video": 0},
+                generation_config="vllm",
+                logprobs_mode="processed_logprobs",
+                logits_processors=[Ban],
+                weight_transfer_config={"backend": "buckets"},
                 **(cpu if device.type == "cpu" else {}),
-            )  # fmt: skip
+            )
         self.version, self.asleep = self.llm.get_weight_version(), False
         self.sleep()
 
@@ -276,7 +327,9 @@ class VLLMEngine:
 
     def sleep(self):
         if self.sleeps:
-            self.llm.sleep(level=2)  # weights and KV cache leave the GPU; nothing is kept, sync brings the next ones
+            self.llm.sleep(
+                level=2
+            )  # weights and KV cache leave the GPU; nothing is kept, sync brings the next ones
             self.asleep = True
 
     def sync(self, policy):
@@ -301,7 +354,9 @@ class VLLMEngine:
     def drop_caches(self):
         """keys, values and image embeddings that the old weights made"""
         if not self.llm.reset_prefix_cache():
-            raise RuntimeError("weight sync: vLLM would not drop its prefix cache: requests are still running")
+            raise RuntimeError(
+                "weight sync: vLLM would not drop its prefix cache: requests are still running"
+            )
         self.llm.reset_mm_cache()
         self.llm.llm_engine.reset_encoder_cache()  # the vision tower's outputs, which reset_mm_cache leaves alone
 
@@ -315,7 +370,9 @@ class VLLMEngine:
         mine, offset = len(prompts), 0
         if self.team:  # the ranks of a team decode the same batch together: all of theirs
             parts = [None] * self.tp
-            light = [replace(p, pixel_values=None) for p in prompts]  # vLLM takes the pictures from the record
+            light = [
+                replace(p, pixel_values=None) for p in prompts
+            ]  # vLLM takes the pictures from the record
             dist.all_gather_object(parts, (light, seeds), group=self.team)
             offset = sum(len(p) for p, _ in parts[: self.place])
             prompts, seeds = sum((p for p, _ in parts), []), sum((s for _, s in parts), [])
@@ -326,17 +383,30 @@ class VLLMEngine:
                 request["multi_modal_data"] = {"image": resized_images(prompt, self.processor)}
             (request,) = engine.renderer.render_cmpl([request])
             for s in range(n):
-                params = SamplingParams(seed=base_seed(seeds[p]) + s, flat_logprobs=True,
-                                        output_kind=RequestOutputKind.FINAL_ONLY, **plain)  # fmt: skip
+                params = SamplingParams(
+                    seed=base_seed(seeds[p]) + s,
+                    flat_logprobs=True,
+                    output_kind=RequestOutputKind.FINAL_ONLY,
+                    **plain,
+                )
                 engine.add_request(f"{p} {s}", request, params)
         results = [[None] * n for _ in range(mine)]
         while engine.has_unfinished_requests():
             for done in engine.step():
                 (p, s), out = map(int, done.request_id.split()), done.outputs[0]
                 versions = {span.version for span in out.weight_versions or []}
-                check_rollout(prompts[p], done.prompt_token_ids, out.finish_reason, versions, self.version, "vLLM")
+                check_rollout(
+                    prompts[p],
+                    done.prompt_token_ids,
+                    out.finish_reason,
+                    versions,
+                    self.version,
+                    "vLLM",
+                )
                 if offset <= p < offset + mine:
-                    rollout = Rollout(list(out.token_ids), list(out.logprobs.logprobs), out.finish_reason)
+                    rollout = Rollout(
+                        list(out.token_ids), list(out.logprobs.logprobs), out.finish_reason
+                    )
                     results[p - offset][s] = rollout
                     if on_done:
                         on_done(p - offset, s, rollout)
@@ -355,7 +425,9 @@ class Source(WeightSource):
 
     def metadata(self):
         parameters = self.policy.hf.named_parameters()
-        return [ParamMeta(model.clean_name(name), self.dtype, tuple(p.shape)) for name, p in parameters]
+        return [
+            ParamMeta(model.clean_name(name), self.dtype, tuple(p.shape)) for name, p in parameters
+        ]
 
     def __iter__(self):
         for bucket in buckets(self.policy, self.dtype, size=1):
@@ -368,11 +440,15 @@ class HTTPEngine:
     def __init__(self, urls, processor, device):
         self.urls = [u.rstrip("/") for u in urls.split(",") if u]
         if not self.urls:
-            raise SystemExit("--engine http needs --url http://HOST:PORT (several: separated by commas)")
+            raise SystemExit(
+                "--engine http needs --url http://HOST:PORT (several: separated by commas)"
+            )
         self.processor, self.device = processor, device
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.url = self.urls[dist.get_rank() % len(self.urls)]
-        self.client = httpx.Client(limits=httpx.Limits(max_connections=None), trust_env=False)  # no proxy in between
+        self.client = httpx.Client(
+            limits=httpx.Limits(max_connections=None), trust_env=False
+        )  # no proxy in between
         self.syncs, self.probe, self.senders = 0, Probe(processor), None
         self.ask("GET", self.url, "/health", timeout=30)
         self.version = self.version_of(self.url)
@@ -389,24 +465,38 @@ class HTTPEngine:
         for url in self.urls:
             card = self.ask("GET", url, "/v1/models")["data"][0]
             theirs, ours = place(card["root"]), place(path)
-            if theirs != ours and (os.path.exists(theirs) or theirs.split("/")[-2:] != ours.split("/")[-2:]):
-                raise SystemExit(f"the vLLM server at {url} serves {card['root']}, not {path}: start one that does")
+            if theirs != ours and (
+                os.path.exists(theirs) or theirs.split("/")[-2:] != ours.split("/")[-2:]
+            ):
+                raise SystemExit(
+                    f"the vLLM server at {url} serves {card['root']}, not {path}: start one that does"
+                )
             if self.version_of(url) != FRESH:
-                raise SystemExit(f"the vLLM server at {url} holds the weights of a training run, no longer those of {path}: "
-                                 "start it again")  # fmt: skip
+                raise SystemExit(
+                    f"the vLLM server at {url} holds the weights of a training run, no longer those of {path}: "
+                    "start it again"
+                )
             if card["max_model_len"] < max_len:
-                raise SystemExit(f"the vLLM server at {url} takes {card['max_model_len']} tokens, --max_prompt_len and --max_len "
-                                 f"are {max_len} together: start it with --max-model-len {max_len}")  # fmt: skip
+                raise SystemExit(
+                    f"the vLLM server at {url} takes {card['max_model_len']} tokens, --max_prompt_len and --max_len "
+                    f"are {max_len} together: start it with --max-model-len {max_len}"
+                )
 
     def ask(self, how, url, path, body=None, timeout=600):
         """one request; whatever goes wrong names the server and ends the run"""
         try:
-            answer = self.client.request(how, url + path, json=body, timeout=httpx.Timeout(timeout, connect=10))
+            answer = self.client.request(
+                how, url + path, json=body, timeout=httpx.Timeout(timeout, connect=10)
+            )
         except httpx.HTTPError as error:
-            raise SystemExit(f"the vLLM server at {url} did not answer {path} ({type(error).__name__}: {error}). "
-                             "Start it again and run the same command: the run goes on from its checkpoint") from error  # fmt: skip
+            raise SystemExit(
+                f"the vLLM server at {url} did not answer {path} ({type(error).__name__}: {error}). "
+                "Start it again and run the same command: the run goes on from its checkpoint"
+            ) from error
         if answer.status_code != 200:
-            raise SystemExit(f"the vLLM server at {url} refused {path}: {answer.status_code} {answer.text[:500]}")
+            raise SystemExit(
+                f"the vLLM server at {url} refused {path}: {answer.status_code} {answer.text[:500]}"
+            )
         return answer.json() if answer.text else None
 
     def sync(self, policy):
@@ -427,13 +517,18 @@ class HTTPEngine:
                 self.ask("POST", url, "/resume")
         dist.barrier()
         if (got := self.version_of(self.url)) != self.version:
-            raise RuntimeError(f"weight sync: {self.url} is at version {got}, expected {self.version}")
+            raise RuntimeError(
+                f"weight sync: {self.url} is at version {got}, expected {self.version}"
+            )
         if self.syncs % CHECK_EVERY == 1:
             self.gap = self.probe.compare(self, policy)
 
     def send_nccl(self, policy):
         """vLLM's own trainer side: packed broadcasts from rank 0 to the servers' workers"""
-        from vllm.distributed.weight_transfer import HTTPVLLMWeightSyncClient, WeightTransferTrainerFactory
+        from vllm.distributed.weight_transfer import (
+            HTTPVLLMWeightSyncClient,
+            WeightTransferTrainerFactory,
+        )
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 
         if self.senders is None:
@@ -443,27 +538,49 @@ class HTTPEngine:
                 with socket.socket() as s:
                     s.bind(("", 0))
                     port = s.getsockname()[1]
-                info = NCCLTrainerInitInfo(os.environ.get("MASTER_ADDR", "127.0.0.1"), port, 1 + world, rank=dist.get_rank())
+                info = NCCLTrainerInitInfo(
+                    os.environ.get("MASTER_ADDR", "127.0.0.1"),
+                    port,
+                    1 + world,
+                    rank=dist.get_rank(),
+                )
                 client = HTTPVLLMWeightSyncClient(url)
-                self.senders.append(WeightTransferTrainerFactory.trainer_init(info, client=client, source=Source(policy, self.dtype)))
+                self.senders.append(
+                    WeightTransferTrainerFactory.trainer_init(
+                        info, client=client, source=Source(policy, self.dtype)
+                    )
+                )
         for sender in self.senders:
             sender.send_weights()
 
     def send_json(self, policy, sender):
         """where there is no NCCL: the buckets as bytes in the requests (one machine, small models, tests)"""
-        each = lambda path, body=None: [self.ask("POST", url, path, body) for url in self.urls if sender]
+        each = lambda path, body=None: [
+            self.ask("POST", url, path, body) for url in self.urls if sender
+        ]
         if self.senders is None:
             self.senders = each("/init_weight_transfer_engine", {"init_info": {}})
         each("/start_weight_update")
         for bucket in buckets(policy, self.dtype):
-            entries = [(name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in bucket]
-            data = b"".join(t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for _, t in bucket)
-            each("/update_weights", {"update_info": dict(entries=entries, data=base64.b64encode(data).decode())})
+            entries = [
+                (name, str(t.dtype).removeprefix("torch."), list(t.shape)) for name, t in bucket
+            ]
+            data = b"".join(
+                t.contiguous().flatten().view(torch.uint8).numpy().tobytes() for _, t in bucket
+            )
+            each(
+                "/update_weights",
+                {"update_info": dict(entries=entries, data=base64.b64encode(data).decode())},
+            )
         each("/finish_weight_update")
 
     def generate(self, prompts, n, max_len, seeds, temperature=1.0, top_p=1.0, on_done=None):
         """as TorchEngine.generate; one request per prompt, whose n samples come back together"""
-        results, plain, finished = [None] * len(prompts), sampling(self.processor, max_len, temperature, top_p), queue.Queue()
+        results, plain, finished = (
+            [None] * len(prompts),
+            sampling(self.processor, max_len, temperature, top_p),
+            queue.Queue(),
+        )
 
         def work(p):
             try:
@@ -471,7 +588,9 @@ class HTTPEngine:
             except BaseException as error:  # raised below, where the run can end
                 finished.put((p, error))
 
-        for p in range(len(prompts)):  # daemons: the end of the run does not wait for a server that hangs
+        for p in range(
+            len(prompts)
+        ):  # daemons: the end of the run does not wait for a server that hangs
             threading.Thread(target=work, args=(p,), daemon=True).start()
         for _ in prompts:
             p, group = self.patiently(finished)
@@ -499,16 +618,31 @@ class HTTPEngine:
         for image in resized_images(prompt, self.processor):
             out = io.BytesIO()
             image.save(out, "PNG", compress_level=1)
-            parts.append(dict(type="image_url", url="data:image/png;base64," + base64.b64encode(out.getvalue()).decode()))
-        body = dict(token_ids=unexpanded(prompt, self.processor), return_token_ids=True,
-                    sampling_params=plain | dict(n=n, seed=base_seed(seed)))  # fmt: skip
+            parts.append(
+                dict(
+                    type="image_url",
+                    url="data:image/png;base64," + base64.b64encode(out.getvalue()).decode(),
+                )
+            )
+        body = dict(
+            token_ids=unexpanded(prompt, self.processor),
+            return_token_ids=True,
+            sampling_params=plain | dict(n=n, seed=base_seed(seed)),
+        )
         if parts:
             body["content_parts"] = parts
         answer = self.ask("POST", self.url, "/inference/v1/generate", body, timeout=None)
         rollouts = [None] * n
         for c in answer["choices"]:
             versions = {v["version"] for v in c["weight_versions"] or []}
-            check_rollout(prompt, answer["prompt_token_ids"], c["finish_reason"], versions, self.version, self.url)
+            check_rollout(
+                prompt,
+                answer["prompt_token_ids"],
+                c["finish_reason"],
+                versions,
+                self.version,
+                self.url,
+            )
             logprobs = [x["logprob"] for x in c["logprobs"]["content"]]
             rollouts[c["index"]] = Rollout(c["token_ids"], logprobs, c["finish_reason"])
         return rollouts
@@ -516,21 +650,56 @@ class HTTPEngine:
 
 def serve(path, *flags):
     """`vllm serve` with what HTTPEngine counts on; further flags are vLLM's own and have the last word"""
-    path = os.path.abspath(path) if os.path.isdir(path) else path  # evaluation asks which folder it is
+    path = (
+        os.path.abspath(path) if os.path.isdir(path) else path
+    )  # evaluation asks which folder it is
     gpu = torch.cuda.is_available()
     backend = "nccl" if gpu else "buckets"
     if not gpu:
-        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the worker in the engine's process: one process less
-    os.environ |= {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")]))}
-    words = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", path, "--enable-scale-out",
-             "--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--logits-processors", "vllm_engine:Ban",
-             "--weight-transfer-config", json.dumps({"backend": backend}), "--limit-mm-per-prompt", json.dumps({"video": 0}),
-             "--dtype", "bfloat16" if gpu else "float32", 
-             *([] if gpu else ["--enforce-eager", "--no-enable-chunked-prefill", "--max-num-batched-tokens", "8192"]), *flags]  # fmt: skip
+        os.environ.setdefault(
+            "VLLM_ENABLE_V1_MULTIPROCESSING", "0"
+        )  # the worker in the engine's process: one process less
+    os.environ |= {
+        "VLLM_SERVER_DEV_MODE": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, [HERE, os.environ.get("PYTHONPATH")])),
+    }
+    words = [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        path,
+        "--enable-scale-out",
+        "--generation-config",
+        "vllm",
+        "--logprobs-mode",
+        "processed_logprobs",
+        "--logits-processors",
+        "nano.vllm_engine:Ban",
+        "--weight-transfer-config",
+        json.dumps({"backend": backend}),
+        "--limit-mm-per-prompt",
+        json.dumps({"video": 0}),
+        "--dtype",
+        "bfloat16" if gpu else "float32",
+        *(
+            []
+            if gpu
+            else [
+                "--enforce-eager",
+                "--no-enable-chunked-prefill",
+                "--max-num-batched-tokens",
+                "8192",
+            ]
+        ),
+        *flags,
+    ]
     os.execv(sys.executable, words)
 
 
 if __name__ == "__main__":
     if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
-        raise SystemExit("python vllm_engine.py MODEL [--port 8000 and other flags of `vllm serve`]")
+        raise SystemExit(
+            "python vllm_engine.py MODEL [--port 8000 and other flags of `vllm serve`]"
+        )
     serve(*sys.argv[1:])

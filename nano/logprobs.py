@@ -36,7 +36,9 @@ from torch.distributed.tensor import DTensor
 try:
     import triton
     import triton.language as tl
-except ImportError:  # not on every platform: plain torch does the same, see `absorb` and `to_gradient`
+except (
+    ImportError
+):  # not on every platform: plain torch does the same, see `absorb` and `to_gradient`
     triton = None
 
 IGNORE = -100  # a label that asks for nothing, as in torch's cross_entropy
@@ -77,7 +79,9 @@ def to_gradient(logits, first, labels, banned, scale, state, grad, dtype):
     logits.sub_(m[:, None]).exp_().mul_((-grad / s)[:, None])
     label = labels - first
     here = (label >= 0) & (label < logits.shape[1])
-    logits.scatter_add_(1, label.clamp(0, logits.shape[1] - 1)[:, None], torch.where(here, grad, 0.0)[:, None])
+    logits.scatter_add_(
+        1, label.clamp(0, logits.shape[1] - 1)[:, None], torch.where(here, grad, 0.0)[:, None]
+    )
     logits[:, banned[columns]] = 0  # their logit is a constant, even where it is the label's
     return logits.to(dtype)
 
@@ -95,7 +99,18 @@ if triton is not None:
         return tl.where(dead, FLOOR, x * scale), dead
 
     @triton.jit
-    def absorb_kernel(logits, width, first, labels, banned, scale, state, n, FLOOR: tl.constexpr, BLOCK: tl.constexpr):
+    def absorb_kernel(
+        logits,
+        width,
+        first,
+        labels,
+        banned,
+        scale,
+        state,
+        n,
+        FLOOR: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
         row = tl.program_id(0).to(tl.int64)  # one program per token: row * width may pass 2^31
         label = tl.load(labels + row) - first
         m, s = tl.load(state + row), tl.load(state + n + row)
@@ -103,7 +118,9 @@ if triton is not None:
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)
             x, dead = scaled_logits(logits, row, at, width, banned, first, scale, FLOOR)
-            picked += tl.sum(tl.where((at == label) & (at < width), x, 0.0))  # past the end lies the next tile's label
+            picked += tl.sum(
+                tl.where((at == label) & (at < width), x, 0.0)
+            )  # past the end lies the next tile's label
             top = tl.maximum(m, tl.max(x))
             a = tl.exp(m - top)
             x -= top
@@ -118,7 +135,18 @@ if triton is not None:
 
     @triton.jit
     def gradient_kernel(
-        logits, width, first, labels, banned, scale, state, n, grad, out, FLOOR: tl.constexpr, BLOCK: tl.constexpr
+        logits,
+        width,
+        first,
+        labels,
+        banned,
+        scale,
+        state,
+        n,
+        grad,
+        out,
+        FLOOR: tl.constexpr,
+        BLOCK: tl.constexpr,
     ):
         row = tl.program_id(0).to(tl.int64)
         at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -133,7 +161,9 @@ if triton is not None:
 def absorb_fused(logits, first, labels, banned, scale, state):
     n, width = logits.shape
     banned = banned.view(torch.uint8)
-    absorb_kernel[(n,)](logits, width, first, labels, banned, scale, state, n, FLOOR=FLOOR, BLOCK=BLOCK, num_warps=8)
+    absorb_kernel[(n,)](
+        logits, width, first, labels, banned, scale, state, n, FLOOR=FLOOR, BLOCK=BLOCK, num_warps=8
+    )
 
 
 def to_gradient_fused(logits, first, labels, banned, scale, state, grad, dtype):
@@ -141,7 +171,19 @@ def to_gradient_fused(logits, first, labels, banned, scale, state, grad, dtype):
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
     grid, banned = (n, triton.cdiv(width, BLOCK)), banned.view(torch.uint8)
     gradient_kernel[grid](
-        logits, width, first, labels, banned, scale, state, n, grad, out, FLOOR=FLOOR, BLOCK=BLOCK, num_warps=8
+        logits,
+        width,
+        first,
+        labels,
+        banned,
+        scale,
+        state,
+        n,
+        grad,
+        out,
+        FLOOR=FLOOR,
+        BLOCK=BLOCK,
+        num_warps=8,
     )
     return out
 
@@ -155,7 +197,10 @@ def fused_runs(device):
         zero = torch.zeros(1, 1, device=device)
         absorb_fused(zero, 0, zero.long()[0], zero.bool()[0], 1.0, zero.repeat(4, 1))
     except Exception as error:
-        print(f"token_logprobs: Triton does not run here, plain torch does its work, slower ({error})", flush=True)
+        print(
+            f"token_logprobs: Triton does not run here, plain torch does its work, slower ({error})",
+            flush=True,
+        )
         return False
     return True
 
@@ -246,15 +291,23 @@ def token_logprobs(hidden, weight, labels, temperature=1.0, banned=None, width=N
     its reduction knows that every rank's gradient belongs to other tokens.
     """
     if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
-        raise TypeError("token_logprobs got a DTensor: call it within the forward of the module that FSDP2 wraps")
+        raise TypeError(
+            "token_logprobs got a DTensor: call it within the forward of the module that FSDP2 wraps"
+        )
     ok = ((labels == IGNORE) | (labels >= 0) & (labels < len(weight))).all()
-    torch._assert_async(ok, f"token_logprobs: a label is neither {IGNORE} nor an id below {len(weight)}")  # no sync
+    torch._assert_async(
+        ok, f"token_logprobs: a label is neither {IGNORE} nor an id below {len(weight)}"
+    )  # no sync
     mask = torch.zeros(len(weight), dtype=torch.bool, device=hidden.device)
     if banned is not None:
         mask[banned] = True
     if fused is None:
         fused = fused_runs(hidden.device)
-    budget, least = (2**27, 2048) if hidden.is_cuda else (2**22, 1024)  # narrower, and summing grad_hidden would cost
+    budget, least = (
+        (2**27, 2048) if hidden.is_cuda else (2**22, 1024)
+    )  # narrower, and summing grad_hidden would cost
     width = width or max(least, budget // max(len(hidden), 1) // 256 * 256)
     fused = fused and len(hidden) > 0  # a grid of no programs is an error
-    return TokenLogprobs.apply(hidden.contiguous(), weight, labels.contiguous(), temperature, mask, width, fused)
+    return TokenLogprobs.apply(
+        hidden.contiguous(), weight, labels.contiguous(), temperature, mask, width, fused
+    )

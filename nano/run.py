@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from hosts import Heartbeat, choose_network
+from nano.hosts import Heartbeat, choose_network
 
 
 def nearest(word, choices):
@@ -55,13 +55,17 @@ def parse_config(config_class, recipes, argv=None):
     )
     fields = {f.name for f in dataclasses.fields(config_class)}
     recipe = config_class.recipe
-    for i, word in enumerate(argv):  # the recipe comes first, since it sets the defaults of the other flags
+    for i, word in enumerate(
+        argv
+    ):  # the recipe comes first, since it sets the defaults of the other flags
         if word.startswith("--recipe="):
             recipe = word.split("=", 1)[1]
         elif word == "--recipe" and argv[i + 1 :]:
             recipe = argv[i + 1]
     if recipe not in recipes:
-        parser.error(f"unknown recipe {recipe!r}{nearest(recipe, recipes)}; there are: {', '.join(recipes)}")
+        parser.error(
+            f"unknown recipe {recipe!r}{nearest(recipe, recipes)}; there are: {', '.join(recipes)}"
+        )
     wrong = set(recipes[recipe]) - fields
     assert not wrong, f"recipe {recipe} sets fields that do not exist: {wrong}"
     parser.set_defaults(**recipes[recipe])
@@ -69,7 +73,9 @@ def parse_config(config_class, recipes, argv=None):
     if rest:
         flags = [f"--{name}" for name in fields]
         flag = rest[0].split("=")[0].replace("_", "-") if rest[0].startswith("--") else rest[0]
-        parser.error(f"unknown argument {rest[0]!r}{nearest(flag.replace('-', '_').replace('__', '--', 1), flags)}")
+        parser.error(
+            f"unknown argument {rest[0]!r}{nearest(flag.replace('-', '_').replace('__', '--', 1), flags)}"
+        )
     return config
 
 
@@ -85,14 +91,18 @@ def start_ranks():
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # what is offloaded to the CPU talks through gloo
+    backend = (
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    )  # what is offloaded to the CPU talks through gloo
     if "RANK" in os.environ:
         sys.stdout.reconfigure(line_buffering=True)  # a rank that must end at once cannot flush
         store, rank, world = next(dist.rendezvous("env://"))
         heart = Heartbeat(store.clone(), rank, world)
         choose_network(store, rank, world)
         # long: how much slower than the others a rank may be that is alive. a dead one is the heartbeat's affair
-        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2))
+        dist.init_process_group(
+            backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2)
+        )
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
@@ -125,7 +135,10 @@ def on_main_first(act):
     if is_main():
         try:
             act()
-        except (Exception, SystemExit) as e:  # handed on below, on every rank: a rank that waits for ever helps nobody
+        except (
+            Exception,
+            SystemExit,
+        ) as e:  # handed on below, on every rank: a rank that waits for ever helps nobody
             failure = [e]
     dist.broadcast_object_list(failure, src=0)
     if failure[0] is not None:
@@ -157,7 +170,9 @@ def default_out(stage, model, data):
         return f"runs/toy/{stage}"
     names = [Path(p.split(",")[0].removeprefix("toy:")) for p in (model, data)]
     plain = lambda p: p.name.split(".json")[0].split(".parquet")[0]
-    words = [p.parent.name if plain(p) in ("data", "train", "test", "final") else plain(p) for p in names]
+    words = [
+        p.parent.name if plain(p) in ("data", "train", "test", "final") else plain(p) for p in names
+    ]
     return f"runs/{stage}-{'-'.join(w for w in words if w)}"
 
 
@@ -185,7 +200,9 @@ def claim(config, keys):
     """
     out = Path(config.out)
     there = out / "config.json"
-    before = json.loads(there.read_text()) if config.resume and there.exists() else {}  # before the first log line replaces it
+    before = (
+        json.loads(there.read_text()) if config.resume and there.exists() else {}
+    )  # before the first log line replaces it
 
     def act():
         out.mkdir(parents=True, exist_ok=True)
@@ -194,11 +211,15 @@ def claim(config, keys):
             start_over(out)
         for key in keys:
             if key in before and before[key] != getattr(config, key):
-                raise SystemExit(f"{out} holds a run with {key} = {before[key]!r}, now it is {getattr(config, key)!r}; "
-                                 "choose another --out, or --no_resume to start over")  # fmt: skip
+                raise SystemExit(
+                    f"{out} holds a run with {key} = {before[key]!r}, now it is {getattr(config, key)!r}; "
+                    "choose another --out, or --no_resume to start over"
+                )
 
     on_main_first(act)
-    if hasattr(config, "keep"):  # every rank writes its part of a checkpoint (eval.py: rank 0 alone writes)
+    if hasattr(
+        config, "keep"
+    ):  # every rank writes its part of a checkpoint (eval.py: rank 0 alone writes)
         must_share(out)
     return before
 
@@ -213,8 +234,10 @@ def must_share(out):
             if (out / ".lock").read_text() == text:
                 return
         time.sleep(1)
-    raise SystemExit(f"{socket.gethostname()} does not see what {host} wrote into {out.absolute()}: with several hosts --out "
-                     "must be a folder that all of them share, under the same path")  # fmt: skip
+    raise SystemExit(
+        f"{socket.gethostname()} does not see what {host} wrote into {out.absolute()}: with several hosts --out "
+        "must be a folder that all of them share, under the same path"
+    )
 
 
 locks = []  # held until the process ends
@@ -224,14 +247,25 @@ def start_over(out):
     """remove what an earlier run left, and nothing else"""
     for name in ("checkpoints", "final"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in ("log.jsonl", "samples.jsonl", "responses.jsonl", "report.json", "command.txt", "config.json"):
+    for name in (
+        "log.jsonl",
+        "samples.jsonl",
+        "responses.jsonl",
+        "report.json",
+        "command.txt",
+        "config.json",
+    ):
         (out / name).unlink(missing_ok=True)
 
 
 def command_line():
     launcher = ["python"]
     if "RANK" in os.environ:
-        hosts = [f"--nnodes={os.environ['GROUP_WORLD_SIZE']}"] if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" else []
+        hosts = (
+            [f"--nnodes={os.environ['GROUP_WORLD_SIZE']}"]
+            if os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
+            else []
+        )
         launcher = ["torchrun", *hosts, f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
     return shlex.join(launcher + [os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
@@ -244,7 +278,9 @@ class Log:
         self.out, self.file, self.sinks = Path(out), None, []
         if not is_main():
             return
-        (self.out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+        (self.out / "config.json").write_text(
+            json.dumps(dataclasses.asdict(config), indent=1) + "\n"
+        )
         with open(self.out / "command.txt", "a") as f:
             f.write(command_line() + "\n")
         for name in ("log.jsonl", "samples.jsonl"):
@@ -255,9 +291,13 @@ class Log:
             wb.init(project="nano-vision-r1", name=self.out.name, config=dataclasses.asdict(config))
             self.sinks.append(lambda row: wb.log(row, step=row["step"]))
         if tensorboard:
-            writer = wanted("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(self.out / "tensorboard"))
+            writer = wanted("torch.utils.tensorboard", "tensorboard").SummaryWriter(
+                str(self.out / "tensorboard")
+            )
             self.sinks.append(
-                lambda row: [writer.add_scalar(k, v, row["step"]) for k, v in row.items() if is_number(v)]
+                lambda row: [
+                    writer.add_scalar(k, v, row["step"]) for k, v in row.items() if is_number(v)
+                ]
             )
 
     def write(self, row):
@@ -281,7 +321,9 @@ def wanted(module, package):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise SystemExit(f"--{package} needs a package that is not installed: pip install {package}") from error
+        raise SystemExit(
+            f"--{package} needs a package that is not installed: pip install {package}"
+        ) from error
 
 
 def is_number(v):
@@ -334,10 +376,16 @@ def save_checkpoint(out, step, policy, optimizer, progress, keep):
     dist.barrier()
     weights, moments = get_state_dict(policy, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
-    rng = {"torch": torch.get_rng_state(), "numpy": np.random.get_state(), "python": random.getstate()}
+    rng = {
+        "torch": torch.get_rng_state(),
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state()
-    torch.save({"step": step, "progress": progress, "rng": rng}, aside / f"rank-{dist.get_rank()}.pt")
+    torch.save(
+        {"step": step, "progress": progress, "rng": rng}, aside / f"rank-{dist.get_rank()}.pt"
+    )
     dist.barrier()
     if is_main():
         shutil.rmtree(final, ignore_errors=True)
@@ -349,7 +397,9 @@ def save_checkpoint(out, step, policy, optimizer, progress, keep):
 
 def load_checkpoint(out, policy, optimizer):
     """the newest checkpoint of the run, into policy and optimizer -> (step, progress); (0, None) when there is none"""
-    newest = [checkpoints(out)[-1:]]  # rank 0's view: another host's of the shared folder may be some seconds old
+    newest = [
+        checkpoints(out)[-1:]
+    ]  # rank 0's view: another host's of the shared folder may be some seconds old
     dist.broadcast_object_list(newest, src=0)
     if not newest[0]:
         return 0, None
@@ -358,7 +408,9 @@ def load_checkpoint(out, policy, optimizer):
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=found[-1])
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
     mine = found[-1] / f"rank-{dist.get_rank()}.pt"
-    state = torch.load(mine if mine.exists() else found[-1] / "rank-0.pt", weights_only=False)  # our own file
+    state = torch.load(
+        mine if mine.exists() else found[-1] / "rank-0.pt", weights_only=False
+    )  # our own file
     if mine.exists():  # a run resumed on more ranks: the new ones start fresh, every draw that counts is seeded by step
         torch.set_rng_state(state["rng"]["torch"])
         np.random.set_state(state["rng"]["numpy"])

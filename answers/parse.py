@@ -5,13 +5,14 @@ raises Unparsable on all else; length, tokens, nesting and digits have limits, s
 A tree is a Node(tag, data, kids):  n (value, last place)   v name   c pi|e|i|inf   + * / ^ ratio   f function's name
   pm sign   q unit   rel operators   set union's sign   w reals|integers...   seq (opener, closer, and|or|matrix|"")
 """
+
 import re
 from collections import Counter
 from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from mathtext import CURRENCIES, DEGREE, NO_NOUN, PERCENT, POWER_WORDS, SCALES, UNITS, unit_key
+from answers.text import CURRENCIES, DEGREE, NO_NOUN, PERCENT, POWER_WORDS, SCALES, UNITS, unit_key
 
 MAX_CHARS, MAX_TOKENS, MAX_DEPTH, MAX_DIGITS = 2000, 600, 24, 400
 
@@ -31,27 +32,88 @@ _TOKEN = re.compile(
     r"(?P<num>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?|\d{1,3}(?: \d{3})+(?![\d/])(?:\.\d+)?"  # 1,234.5 and 1 234.5
     r"|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?![\w.]))?)"
     r"|(?P<cmd>\\[A-Za-z]+|\\.)|(?P<word>[A-Za-z]+)|(?P<op><=|>=|!=|/=|==|[-+*/^_=<>()\[\]{},;:!%|'&#~])"
-    r"|(?P<sp>\s+)|(?P<bad>.)", re.S)
-FUNCTIONS = {n: n for n in "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan ln log lg exp abs".split()}
-FUNCTIONS |= dict(zip("asin acos atan tg ctg cosec arctg".split(), "arcsin arccos arctan tan cot csc arctan".split()))
-_GREEK = set("alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi "
-             "chi psi omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega".split())
-_RELATIONS = {t: to for to, texts in {
-    "=": "= == \\equiv", "<": "<", ">": ">", "<=": "<= \\le \\leq \\leqslant", ">=": ">= \\ge \\geq \\geqslant",
-    "!=": "!= /= \\ne \\neq", "~": "\\approx \\simeq \\doteq \\sim \\cong", "in": "\\in"}.items() for t in texts.split()}
-_SEPARATORS = {t: word for word, texts in {
-    "": ", ; \\newline", "and": "and \\land \\wedge", "or": "or \\lor \\vee"}.items() for t in texts.split()}
-_SET_SIGNS = {"\\cup": "\\cup", "U": "\\cup", "\\cap": "\\cap", "\\setminus": "\\setminus", "\\backslash": "\\setminus"}
+    r"|(?P<sp>\s+)|(?P<bad>.)",
+    re.S,
+)
+FUNCTIONS = {
+    n: n
+    for n in "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan ln log lg exp abs".split()
+}
+FUNCTIONS |= dict(
+    zip(
+        "asin acos atan tg ctg cosec arctg".split(),
+        "arcsin arccos arctan tan cot csc arctan".split(),
+    )
+)
+_GREEK = set(
+    "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho sigma tau phi varphi "
+    "chi psi omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega".split()
+)
+_RELATIONS = {
+    t: to
+    for to, texts in {
+        "=": "= == \\equiv",
+        "<": "<",
+        ">": ">",
+        "<=": "<= \\le \\leq \\leqslant",
+        ">=": ">= \\ge \\geq \\geqslant",
+        "!=": "!= /= \\ne \\neq",
+        "~": "\\approx \\simeq \\doteq \\sim \\cong",
+        "in": "\\in",
+    }.items()
+    for t in texts.split()
+}
+_SEPARATORS = {
+    t: word
+    for word, texts in {
+        "": ", ; \\newline",
+        "and": "and \\land \\wedge",
+        "or": "or \\lor \\vee",
+    }.items()
+    for t in texts.split()
+}
+_SET_SIGNS = {
+    "\\cup": "\\cup",
+    "U": "\\cup",
+    "\\cap": "\\cap",
+    "\\setminus": "\\setminus",
+    "\\backslash": "\\setminus",
+}
 _POSTFIX, _SUM_SIGNS = {"!", "%", "\\deg", "\\degC", "\\degF", "'"}, {"+", "-", "\\pm", "\\mp"}
-_CLOSERS = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",), "\\langle": ("\\rangle",)}
+_CLOSERS = {
+    "(": (")", "]"),
+    "[": (")", "]"),
+    "{": ("}",),
+    "\\{": ("\\}",),
+    "\\langle": ("\\rangle",),
+}
 _FENCES = {"\\{\\}": "{}", "\\langle\\rangle": "()"}
 _ENDS = {*_SEPARATORS, *_RELATIONS, ")", "]", "}", "\\}", "\\rangle", ".", "\\deg", ""}
 _EMPTY = Node("seq", ("{", "}", ""))
-_CONSTANTS = {"pi": Node("c", "pi"), **dict.fromkeys("infinity inf oo infty".split(), Node("c", "inf"))}
-_SYMBOLS = {**_CONSTANTS, "R": Node("w", "reals"), "Z": Node("w", "integers"), "N": Node("w", "naturals"),
-            "Q": Node("w", "rationals"), "emptyset": _EMPTY, "varnothing": _EMPTY}
-_ATOMS = {"\\" + c for c in ("frac sqrt binom dbinom tbinom pi infty begin { emptyset varnothing usd eur gbp cny "
-                             "R Z N Q").split()} | {"\\" + f for f in FUNCTIONS} | {"\\" + g for g in _GREEK}
+_CONSTANTS = {
+    "pi": Node("c", "pi"),
+    **dict.fromkeys("infinity inf oo infty".split(), Node("c", "inf")),
+}
+_SYMBOLS = {
+    **_CONSTANTS,
+    "R": Node("w", "reals"),
+    "Z": Node("w", "integers"),
+    "N": Node("w", "naturals"),
+    "Q": Node("w", "rationals"),
+    "emptyset": _EMPTY,
+    "varnothing": _EMPTY,
+}
+_ATOMS = (
+    {
+        "\\" + c
+        for c in (
+            "frac sqrt binom dbinom tbinom pi infty begin { emptyset varnothing usd eur gbp cny "
+            "R Z N Q"
+        ).split()
+    }
+    | {"\\" + f for f in FUNCTIONS}
+    | {"\\" + g for g in _GREEK}
+)
 
 
 def tokenize(s, thousands=True):
@@ -85,7 +147,9 @@ def number(text):
     mantissa, _, exponent = text.partition("e")
     scale, decimals = Fraction(10) ** int(exponent or 0), len(mantissa.partition(".")[2])
     value = Fraction(mantissa.rstrip(".")) * scale
-    return num(int(value) if value.denominator == 1 else value, scale / 10**decimals if decimals else None)
+    return num(
+        int(value) if value.denominator == 1 else value, scale / 10**decimals if decimals else None
+    )
 
 
 # ---- 2. parser -------------------------------------------------------------------------------------------------------
@@ -96,7 +160,9 @@ def fail(why):
 def negate(a):
     if a.tag == "n":
         return num(-a.data[0], a.data[1])
-    return Node("q", a.data, (negate(a.kids[0]),)) if a.tag == "q" else Node("*", None, (num(-1), a))
+    return (
+        Node("q", a.data, (negate(a.kids[0]),)) if a.tag == "q" else Node("*", None, (num(-1), a))
+    )
 
 
 def times(a, b):
@@ -126,7 +192,9 @@ class Parser:
         return None
 
     def need(self, *texts):
-        return self.take(*texts) or fail(f"expected {' or '.join(texts)}, found {self.toks[self.i][1] or 'the end'!r}")
+        return self.take(*texts) or fail(
+            f"expected {' or '.join(texts)}, found {self.toks[self.i][1] or 'the end'!r}"
+        )
 
     def deeper(self, parse, *args):
         """Runs a method one level deeper."""
@@ -142,7 +210,9 @@ class Parser:
         node = self.items()
         while self.take(".", "\\newline", ";", ":"):
             pass
-        return node if self.toks[self.i][0] == "end" else fail(f"cannot read {self.toks[self.i][1]!r}")
+        return (
+            node if self.toks[self.i][0] == "end" else fail(f"cannot read {self.toks[self.i][1]!r}")
+        )
 
     def items(self, opener=""):
         """Relations separated by commas, "and", "or"; one item without brackets is itself."""
@@ -162,10 +232,19 @@ class Parser:
 
     def relation(self):
         nodes, ops, j = [], [], self.i
-        while self.toks[j][0] == "word" and len(self.toks[j][1]) > 1 and self.toks[j][1] not in FUNCTIONS:
+        while (
+            self.toks[j][0] == "word"
+            and len(self.toks[j][1]) > 1
+            and self.toks[j][1] not in FUNCTIONS
+        ):
             j += 1
-        if j > self.i and self.toks[j][1] in ("=", ":", "is", "\\approx"):  # "Area = 5 cm^2", "range: [0, 1]"
-            label = " ".join(text for _, text in self.toks[self.i:j])
+        if j > self.i and self.toks[j][1] in (
+            "=",
+            ":",
+            "is",
+            "\\approx",
+        ):  # "Area = 5 cm^2", "range: [0, 1]"
+            label = " ".join(text for _, text in self.toks[self.i : j])
             self.i = j + 1
             self.take("=")
             nodes, ops = [Node("v", label if len(label) < 4 else label.lower())], ["="]
@@ -188,7 +267,11 @@ class Parser:
         while self.toks[self.i][1] == ":" and self.toks[self.i + 1][0] != "end" and len(parts) < 9:
             self.i += 1
             parts.append(self.sum())
-        return parts[0] if len(parts) == 1 else Node("/" if len(parts) == 2 else "ratio", None, tuple(parts))
+        return (
+            parts[0]
+            if len(parts) == 1
+            else Node("/" if len(parts) == 2 else "ratio", None, tuple(parts))
+        )
 
     def sum(self):
         return self.deeper(self.terms)
@@ -211,7 +294,14 @@ class Parser:
         node = self.term()
         while node.tag == "q":
             start, (kind, text) = self.i, self.toks[self.i]
-            if not (kind == "num" or (text == "and" and self.toks[self.i + 1][0] == "num" and self.toks[self.i + 2][1] in UNITS)):
+            if not (
+                kind == "num"
+                or (
+                    text == "and"
+                    and self.toks[self.i + 1][0] == "num"
+                    and self.toks[self.i + 2][1] in UNITS
+                )
+            ):
                 break
             self.take("and")
             more = self.term()
@@ -224,7 +314,7 @@ class Parser:
 
     def term(self):
         node, n = self.power(), 0
-        while (text := self.toks[self.i][1]):
+        while text := self.toks[self.i][1]:
             if text in ("*", "\\cdot", "\\times", "\\ast"):
                 self.i += 1
                 node = times(node, self.signed())
@@ -252,11 +342,19 @@ class Parser:
             return text not in ("and", "or") and not (text == "U" and left.tag in ("seq", "set"))
         if kind == "num":  # (2)3 and \sqrt{2} 3, but neither 5 6 nor x 2
             return self.toks[self.i - 1][1] in (")", "}", "]", "!")
-        return text in _ATOMS if kind == "cmd" else text in ("(", "[", "{") or (text == "|" and not self.bars)
+        return (
+            text in _ATOMS
+            if kind == "cmd"
+            else text in ("(", "[", "{") or (text == "|" and not self.bars)
+        )
 
     def power(self, mixed=True):
         node = self.postfix(self.atom(mixed))
-        return self.postfix(Node("^", None, (node, self.deeper(self.signed, False)))) if self.take("^") else node
+        return (
+            self.postfix(Node("^", None, (node, self.deeper(self.signed, False))))
+            if self.take("^")
+            else node
+        )
 
     def postfix(self, node):
         for _ in range(4):
@@ -298,14 +396,22 @@ class Parser:
             return Node("f", "abs", (node,))
         if text in _CLOSERS:
             return self.bracket(text)
-        return self.command(text) if kind == "cmd" else fail(f"cannot read {text or 'an empty answer'!r}")
+        return (
+            self.command(text)
+            if kind == "cmd"
+            else fail(f"cannot read {text or 'an empty answer'!r}")
+        )
 
     def bracket(self, opener):
         """( expr ) is expr; several items stay a sequence; {x | x > 5} is what its condition says."""
         if opener == "\\{" and self.take("\\}"):
             return _EMPTY
         k = self.i + (3 if self.toks[self.i + 1][1] == "\\in" else 1)
-        if opener in ("{", "\\{") and self.toks[self.i][0] == "word" and self.toks[k][1] in ("|", ":"):
+        if (
+            opener in ("{", "\\{")
+            and self.toks[self.i][0] == "word"
+            and self.toks[k][1] in ("|", ":")
+        ):
             self.i = k + 1
             node = self.items()
             self.need(*_CLOSERS[opener])
@@ -318,8 +424,13 @@ class Parser:
         """6\\frac12 and 6 1/2 are six and a half."""
         if not self.toks[self.i - 1][1].isdigit():
             return node
-        (kind, text), (_, slash), (kind_2, text_2) = self.toks[self.i:self.i + 3]
-        if kind == kind_2 == "num" and slash == "/" and (text + text_2).isdigit() and 0 < int(text) < int(text_2):
+        (kind, text), (_, slash), (kind_2, text_2) = self.toks[self.i : self.i + 3]
+        if (
+            kind == kind_2 == "num"
+            and slash == "/"
+            and (text + text_2).isdigit()
+            and 0 < int(text) < int(text_2)
+        ):
             self.i += 3
             return num(node.data[0] + Fraction(int(text), int(text_2)))
         if not self.take("\\frac"):
@@ -424,7 +535,11 @@ class Parser:
                 rows.append([])
             elif not self.take("&"):
                 rows[-1].append(self.sum())
-        return Node("seq", ("[", "]", "matrix"), tuple(Node("seq", ("[", "]", ""), tuple(r)) for r in rows if r))
+        return Node(
+            "seq",
+            ("[", "]", "matrix"),
+            tuple(Node("seq", ("[", "]", ""), tuple(r)) for r in rows if r),
+        )
 
     def unit(self, left, peek=False):
         """(factor, dimensions) of a unit that ends the item: cm, m^2, km/h, square metres, "apples"; None if there is none."""
@@ -432,10 +547,22 @@ class Parser:
         if text in CURRENCIES and self.toks[self.i + 1][1] in _ENDS:  # 1,000.99$
             self.i += not peek
             return UNITS[text[1:]]
-        if (kind != "word" or text in SCALES or text == "and" or text.lower() in FUNCTIONS
-                or (len(text) < 3 and unit_key(text) not in UNITS and text not in POWER_WORDS)):
+        if (
+            kind != "word"
+            or text in SCALES
+            or text == "and"
+            or text.lower() in FUNCTIONS
+            or (len(text) < 3 and unit_key(text) not in UNITS and text not in POWER_WORDS)
+        ):
             return None
-        j, factor, dims, sign, nouns, numeric = self.i, Fraction(1), Counter(), 1, 0, not variables(left)
+        j, factor, dims, sign, nouns, numeric = (
+            self.i,
+            Fraction(1),
+            Counter(),
+            1,
+            0,
+            not variables(left),
+        )
         while part := self.unit_part(j, numeric):
             f, base, power, known, j = part
             factor, nouns = factor * f ** (power * sign), nouns + (not known)
@@ -461,16 +588,28 @@ class Parser:
         while (text := self.toks[j][1]) in ("sq", "square", "cu", "cubic"):
             power, j = POWER_WORDS[text], j + 1
         kind, known = self.toks[j][0], unit_key(text) in UNITS and (len(text) > 1 or numeric)
-        if kind != "word" or not (known or (len(text) > 2 and not text.isupper() and text.lower() not in NO_NOUN)):
+        if kind != "word" or not (
+            known or (len(text) > 2 and not text.isupper() and text.lower() not in NO_NOUN)
+        ):
             return None  # a noun counts as a unit: 5 apples
-        f, base = UNITS[unit_key(text)] if known else (Fraction(1), ((re.sub(r"(?<=..)(?:s|\Bes)$", "", text.lower()), 1),))
+        f, base = (
+            UNITS[unit_key(text)]
+            if known
+            else (Fraction(1), ((re.sub(r"(?<=..)(?:s|\Bes)$", "", text.lower()), 1),))
+        )
         j += 1
         if self.toks[j][1] in ("squared", "cubed"):
             return f, base, POWER_WORDS[self.toks[j][1]], known, j + 1
         if self.toks[j][1] != "^":
             return f, base, power, known, j
-        m = re.match(r"\^(\{?)(-?[1-3])(?!\d)(\}?)", "".join(text for _, text in self.toks[j:j + 5]))
-        return (f, base, int(m[2]), known, j + 1 + len(m[1] + m[2] + m[3])) if m and len(m[1]) == len(m[3]) else None
+        m = re.match(
+            r"\^(\{?)(-?[1-3])(?!\d)(\}?)", "".join(text for _, text in self.toks[j : j + 5])
+        )
+        return (
+            (f, base, int(m[2]), known, j + 1 + len(m[1] + m[2] + m[3]))
+            if m and len(m[1]) == len(m[3])
+            else None
+        )
 
 
 @lru_cache(maxsize=8192)

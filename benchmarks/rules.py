@@ -14,12 +14,23 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-import data
-import report
-from answers import (DOUBT, LONGEST, NUMBER, SHORT, can_infer, candidates, find_number, find_option, math_value, nearest,
-                     written_choices)  # fmt: skip
-from mathparse import Unparsable, parse, variables
-from mathtext import clean, core_text, letters, unwrap
+from answers.parse import Unparsable, parse, variables
+from answers.text import clean, core_text, letters, unwrap
+from benchmarks import report
+from benchmarks.extract import (
+    DOUBT,
+    LONGEST,
+    NUMBER,
+    SHORT,
+    can_infer,
+    candidates,
+    find_number,
+    find_option,
+    math_value,
+    nearest,
+    written_choices,
+)
+from nano import data
 from reward import verdict as reward_verdict
 
 
@@ -42,9 +53,19 @@ def kind(q):
         return "multi_choice", "text", None
     gold, answer_type = q.answer.strip(), q.meta.get("answer_type")
     if not answer_type:
-        number = "integer" if re.fullmatch(r"-?\d+", gold) else "float" if math_value(gold) is not None else "text"
+        number = (
+            "integer"
+            if re.fullmatch(r"-?\d+", gold)
+            else "float"
+            if math_value(gold) is not None
+            else "text"
+        )
         answer_type = "list" if gold.startswith("[") else number
-    return "free_form", answer_type, int(float(q.meta.get("precision") or len(gold.partition(".")[2])))
+    return (
+        "free_form",
+        answer_type,
+        int(float(q.meta.get("precision") or len(gold.partition(".")[2]))),
+    )
 
 
 def mathvista_match(extraction, q):
@@ -93,7 +114,11 @@ def mathvista_extract(text, q):
             if inner and not numbers:
                 return f"[{inner[-1]}]"
             if numbers and (inner or len(numbers) == q.answer.count(",") + 1):
-                return "[" + ", ".join(str(float(x)) if "." in x else x.replace(",", "") for x in numbers) + "]"
+                return (
+                    "["
+                    + ", ".join(str(float(x)) if "." in x else x.replace(",", "") for x in numbers)
+                    + "]"
+                )
         return None
     return next((core_text(part) for part in candidates(text) if part), None)
 
@@ -109,7 +134,11 @@ def mathvista_fork(text, q):
     if question_type == "multi_choice":
         k = can_infer(text, q.choices)
         k = find_option(text, q.choices)[0] if k is None else k
-        return UNDECIDED if k is None else Verdict(q.choices[k] == q.answer, f"option {chr(65 + k)}", q.choices[k])
+        return (
+            UNDECIDED
+            if k is None
+            else Verdict(q.choices[k] == q.answer, f"option {chr(65 + k)}", q.choices[k])
+        )
     if answer_type == "list":
         return Verdict(False, "VLMEvalKit never counts a list as right", text[:200])
     given = mathvista_extract(text, q)
@@ -129,23 +158,36 @@ def mathvista_fork(text, q):
 def mathverse(text, q, by_text=True):
     """the official judge's rule (the same meaning; for a choice also its text), by letters and by reward.py's equality"""
     gold = q.answer.strip()
-    options = q.choices or written_choices(q.meta.get("question_for_eval") or q.meta.get("question") or "")
+    options = q.choices or written_choices(
+        q.meta.get("question_for_eval") or q.meta.get("question") or ""
+    )
     multi = q.meta.get("question_type", "").startswith("multi") or bool(options) and letters(gold)
     if not multi:
         return same_meaning(text, gold)
     if len(letters(gold) or ()) > 1:  # "Choose 2 answers"
-        given = next((found for part in candidates(text) if (found := letters(core_text(part[-1000:])))), None)
+        given = next(
+            (found for part in candidates(text) if (found := letters(core_text(part[-1000:])))),
+            None,
+        )
         return (
             UNDECIDED
             if given is None
-            else Verdict(given == letters(gold), f"{sorted(given)} against {gold!r}", ", ".join(sorted(given)))
+            else Verdict(
+                given == letters(gold),
+                f"{sorted(given)} against {gold!r}",
+                ", ".join(sorted(given)),
+            )
         )
     k, how = find_option(text, options or [f"({c})" for c in "ABCDEFGH"])
     if k is None:
         return same_meaning(text, gold) if letters(core_text(text)) else UNDECIDED
     if not by_text and "letter" not in how:
-        return Verdict(False, f"text of option {chr(65 + k)} without its letter", chr(65 + k), decided=False)
-    return Verdict({chr(65 + k)} == letters(gold), f"{how}: {chr(65 + k)} against {gold}", chr(65 + k))
+        return Verdict(
+            False, f"text of option {chr(65 + k)} without its letter", chr(65 + k), decided=False
+        )
+    return Verdict(
+        {chr(65 + k)} == letters(gold), f"{how}: {chr(65 + k)} against {gold}", chr(65 + k)
+    )
 
 
 def same_meaning(text, gold):
@@ -164,8 +206,22 @@ def same_meaning(text, gold):
 
 # ---- MM-Math -------------------------------------------------------------------------------------------------------------
 
-_SYMBOLS = [("\\left", ""), ("\\right", ""), ("，", ","), ("$", ""), ("（", "("), ("）", ")"), ("＋", "+"), ("\\, ", ""), ("\\,", ""),
-            ("^{\\circ}", ""), ("^\\circ", ""), ("°", ""), ("\\%", ""), ("%", "")]  # fmt: skip
+_SYMBOLS = [
+    ("\\left", ""),
+    ("\\right", ""),
+    ("，", ","),
+    ("$", ""),
+    ("（", "("),
+    ("）", ")"),
+    ("＋", "+"),
+    ("\\, ", ""),
+    ("\\,", ""),
+    ("^{\\circ}", ""),
+    ("^\\circ", ""),
+    ("°", ""),
+    ("\\%", ""),
+    ("%", ""),
+]
 _UNITS = re.compile(
     r"\\(?:text|mathrm|mathbf|rm)\s?\{\s*~?\s*(?:[cdkm]?m|厘米|分米|米)\s*\}\s*(?:\^\{?[23]\}?)?|厘米|分米|平方|(?<=[\d}])\s*[cdk]?m(?:\^\{?[23]\}?|[²³])?\s*$"
 )
@@ -174,7 +230,9 @@ _UNITS = re.compile(
 def mmmath(text, q, tolerance=1e-8):
     """the authors' rule: units off, split at commas, matched in any order; a number may be off by 100 (percent)"""
     solution = q.meta.get("solution", "")
-    golds = dict.fromkeys([", ".join(data.boxes(solution)) or q.answer, q.answer])  # all its boxes, or its last
+    golds = dict.fromkeys(
+        [", ".join(data.boxes(solution)) or q.answer, q.answer]
+    )  # all its boxes, or its last
     given = mmmath_items(text)
     for gold in golds:
         want, left = mmmath_items(gold), list(given)
@@ -189,13 +247,19 @@ def mmmath(text, q, tolerance=1e-8):
 
 def mmmath_items(text):
     text = text.strip()[-LONGEST:]
-    found = data.boxes(text) or re.findall(r"\$([^$]{1,400})\$", text.split("\n")[-1]) or [text[-1000:]]
+    found = (
+        data.boxes(text) or re.findall(r"\$([^$]{1,400})\$", text.split("\n")[-1]) or [text[-1000:]]
+    )
     items = []
     for part in found:
         for old, new in _SYMBOLS:
             part = part.replace(old, new)
         part = part.split("\\in ")[-1]
-        part = re.sub(r"[\u4e00-\u9fff]+", "", _UNITS.sub("", part)) if re.search(r"[^\u4e00-\u9fff]", part) else part
+        part = (
+            re.sub(r"[\u4e00-\u9fff]+", "", _UNITS.sub("", part))
+            if re.search(r"[^\u4e00-\u9fff]", part)
+            else part
+        )
         depth, start = 0, 0
         for i, c in enumerate(part + ","):
             depth += (c in "([{") - (c in ")]}")
@@ -207,10 +271,15 @@ def mmmath_items(text):
 
 
 def mmmath_same(gold, x, tolerance):
-    a, b = (math_value(t.rsplit("=", 1)[-1]) if t.count("=") <= 1 and not DOUBT.search(t) else None for t in (gold, x))
+    a, b = (
+        math_value(t.rsplit("=", 1)[-1]) if t.count("=") <= 1 and not DOUBT.search(t) else None
+        for t in (gold, x)
+    )
     if a is None or b is None:
         return gold == x or reward_verdict(x[:1000], gold)[0]
-    scales = (1, 100, 0.01) if re.fullmatch(r"[-\d.]+", gold) and re.fullmatch(r"[-\d.]+", x) else (1,)
+    scales = (
+        (1, 100, 0.01) if re.fullmatch(r"[-\d.]+", gold) and re.fullmatch(r"[-\d.]+", x) else (1,)
+    )
     return any(abs(a * scale - b) <= 1.01 * tolerance for scale in scales)
 
 
@@ -242,12 +311,19 @@ def mathvision_extract(text):
     """the authors' extraction, step for step: a closing letter, `is N`, `the answer is`, the last box; in lower case"""
     text = text.strip()[-LONGEST:]
     for c in "ABCDE":
-        if text.endswith((f" {c}.", f" ({c}).")) or text.startswith((f"{c}\n", f"({c})\n", f"({c}) {c}\n")):
+        if text.endswith((f" {c}.", f" ({c}).")) or text.startswith(
+            (f"{c}\n", f"({c})\n", f"({c}) {c}\n")
+        ):
             text = c
     tail = text.split("is ")[-1].rstrip(".")
     text = tail if re.fullmatch(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*", tail) else text
     if "oxed{" not in text:
-        for flag in ("the final answer is", "the answer is", "the correct answer is", "the answer should be"):
+        for flag in (
+            "the final answer is",
+            "the answer is",
+            "the correct answer is",
+            "the answer should be",
+        ):
             for flag in (flag, flag.replace("the", "The")):
                 if flag in text:
                     text = text.split(flag)[-1].strip().split("\n")[0].split(". ")[0]
@@ -320,19 +396,29 @@ def dynamath(text, q, relative=1e-3):
     """float: off by at most 0.001, or by a thousandth of the value; multiple choice: the letter; text: the gold among the words"""
     answer_type = q.meta.get("answer_type", "text")
     if answer_type == "multiple choice":
-        options = q.choices or written_choices(q.meta.get("question") or getattr(q, "problem", "")) or list("ABCDEFGH")
+        options = (
+            q.choices
+            or written_choices(q.meta.get("question") or getattr(q, "problem", ""))
+            or list("ABCDEFGH")
+        )
         k, how = find_option(text, options)
         gold = letters(q.answer.strip())
         return (
             UNDECIDED
             if k is None
-            else Verdict({chr(65 + k)} == gold, f"{how}: {chr(65 + k)} against {q.answer}", chr(65 + k))
+            else Verdict(
+                {chr(65 + k)} == gold, f"{how}: {chr(65 + k)} against {q.answer}", chr(65 + k)
+            )
         )
     if answer_type == "float":
         x, gold = find_number(text), float(q.answer)
         if x is None:
             return UNDECIDED
-        return Verdict(abs(x - gold) <= max(1e-3, relative * abs(gold)) + 1e-12, f"{x:g} against {gold:g}", f"{x:g}")
+        return Verdict(
+            abs(x - gold) <= max(1e-3, relative * abs(gold)) + 1e-12,
+            f"{x:g} against {gold:g}",
+            f"{x:g}",
+        )
     gold = q.answer.strip().lower()
     for part in candidates(text):
         if len(part) <= SHORT:
@@ -343,12 +429,20 @@ def dynamath(text, q, relative=1e-3):
 
 
 def mmstar(text, q):
-    options = q.choices or written_choices(q.meta.get("question") or getattr(q, "problem", "")) or list("ABCD")
+    options = (
+        q.choices
+        or written_choices(q.meta.get("question") or getattr(q, "problem", ""))
+        or list("ABCD")
+    )
     k, how = find_option(text, options)
     return (
         UNDECIDED
         if k is None
-        else Verdict(chr(65 + k) == q.answer.strip().upper(), f"{how}: {chr(65 + k)} against {q.answer}", chr(65 + k))
+        else Verdict(
+            chr(65 + k) == q.answer.strip().upper(),
+            f"{how}: {chr(65 + k)} against {q.answer}",
+            chr(65 + k),
+        )
     )
 
 
@@ -356,7 +450,11 @@ def chartqa(text, q):
     """relaxed accuracy: numbers within 5 % of the gold, other answers the same text in lower case; any of several labels"""
 
     def number(t):
-        t = t.strip().replace(",", "") if re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+(\.\d+)?%?\s*", t) else t.strip()
+        t = (
+            t.strip().replace(",", "")
+            if re.fullmatch(r"\s*-?\d{1,3}(,\d{3})+(\.\d+)?%?\s*", t)
+            else t.strip()
+        )
         x = re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)(%?)", t)
         return None if not x else float(t.rstrip("%")) / (100 if x[1] else 1)
 
@@ -407,21 +505,86 @@ class Benchmark(NamedTuple):
 
 YES_NO = "\nPlease answer yes or no."  # MME's questions end like this already
 BENCHMARKS = {
-    "mathvista": Benchmark("MathVista testmini", "AI4Math/MathVista", ("data/testmini-*.parquet",), 1000,
-                           ("question_type", "answer_type"), mathvista, mathvista_fork, "query"),
-    "mathverse": Benchmark("MathVerse testmini", "AI4Math/MathVerse", ("testmini.parquet", "testmini_text_only.parquet"), 3940,
-                           ("problem_version", "question_type"), mathverse, functools.partial(mathverse, by_text=False), "query_cot"),
-    "mm-math": Benchmark("MM-Math", "THU-KEG/MM_Math", ("MM_Math/MM_Math.jsonl", "MM_Math/MM_Math.zip"), 5929,
-                         ("solution", "difficult"), mmmath, functools.partial(mmmath, tolerance=1e-2)),
-    "dynamath": Benchmark("DynaMath", "DynaMath/DynaMath_Sample", ("data/sample*.parquet",), 5010, ("answer_type", "knowledge_level|level"),
-                          dynamath, functools.partial(dynamath, relative=0)),
-    "mathvision": Benchmark("MATH-Vision", "MathLLMs/MathVision", ("data/test-*.parquet",), 3040, ("level", "subject"), mathvision),
-    "mmstar": Benchmark("MMStar", "Lin-Chen/MMStar", ("mmstar.parquet",), 1500, ("category", "l2_category|l2-category"), mmstar),
-    "chartqa": Benchmark("ChartQA", "HuggingFaceM4/ChartQA", ("data/test-*.parquet",), 2500, ("human_or_machine|split",), chartqa),
-    "mme": Benchmark("MME", "lmms-lab/MME", ("data/test-*.parquet",), 2374, ("category", "question_id|image_path"), yes_no),
-    "hallusionbench": Benchmark("HallusionBench", "lmms-lab/HallusionBench", ("data/*.parquet",), 1129,
-                                ("figure_id|index", "set_id|index"), yes_no, ask=YES_NO),
-}  # fmt: skip
+    "mathvista": Benchmark(
+        "MathVista testmini",
+        "AI4Math/MathVista",
+        ("data/testmini-*.parquet",),
+        1000,
+        ("question_type", "answer_type"),
+        mathvista,
+        mathvista_fork,
+        "query",
+    ),
+    "mathverse": Benchmark(
+        "MathVerse testmini",
+        "AI4Math/MathVerse",
+        ("testmini.parquet", "testmini_text_only.parquet"),
+        3940,
+        ("problem_version", "question_type"),
+        mathverse,
+        functools.partial(mathverse, by_text=False),
+        "query_cot",
+    ),
+    "mm-math": Benchmark(
+        "MM-Math",
+        "THU-KEG/MM_Math",
+        ("MM_Math/MM_Math.jsonl", "MM_Math/MM_Math.zip"),
+        5929,
+        ("solution", "difficult"),
+        mmmath,
+        functools.partial(mmmath, tolerance=1e-2),
+    ),
+    "dynamath": Benchmark(
+        "DynaMath",
+        "DynaMath/DynaMath_Sample",
+        ("data/sample*.parquet",),
+        5010,
+        ("answer_type", "knowledge_level|level"),
+        dynamath,
+        functools.partial(dynamath, relative=0),
+    ),
+    "mathvision": Benchmark(
+        "MATH-Vision",
+        "MathLLMs/MathVision",
+        ("data/test-*.parquet",),
+        3040,
+        ("level", "subject"),
+        mathvision,
+    ),
+    "mmstar": Benchmark(
+        "MMStar",
+        "Lin-Chen/MMStar",
+        ("mmstar.parquet",),
+        1500,
+        ("category", "l2_category|l2-category"),
+        mmstar,
+    ),
+    "chartqa": Benchmark(
+        "ChartQA",
+        "HuggingFaceM4/ChartQA",
+        ("data/test-*.parquet",),
+        2500,
+        ("human_or_machine|split",),
+        chartqa,
+    ),
+    "mme": Benchmark(
+        "MME",
+        "lmms-lab/MME",
+        ("data/test-*.parquet",),
+        2374,
+        ("category", "question_id|image_path"),
+        yes_no,
+    ),
+    "hallusionbench": Benchmark(
+        "HallusionBench",
+        "lmms-lab/HallusionBench",
+        ("data/*.parquet",),
+        1129,
+        ("figure_id|index", "set_id|index"),
+        yes_no,
+        ask=YES_NO,
+    ),
+}
 
 
 def official(name, text, q):
@@ -444,28 +607,37 @@ def files(name, path=""):
     """data files of a benchmark: under `path` if one is given, else from the hub (its cache, when there is no network)"""
     if path:
         # DynaMath's ten variants, MathVerse's text-only file: every parquet of the folder; a folder of the hub's layout is found by it
-        found = sorted(f for p in BENCHMARKS[name].files for f in Path(path).expanduser().glob(p) if f.suffix != ".zip")
+        found = sorted(
+            f
+            for p in BENCHMARKS[name].files
+            for f in Path(path).expanduser().glob(p)
+            if f.suffix != ".zip"
+        )
         return found or data._files(path)
     import huggingface_hub
 
     bench = BENCHMARKS[name]
     try:
-        folder = huggingface_hub.snapshot_download(bench.repo, repo_type="dataset", allow_patterns=list(bench.files))
-    except (
-        Exception
-    ) as error:  # no network, no such file in the cache, a gated repository: requests and the hub raise many kinds
-        raise ValueError(f"{bench.title} is not on this machine and could not be fetched ({type(error).__name__}: {str(error).splitlines()[0]}). "
-                         f"Download {', '.join(bench.files)} of https://huggingface.co/datasets/{bench.repo} elsewhere, "
-                         f"then say --bench {name}=FOLDER") from error  # fmt: skip
+        folder = huggingface_hub.snapshot_download(
+            bench.repo, repo_type="dataset", allow_patterns=list(bench.files)
+        )
+    except Exception as error:  # no network, no such file in the cache, a gated repository: requests and the hub raise many kinds
+        raise ValueError(
+            f"{bench.title} is not on this machine and could not be fetched ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"Download {', '.join(bench.files)} of https://huggingface.co/datasets/{bench.repo} elsewhere, "
+            f"then say --bench {name}=FOLDER"
+        ) from error
     return files(name, folder)
 
 
 def load(name, path="", strict=False):
     """-> (Records with meta["bench"] and meta["tags"], data.Problems). ValueError for a file of another kind"""
     if name not in BENCHMARKS:
-        from run import nearest as alike
+        from nano.run import nearest as alike
 
-        raise ValueError(f"no benchmark {name!r}{alike(name, BENCHMARKS)}; there are: {', '.join(BENCHMARKS)}")
+        raise ValueError(
+            f"no benchmark {name!r}{alike(name, BENCHMARKS)}; there are: {', '.join(BENCHMARKS)}"
+        )
     bench, records, problems, ids = BENCHMARKS[name], [], data.Problems(strict), set()
     for file in files(name, path):
         part, wrong = data.read(file, strict)
@@ -473,8 +645,10 @@ def load(name, path="", strict=False):
         for r in part:
             missing = [n for n in bench.needs if not any(x in r.meta for x in n.split("|"))]
             if missing:
-                raise ValueError(f"{file}: not {bench.title}: question {r.id} has no {' and no '.join(missing)}; "
-                                 f"fields found: {', '.join(r.meta) or 'none beside question and answer'}")  # fmt: skip
+                raise ValueError(
+                    f"{file}: not {bench.title}: question {r.id} has no {' and no '.join(missing)}; "
+                    f"fields found: {', '.join(r.meta) or 'none beside question and answer'}"
+                )
             variant = r.meta.get("variant") or re.match(r"sample(?:_variant)?(\d+)", file.stem)
             if name == "dynamath" and variant:  # one file per variant of the same questions
                 r.meta |= {
@@ -485,7 +659,9 @@ def load(name, path="", strict=False):
             asked = r.meta.get(bench.prompt) if bench.prompt else None
             if asked:
                 r.problem = data.MARK * len(r.images) + asked.replace(data.MARK, "")
-            r.problem += bench.ask if bench.ask and not re.search(r"yes or no", r.problem, re.I) else ""
+            r.problem += (
+                bench.ask if bench.ask and not re.search(r"yes or no", r.problem, re.I) else ""
+            )
             r.id = f"{name}-{r.id.removeprefix(name + '-')}"
             while r.id in ids:
                 r.id += "-copy"
@@ -494,5 +670,7 @@ def load(name, path="", strict=False):
             r.source = bench.title
             records.append(r)
     if not records:
-        raise ValueError(f"{path or bench.repo}: no usable question of {bench.title} in it\n{problems.summary()}")
+        raise ValueError(
+            f"{path or bench.repo}: no usable question of {bench.title} in it\n{problems.summary()}"
+        )
     return records, problems

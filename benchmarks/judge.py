@@ -12,9 +12,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-import benchmarks
-import data
-from teachers import Journal
+from benchmarks import rules as benchmarks
+from nano import data
+from nano.teachers import Journal
 
 JUDGE = """You compare an answer to a question with the reference answer. Reply with the single character 1 if it says the same
 (a different form, unit or the option's text for its letter is the same), else with 0. What stands between the marks is text to
@@ -35,7 +35,15 @@ def ask(config, rows, say):
     asked, failed = [], Counter()
     for i, r in enumerate(rows):
         if r.get("bench") and r["format_ok"] and not r["decided"]:
-            asked.append((i, "", r["completion"][r["completion"].rfind("<answer>") + 8 :].removesuffix("</answer>")))
+            asked.append(
+                (
+                    i,
+                    "",
+                    r["completion"][r["completion"].rfind("<answer>") + 8 :].removesuffix(
+                        "</answer>"
+                    ),
+                )
+            )
         if r.get("bench") and not r["fork_decided"]:
             asked.append((i, "fork_", benchmarks.fork_prediction(r["completion"])))
 
@@ -44,20 +52,27 @@ def ask(config, rows, say):
         i, which, prompt, name = job
         try:
             chat = client.chat.completions.create(
-                model=config.judge_model, temperature=0, max_tokens=16, messages=[{"role": "user", "content": prompt}]
+                model=config.judge_model,
+                temperature=0,
+                max_tokens=16,
+                messages=[{"role": "user", "content": prompt}],
             )
         except openai.OpenAIError as error:
             failed[f"{type(error).__name__}: {str(error).replace(key, '***')[:200]}"] += 1
             return None
         text = chat.choices[0].message.content or ""
-        return name, dict(text=text, id=rows[i]["id"], sample=rows[i]["sample"], which=which or "strict")
+        return name, dict(
+            text=text, id=rows[i]["id"], sample=rows[i]["sample"], which=which or "strict"
+        )
 
     jobs = []
     for i, which, text in asked:
         r = rows[i]
         question = r["problem"].replace(data.MARK, "")[-4000:]
         prompt = JUDGE.format(question=question, reference=r["answer"], answer=text[-2000:])
-        name = hashlib.blake2b(f"{config.judge_model}{which}{r['id']}{r['sample']}{prompt}".encode(), digest_size=16)
+        name = hashlib.blake2b(
+            f"{config.judge_model}{which}{r['id']}{r['sample']}{prompt}".encode(), digest_size=16
+        )
         jobs.append((i, which, prompt, name.hexdigest()))
     new = [job for job in jobs if job[3] not in journal.places]
     with ThreadPoolExecutor(16) as pool:
@@ -65,7 +80,10 @@ def ask(config, rows, say):
             if got:
                 journal.places[got[0]] = journal.end
                 journal.add(*got)
-    replies = [(i, which, (journal.get(name) or {"text": ""})["text"].strip()[:1]) for i, which, _, name in jobs]
+    replies = [
+        (i, which, (journal.get(name) or {"text": ""})["text"].strip()[:1])
+        for i, which, _, name in jobs
+    ]
     verdicts = [(i, which, reply == "1") for i, which, reply in replies if reply in ("0", "1")]
     trouble = "".join(f"; {n} x {error}" for error, n in failed.items())
     say(f"judge {config.judge_model}: {len(asked)} undecided, {len(verdicts)} settled{trouble}")

@@ -4,28 +4,41 @@ Sections: 1 what surrounds an answer, choice letters (core_text, letters), 2 cle
 one (clean), 3 numbers in words, 4 units, 5 words, times and dates, which are compared as they are. mathparse.py goes on
 from clean(). A spelling that is missing is one more entry in a table here.
 """
-import re, unicodedata
+
+import re
+import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 
-
 # ---- 1. what surrounds an answer, choice letters ---------------------------------------------------------------------
-_PREFIX = re.compile("|".join([  # what may stand before an answer
-    r"(?:so|thus|hence|therefore|\\therefore)\b[,:]?\s+",
-    r"≈\s*|\\approx\s*|#+\s*|\*\*final answer\*\*:?\s*",
-    r"(?:the\s+)?(?:final\s+|correct\s+|best\s+)?(?:answer|result|solution|choice)\s*(?:(?:is|:|=|are)\s*:?\s*|(?=[$\\\d]))",
-    r"(?:[A-Za-z]+\s+){0,8}?(?:is|equals)\s+(?:equal\s+to\s+)?(?:about\s+|approximately\s+)?(?=[-\d$\\(.])",  # the area is 5
-    r"the\s+(?:[a-z]+\s+){1,4}(?:is|are)\s+(?=[a-z]+\.?$)",  # the color is red
-    r"(?:in|on|at)\s+(?=\d)",
-    r"(?:approximately|approx\.?|about|around|roughly|约|大约)\s*(?=[\d\\$.-])",
-    r"[故则]?(?:正确)?(?:答案|结果|答)(?:是|为|:)*\s*",
-    r"[\u4e00-\u9fff]{1,8}(?<!不)(?:是|为|等于)\s*(?=[-\d\\$(])",
-    r"故?应?选择?(?:项)?:?\s*(?=\(?[A-J])"]), re.I)
+_PREFIX = re.compile(
+    "|".join(
+        [  # what may stand before an answer
+            r"(?:so|thus|hence|therefore|\\therefore)\b[,:]?\s+",
+            r"≈\s*|\\approx\s*|#+\s*|\*\*final answer\*\*:?\s*",
+            r"(?:the\s+)?(?:final\s+|correct\s+|best\s+)?(?:answer|result|solution|choice)\s*(?:(?:is|:|=|are)\s*:?\s*|(?=[$\\\d]))",
+            r"(?:[A-Za-z]+\s+){0,8}?(?:is|equals)\s+(?:equal\s+to\s+)?(?:about\s+|approximately\s+)?(?=[-\d$\\(.])",  # the area is 5
+            r"the\s+(?:[a-z]+\s+){1,4}(?:is|are)\s+(?=[a-z]+\.?$)",  # the color is red
+            r"(?:in|on|at)\s+(?=\d)",
+            r"(?:approximately|approx\.?|about|around|roughly|约|大约)\s*(?=[\d\\$.-])",
+            r"[故则]?(?:正确)?(?:答案|结果|答)(?:是|为|:)*\s*",
+            r"[\u4e00-\u9fff]{1,8}(?<!不)(?:是|为|等于)\s*(?=[-\d\\$(])",
+            r"故?应?选择?(?:项)?:?\s*(?=\(?[A-J])",
+        ]
+    ),
+    re.I,
+)
 _NEGATION = re.compile(r"\b(?:or|not|no|never|if|but|wrong|incorrect|false|instead|unless)\b", re.I)
-_LETTER = re.compile(r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|选项)\s*(?:is|:)?\s*)?"
-                     r"[\[({]?\s*([A-J])\s*[\])}]?\s*[.:,]?$", re.I)
-_LETTER_TEXT = re.compile(r"(?:(?:option|choice)\s*)?"
-                          r"(?:[\[(]([A-J])[\])]\s*[:.]?|([A-J])\s*[).:、]|([A-J])\s+(?=\())\s*(.+)$", re.S)
+_LETTER = re.compile(
+    r"(?:(?:the\s+)?(?:correct\s+)?(?:option|choice|选项)\s*(?:is|:)?\s*)?"
+    r"[\[({]?\s*([A-J])\s*[\])}]?\s*[.:,]?$",
+    re.I,
+)
+_LETTER_TEXT = re.compile(
+    r"(?:(?:option|choice)\s*)?"
+    r"(?:[\[(]([A-J])[\])]\s*[:.]?|([A-J])\s*[).:、]|([A-J])\s+(?=\())\s*(.+)$",
+    re.S,
+)
 _LETTERS = re.compile(r"(?:\([A-J]\)|[A-J])(?:\s*(?:,|;|and|&)?\s*(?:\([A-J]\)|[A-J]))+$")
 _MORE_LETTERS = re.compile(r"(?:^|\s)\(?[A-J](?:[).:]|$)|\b(?:or|not)\b")
 _FINAL = re.compile(r"[\s*]*final\s+answer[\s*]*[:：][\s*]*", re.I)
@@ -36,10 +49,21 @@ def unwrap(text):
     text = text.strip()
     for _ in range(4):
         if m := _FINAL.match(text[:80]):
-            text = text[m.end():].strip()
+            text = text[m.end() :].strip()
             text = text[:-2].strip() if text.endswith("**") and text.count("**") % 2 else text
-        core = text.strip("$ \n.").removeprefix("\\(").removeprefix("\\[").removesuffix("\\)").removesuffix("\\]").strip()
-        core = core[2:-2].strip() if core.startswith("**") and core.endswith("**") and len(core) > 4 else core
+        core = (
+            text.strip("$ \n.")
+            .removeprefix("\\(")
+            .removeprefix("\\[")
+            .removesuffix("\\)")
+            .removesuffix("\\]")
+            .strip()
+        )
+        core = (
+            core[2:-2].strip()
+            if core.startswith("**") and core.endswith("**") and len(core) > 4
+            else core
+        )
         inner = braced(core, core.find("{")) if core.startswith(("\\boxed", "\\fbox")) else None
         if inner is None or inner[1] != len(core):
             break
@@ -49,26 +73,34 @@ def unwrap(text):
 
 def braced(text, start):
     """(content, end) of the balanced {...} that opens at `start`, else None. Linear."""
-    if start < 0 or text[start:start + 1] != "{":
+    if start < 0 or text[start : start + 1] != "{":
         return None
     depth = 0
     for m in re.compile(r"\\.|[{}]", re.S).finditer(text, start):
         depth += (m[0] == "{") - (m[0] == "}")
         if depth == 0:
-            return text[start + 1:m.start()], m.end()
+            return text[start + 1 : m.start()], m.end()
     return None
 
 
 def core_text(s):
     """An answer without what surrounds it: `The answer is`, stars, dollars, outer boxes, a full stop, a farewell."""
     s = unwrap(bare(s.partition(" I hope ")[0]))
-    s = s if s.isascii() else unicode_plain(re.sub(r"(?<![A-Za-z])([A-J])、(?![A-J]\b)", r"\1: ", s))
+    s = (
+        s
+        if s.isascii()
+        else unicode_plain(re.sub(r"(?<![A-Za-z])([A-J])、(?![A-J]\b)", r"\1: ", s))
+    )
     for _ in range(4):
         m = _PREFIX.match(s[:200]) if s[:1] not in "-+.([{0123456789" else None
         if not m or not m[0] or _NEGATION.search(m[0]):
             break
-        s = unwrap(bare(s[m.end():]))
-    if s.count("\\boxed{") == 1 and not _NEGATION.search(s) and (inner := braced(s, s.find("\\boxed{") + 6)):
+        s = unwrap(bare(s[m.end() :]))
+    if (
+        s.count("\\boxed{") == 1
+        and not _NEGATION.search(s)
+        and (inner := braced(s, s.find("\\boxed{") + 6))
+    ):
         s = inner[0].strip()  # a sentence with one box in it
     return bare(s[:-1].rstrip() if s[-1:] == "." and s[-3:] != "..." and len(s) > 1 else s)
 
@@ -81,7 +113,7 @@ def bare(s):
     s = s.strip()
     for left, right in _WRAPPERS if s[:1] in ("$", "\\", "*", "`") else ():
         if s.startswith(left) and s.endswith(right) and len(s) > len(left + right):
-            inner = s[len(left):-len(right)]
+            inner = s[len(left) : -len(right)]
             return s if left in inner or right in inner else inner.strip()
     return s
 
@@ -110,7 +142,9 @@ _SIGNS = r"""× * · * ⋅ * ∙ * ∗ * ÷ / ⁄ / ∕ / − - – - — - ‐ 
  θ \theta α \alpha β \beta γ \gamma λ \lambda φ \phi ω \omega μ \mu ∠ \angle ℃ \degC ℉ \degF 。 . 、 , “ " ” " ‘ ' ’ ' ′ ' ″ "
  【 ( 】 ) ⟨ \langle ⟩ \rangle € \eur £ \gbp ¥ \cny ￥ \cny ∣ | ∶ : ～ ~ ∼ ~""".split()
 _CHARS = {ord(k): v + " " * (v[0] == "\\") for k, v in zip(_SIGNS[::2], _SIGNS[1::2])}
-_CHARS |= dict.fromkeys(map(ord, "△《》\u200b\u200c\u200d\ufeff\u2061\u2062"), "") | {0x2063: ","}  # invisible signs
+_CHARS |= dict.fromkeys(map(ord, "△《》\u200b\u200c\u200d\ufeff\u2061\u2062"), "") | {
+    0x2063: ","
+}  # invisible signs
 _SUPER = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ", "0123456789-+nx")
 _SUB = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
 _HAN_WORDS = """平方 square 立方 cubic 厘米 cm 毫米 mm 千米 km 公里 km 分米 dm 米 m 千克 kg 公斤 kg 克 g 吨 ton 毫升 ml 升 L
@@ -119,24 +153,42 @@ _HAN_WORDS = dict(zip(_HAN_WORDS[::2], _HAN_WORDS[1::2]))
 _HAN_RE = re.compile("|".join(_HAN_WORDS))
 _HAN_COUNTER = re.compile(r"(?<=[\d}])\s*[个個人只件次岁条名种棵本张位块辆支组](?=\s*$)")
 
-_COMMANDS = {name: to for to, names in {  # commands that are another spelling of something
-    " ": "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle limits nolimits "
-         "rm bf it quad qquad triangle , ; : ( ) [ ] >",
-    "": "! boxed fbox mathrm text mathbf overline underline vec hat",
-    "\\frac": "dfrac tfrac cfrac nicefrac sfrac", "\\deg": "degree textdegree", "<": "lt", ">": "gt", "%": "%", "_": "_",
-    "|": "lvert rvert vert mid", " and ": "&", "\\{": "lbrace", "\\}": "rbrace", "\\usd ": "$",
-}.items() for name in names.split()} | {" ": " "}
+_COMMANDS = {
+    name: to
+    for to, names in {  # commands that are another spelling of something
+        " ": "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle limits nolimits "
+        "rm bf it quad qquad triangle , ; : ( ) [ ] >",
+        "": "! boxed fbox mathrm text mathbf overline underline vec hat",
+        "\\frac": "dfrac tfrac cfrac nicefrac sfrac",
+        "\\deg": "degree textdegree",
+        "<": "lt",
+        ">": "gt",
+        "%": "%",
+        "_": "_",
+        "|": "lvert rvert vert mid",
+        " and ": "&",
+        "\\{": "lbrace",
+        "\\}": "rbrace",
+        "\\usd ": "$",
+    }.items()
+    for name in names.split()
+} | {" ": " "}
 _COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.S)
 _TEXT_NAMES = r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox|operatorname|boldsymbol|bm|pmb"
 TEXT = re.compile(r"\\(?:%s)\*?\s*\{([^{}]*)\}" % _TEXT_NAMES)
-_WRAP = re.compile(r"\\(?:%s|overline|overrightarrow|vec|hat|underline|widehat|mathop)\*?\s*\{([^{}]*)\}" % _TEXT_NAMES)
+_WRAP = re.compile(
+    r"\\(?:%s|overline|overrightarrow|vec|hat|underline|widehat|mathop)\*?\s*\{([^{}]*)\}"
+    % _TEXT_NAMES
+)
 _BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([A-Z])\s*\}?")
 _MATRIX = re.compile(r"\\(begin|end)\{(?:[a-zA-Z]*matrix|array)\}(?:\{[lcr| ]*\})?")
 _ALIGN = re.compile(r"\\(?:begin|end)\{(?:align|equation|gather|split|math|cases)(?:ed)?\*?\}")
 _ANGLE = re.compile(r"m?\\(?:measured)?angle(?![A-Za-z])\s*(?:(?=(\d)))?")
 _DEGREE = re.compile(r"\^\s*\{+\s*\\deg\s*\}+|\^?\s*\\deg(?![A-Za-z])")
 _OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
-_UNIT_FRAC = re.compile(r"(?<=[\d }])\\frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+(?:\^\{?\d\}?)?)\s*\}(?!\s*\^)")
+_UNIT_FRAC = re.compile(
+    r"(?<=[\d }])\\frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+(?:\^\{?\d\}?)?)\s*\}(?!\s*\^)"
+)
 _REPEAT = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|dot)\s*\{\s*(\d{1,20})\s*\}")
 _DOTS = re.compile(r"(\d{0,20}\.\d{0,20}?)(\d{1,3}?)\2{2,20}\s*(?:\.\.\.|\\[cl]?dots)")
 _GLUED = re.compile(r"(?<![A-Za-z])(sin|cos|tan|cot|ln|log)(?=[a-zA-Z]\b|\d)")  # sinx, sin2x
@@ -150,10 +202,20 @@ def unicode_plain(s):
         return s
     s = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ]+", lambda m: "^{" + m[0].translate(_SUPER) + "}", s)
     s = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m[0].translate(_SUB) + "}", s)
-    s = re.sub("[¼-¾⅐-⅞]", lambda m: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄")), s)
+    s = re.sub(
+        "[¼-¾⅐-⅞]",
+        lambda m: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄")),
+        s,
+    )
     s = unicodedata.normalize("NFKD", s.translate(_CHARS)).translate(_CHARS)
-    s = unicodedata.normalize("NFC", re.sub("(?<=[A-Za-z])[\u0300-\u036f]+", "", s))  # accents of letters
-    return s if s.isascii() else _HAN_RE.sub(lambda m: f" {_HAN_WORDS[m[0]]} ", _HAN_COUNTER.sub("", s))
+    s = unicodedata.normalize(
+        "NFC", re.sub("(?<=[A-Za-z])[\u0300-\u036f]+", "", s)
+    )  # accents of letters
+    return (
+        s
+        if s.isascii()
+        else _HAN_RE.sub(lambda m: f" {_HAN_WORDS[m[0]]} ", _HAN_COUNTER.sub("", s))
+    )
 
 
 def repeating(m):
@@ -172,7 +234,9 @@ def latex_plain(s):
         s = re.sub(r"(?<!\\)&", " ", re.sub(r"\\\\(?=[a-zA-Z])", r"\\", s).replace("\\\\", " "))
     if "\\overline" in s or "\\dot" in s:
         s = _REPEAT.sub(repeating, s)
-    while "{" in s and s.count("{") < 200 and (t := _WRAP.sub(r" \1 ", s)) != s:  # \text{a \textbf{b}}
+    while (
+        "{" in s and s.count("{") < 200 and (t := _WRAP.sub(r" \1 ", s)) != s
+    ):  # \text{a \textbf{b}}
         s = t
     s = s.replace("\\circ", "\\deg ")
     if "angle" in s:
@@ -202,31 +266,64 @@ def clean(s):
     if "10^" in s:
         s = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\^)", "*", s)
     s = latex_plain(s) if "\\" in s else s
-    if "$" in s:  # one dollar sign before or after a number is money, the others delimit mathematics
-        s = re.sub(r"\$(?=\s*[\d.])|(?<=\d)\s*\$$", r"\\usd ", s) if s.count("$") == 1 else s.replace("$", " ")
+    if (
+        "$" in s
+    ):  # one dollar sign before or after a number is money, the others delimit mathematics
+        s = (
+            re.sub(r"\$(?=\s*[\d.])|(?<=\d)\s*\$$", r"\\usd ", s)
+            if s.count("$") == 1
+            else s.replace("$", " ")
+        )
     if "**" in s:  # a power, or bold text
         s = s.replace("**", "^" if re.search(r"\w\s*\*\*\s*[\w({-]", s) else "")
     return s.strip()
 
 
 # ---- 3. numbers in words ---------------------------------------------------------------------------------------------
-SMALL = dict(zip(("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-                  "seventeen eighteen nineteen").split(), range(20)))
-SMALL |= dict(zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10)))
-SCALES = {"dozen": 12, "hundred": 100, "thousand": 1000, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_PARTS = {"half": 2, "third": 3, "quarter": 4, "fourth": 4, "fifth": 5, "sixth": 6, "eighth": 8, "tenth": 10}
+SMALL = dict(
+    zip(
+        (
+            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+            "seventeen eighteen nineteen"
+        ).split(),
+        range(20),
+    )
+)
+SMALL |= dict(
+    zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10))
+)
+SCALES = {
+    "dozen": 12,
+    "hundred": 100,
+    "thousand": 1000,
+    "million": 10**6,
+    "billion": 10**9,
+    "trillion": 10**12,
+}
+_PARTS = {
+    "half": 2,
+    "third": 3,
+    "quarter": 4,
+    "fourth": 4,
+    "fifth": 5,
+    "sixth": 6,
+    "eighth": 8,
+    "tenth": 10,
+}
 _PARTS |= {w + "s": k for w, k in _PARTS.items()} | {"halves": 2}
 _HAN_DIGIT = dict(zip("零一二三四五六七八九两", [*range(10), 2]))
 
 
 def number_words(text):
     """`twenty-one` -> 21, `three quarters` -> 3/4, `five apples` -> 5 apples, `二十` -> 20; other texts unchanged."""
-    if "十" in text and (m := re.fullmatch("([一二三四五六七八九]?)十([一二三四五六七八九]?)", text)):
+    if "十" in text and (
+        m := re.fullmatch("([一二三四五六七八九]?)十([一二三四五六七八九]?)", text)
+    ):
         return str(10 * _HAN_DIGIT.get(m[1], 1) + _HAN_DIGIT.get(m[2], 0))
     if text in _HAN_DIGIT or not text[:1].isalpha():
         return str(_HAN_DIGIT.get(text, text))
     if m := re.match(r"(?:negative|minus)\s+(?=[a-z])", text, re.I):
-        return "-" + number_words(text[m.end():])
+        return "-" + number_words(text[m.end() :])
     words = re.split(r"[\s-]+", text.lower())
     if len(words) > 12 or words[0] not in {*SMALL, "a", "an", "half", "dozen"}:
         return text
@@ -266,14 +363,17 @@ for _names, _, _meaning in (row.partition(" = ") for row in re.split(r" \| |\n",
     _factor, *_bases = _meaning.split()
     _dims = tuple((re.sub(r"-?\d", "", b), int(re.sub(r"[^-\d]", "", b) or 1)) for b in _bases)
     for _name in _names.split():
-        UNITS |= dict.fromkeys([_name] + [_name + "s"] * (len(_name) > 2), (Fraction(_factor), _dims))
+        UNITS |= dict.fromkeys(
+            [_name] + [_name + "s"] * (len(_name) > 2), (Fraction(_factor), _dims)
+        )
 DEGREE, PERCENT = UNITS["deg"], UNITS["percent"]
 CURRENCIES = {"\\usd", "\\eur", "\\gbp", "\\cny"}
 POWER_WORDS = {"sq": 2, "square": 2, "squared": 2, "cu": 3, "cubic": 3, "cubed": 3}
 NO_NOUN = {*SMALL, *SCALES, *POWER_WORDS} | set(
     "is are was not or and but to than of for with from least most more less about maybe if then at by up down wrong correct "
     "minus plus over divided choose factorial negative infinity half yes no true false january february march april may june "
-    "july august september october november december".split())
+    "july august september october november december".split()
+)
 
 
 def unit_key(text):
@@ -281,22 +381,37 @@ def unit_key(text):
 
 
 # ---- 5. words, times, dates ------------------------------------------------------------------------------------------
-_MONTHS = "january february march april may june july august september october november december".split()
+_MONTHS = (
+    "january february march april may june july august september october november december".split()
+)
 _DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
-_ABBREV = {d[:3]: d for d in _DAYS + _MONTHS} | {"tues": "tuesday", "thur": "thursday", "thurs": "thursday", "sept": "september"}
+_ABBREV = {d[:3]: d for d in _DAYS + _MONTHS} | {
+    "tues": "tuesday",
+    "thur": "thursday",
+    "thurs": "thursday",
+    "sept": "september",
+}
 _RANKS = "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th".split()
 _SAME_WORD = _ABBREV | {w: str(k) for w, k in SMALL.items()}
-_SAME_WORD |= dict(zip("first second third fourth fifth sixth seventh eighth ninth tenth".split(), _RANKS))
-_PHRASES = {p: to for to, phrases in {
-    "does not exist": "dne|undefined|not exist|doesnt exist",
-    "no solution": "no solutions|no real solution|no real solutions|there is no solution|empty set|none",
-    "all real numbers": "all reals|all real|real numbers|reals|set of all real numbers|every real number",
-}.items() for p in phrases.split("|")}
+_SAME_WORD |= dict(
+    zip("first second third fourth fifth sixth seventh eighth ninth tenth".split(), _RANKS)
+)
+_PHRASES = {
+    p: to
+    for to, phrases in {
+        "does not exist": "dne|undefined|not exist|doesnt exist",
+        "no solution": "no solutions|no real solution|no real solutions|there is no solution|empty set|none",
+        "all real numbers": "all reals|all real|real numbers|reals|set of all real numbers|every real number",
+    }.items()
+    for p in phrases.split("|")
+}
 PHRASE_LATEX = {"all real numbers": "\\R", "no solution": "\\emptyset"}
 _TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::\d\d)?\s*(?:([ap])\.?\s?m\.?|(o'?clock))?$", re.I)
 _DATEISH = re.compile(r"\d[-/年.]\d|(?<!\\)\b[A-Za-z]{3}")
-_NUMERIC_DATES = [(re.compile(r"(\d{4})[-/年.](\d{1,2})[-/月.](\d{1,2})日?"), (1, 2, 3)),
-                  (re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})"), (3, 1, 2))]
+_NUMERIC_DATES = [
+    (re.compile(r"(\d{4})[-/年.](\d{1,2})[-/月.](\d{1,2})日?"), (1, 2, 3)),
+    (re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})"), (3, 1, 2)),
+]
 
 
 _LAYOUT = re.compile(r"\\[a-zA-Z]+|[{}$*_\"]")
@@ -323,9 +438,15 @@ def same_word_list(p, g):
     """[Gambia, Niger] = Niger and Gambia: names in any order, but (A, C) in this one."""
     lists = []
     for t in (p, g):
-        parts = [w for w in map(words, re.split(r"\s*(?:,|;|\band\b|&)\s*", clean(t).strip("[](){} "))) if w]
+        parts = [
+            w
+            for w in map(words, re.split(r"\s*(?:,|;|\band\b|&)\s*", clean(t).strip("[](){} ")))
+            if w
+        ]
         lists.append(parts if "(" in t[:2] else sorted(parts))
-    named = re.search(r"[^\W\d]", "".join(lists[0])) and all(re.fullmatch(r"[\w .'%-]+", w) for w in lists[0])
+    named = re.search(r"[^\W\d]", "".join(lists[0])) and all(
+        re.fullmatch(r"[\w .'%-]+", w) for w in lists[0]
+    )
     return bool(named) and lists[0] == lists[1] and len(lists[0]) > 1
 
 
@@ -354,7 +475,9 @@ def date(t):
     for pattern, order in _NUMERIC_DATES:
         if m := pattern.fullmatch(t):
             return tuple(int(m[k]) for k in order)
-    parts = re.findall(r"[a-z]+|\d+", re.sub(r"(?<=\d)(st|nd|rd|th)\b|\bof\b|\bthe\b", "", t.lower()))
+    parts = re.findall(
+        r"[a-z]+|\d+", re.sub(r"(?<=\d)(st|nd|rd|th)\b|\bof\b|\bthe\b", "", t.lower())
+    )
     months = [_MONTHS.index(_ABBREV.get(p, p)) + 1 for p in parts if _ABBREV.get(p, p) in _MONTHS]
     days = [int(p) for p in parts if p.isdigit() and int(p[:5]) <= 31]
     years = [int(p) for p in parts if p.isdigit() and 31 < int(p[:5]) < 10000]

@@ -40,7 +40,9 @@ class Heartbeat:
         self.why = None  # the reason to end that the threads found
         self.silent = 0  # rounds since the store has answered
         self.wake, self.told = threading.Event(), threading.Event()
-        self.alarm, bell = os.pipe()  # rung by beat() and by signals, which reach no main thread deep in a collective
+        self.alarm, bell = (
+            os.pipe()
+        )  # rung by beat() and by signals, which reach no main thread deep in a collective
         os.set_blocking(bell, False)
         self.ring = lambda: os.write(bell, b"\0")
         signal.set_wakeup_fd(bell, warn_on_full_buffer=False)
@@ -68,8 +70,10 @@ class Heartbeat:
                     elif end is None and missed[r] >= MISSING:
                         self.why = self.why or (
                             f"rank {r} on {host} has given no sign of life for {MISSING * BEAT:.0f} s: its process was killed "
-                            "or is frozen, or its machine or network is down" if count else
-                            f"rank {r} has not started within {JOIN} s; see what torchrun says on the other hosts")  # fmt: skip
+                            "or is frozen, or its machine or network is down"
+                            if count
+                            else f"rank {r} has not started within {JOIN} s; see what torchrun says on the other hosts"
+                        )
                 if self.why and self.end is None:
                     self.ring()
                 if mine == "" or mine and all(end is not None for _, _, end in states):
@@ -82,17 +86,26 @@ class Heartbeat:
             rung = os.read(self.alarm, 99) if select.select([self.alarm], [], [], BEAT)[0] else b""
             self.silent += not rung  # the end of a DataLoader's worker rings too
             if {signal.SIGTERM, signal.SIGINT} & set(rung):
-                self.why = self.why or f"rank {self.rank} on {self.host} was told to stop (SIGTERM or Ctrl-C): another rank " \
-                    "on this host died, torchrun on another host is gone, or somebody stopped the run"  # fmt: skip
+                self.why = (
+                    self.why
+                    or f"rank {self.rank} on {self.host} was told to stop (SIGTERM or Ctrl-C): another rank "
+                    "on this host died, torchrun on another host is gone, or somebody stopped the run"
+                )
             elif self.torchrun and os.getppid() != self.torchrun:
                 self.why = f"torchrun (process {self.torchrun} on {self.host}) was killed"
             elif self.silent > MISSING:
                 where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
-                self.why = self.why or f"the store of the run at {where} has not answered for {MISSING * BEAT:.0f} s: " \
-                    "torchrun on that host was killed or is frozen, or the host or the network is down"  # fmt: skip
+                self.why = (
+                    self.why
+                    or f"the store of the run at {where} has not answered for {MISSING * BEAT:.0f} s: "
+                    "torchrun on that host was killed or is frozen, or the host or the network is down"
+                )
             if self.why and self.end is None:
-                os.write(2, f"\nstopping rank {self.rank} on {self.host}: {self.why}. Run the same command again, also with "
-                            "another number of ranks: it goes on from what was last saved.\n".encode())  # fmt: skip
+                os.write(
+                    2,
+                    f"\nstopping rank {self.rank} on {self.host}: {self.why}. Run the same command again, also with "
+                    "another number of ranks: it goes on from what was last saved.\n".encode(),
+                )
                 self.tell(self.why)
                 os._exit(1)  # the main thread may wait in a collective that never ends
 
@@ -105,7 +118,9 @@ class Heartbeat:
     def reason(self, error):
         """the main thread's exception in words. a broken connection is only what another rank's end looks like from here"""
         if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
-            time.sleep((MISSING + 3) * BEAT)  # by then watch() has named the one that is gone and ended this process
+            time.sleep(
+                (MISSING + 3) * BEAT
+            )  # by then watch() has named the one that is gone and ended this process
         kind = "" if isinstance(error, SystemExit) else f"{type(error).__name__}: "
         return f"rank {self.rank} on {self.host} failed: {kind}{error}"[:1000]
 
@@ -127,11 +142,15 @@ def choose_network(store, rank, world):
     store.set(f"address/{rank}", address(os.environ["MASTER_ADDR"]))
     known = [a.decode() for a in store.multi_get([f"address/{r}" for r in range(world)])]
     ours = address(next((a for a in known if not a.startswith("127.")), known[0]))
-    if ours.startswith("127.") or "GLOO_SOCKET_IFNAME" in os.environ:  # all on this machine, or the user knows better
+    if (
+        ours.startswith("127.") or "GLOO_SOCKET_IFNAME" in os.environ
+    ):  # all on this machine, or the user knows better
         return
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as s:
         for _, name in socket.if_nameindex():
             with suppress(OSError):  # an interface without an address
-                found = fcntl.ioctl(s, 0x8915, struct.pack("256s", name.encode()))[20:24]  # SIOCGIFADDR
+                found = fcntl.ioctl(s, 0x8915, struct.pack("256s", name.encode()))[
+                    20:24
+                ]  # SIOCGIFADDR
                 if socket.inet_ntoa(found) == ours:
                     os.environ["GLOO_SOCKET_IFNAME"] = name

@@ -17,10 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import DataLoader, Dataset
 
-import data
-import mllama
-import packing
-import run
+from nano import data, mllama, packing, run
 
 
 def shelve(path, file, strict, say, holdout=0, seed=0):
@@ -41,16 +38,24 @@ def shelve(path, file, strict, say, holdout=0, seed=0):
     if problems:
         say(problems.summary())
     if not pictures:
-        raise ValueError(f"{path}: no record with a response in it; sft.py needs chains (cold_start.py makes them)")
+        raise ValueError(
+            f"{path}: no record with a response in it; sft.py needs chains (cold_start.py makes them)"
+        )
     held = hold_out(pictures, holdout, seed)
     if all(held):
-        raise ValueError(f"{path}: --holdout {holdout} leaves none of {len(held)} records to train on")
+        raise ValueError(
+            f"{path}: --holdout {holdout} leaves none of {len(held)} records to train on"
+        )
     np.savez(file.with_suffix(".npz"), ends=np.array(ends), held=np.array(held))
 
 
 def hold_out(pictures, count, seed):
     """pictures of each record -> is it held out? `count` are, drawn by the seed, and all that share a picture with them"""
-    drawn = set(torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[:count].tolist())
+    drawn = set(
+        torch.randperm(len(pictures), generator=torch.Generator().manual_seed(seed))[
+            :count
+        ].tolist()
+    )
     seen = set().union(*(pictures[i] for i in drawn))
     return [i in drawn or not seen.isdisjoint(p) for i, p in enumerate(pictures)]
 
@@ -89,7 +94,9 @@ def response_ids(record, processor, drop_chains):
     text = record.response
     if drop_chains:
         text = re.sub(r"<think>.*</think>\s*", "", text, flags=re.S)
-    return processor.tokenizer(text, add_special_tokens=False).input_ids + [processor.tokenizer.eos_token_id]
+    return processor.tokenizer(text, add_special_tokens=False).input_ids + [
+        processor.tokenizer.eos_token_id
+    ]
 
 
 def encode(records, processor, config, problems):
@@ -101,7 +108,8 @@ def encode(records, processor, config, problems):
             ids = response_ids(record, processor, config.drop_chains)
             if len(prompt.ids) + len(ids) > config.cutoff:
                 raise data.BadRow(
-                    "sequence too long", f"{len(prompt.ids) + len(ids)} tokens, --cutoff is {config.cutoff}"
+                    "sequence too long",
+                    f"{len(prompt.ids) + len(ids)} tokens, --cutoff is {config.cutoff}",
                 )
             sequences.append((prompt, ids))
         except data.BadRow as bad:
@@ -115,7 +123,9 @@ def cost(record, processor, config, width):
     """the work of a sequence, known without decoding its images; nothing for one that encode() will leave out"""
     try:
         prompt = kind(processor).prompt_length(record, processor, config.system_prompt)
-        return packing.work(prompt + len(response_ids(record, processor, config.drop_chains)), width)
+        return packing.work(
+            prompt + len(response_ids(record, processor, config.drop_chains)), width
+        )
     except (data.BadRow, ValueError):
         return 0
 
@@ -133,7 +143,10 @@ class Steps(Dataset):
 
     def __init__(self, records, processor, config, width):
         self.records, self.processor, self.config, self.width = records, processor, config, width
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()  # a worker need not know of the others
+        self.rank, self.world = (
+            dist.get_rank(),
+            dist.get_world_size(),
+        )  # a worker need not know of the others
         self.per_epoch = -(-len(records) // config.batch_size)
 
     def __len__(self):
@@ -142,14 +155,24 @@ class Steps(Dataset):
     def __getitem__(self, step):
         config = self.config
         epoch, place = divmod(step, self.per_epoch)
-        order = torch.randperm(len(self.records), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch))
-        chosen = [self.records[i] for i in order[place * config.batch_size :][: config.batch_size].tolist()]
+        order = torch.randperm(
+            len(self.records), generator=torch.Generator().manual_seed(config.seed * 1000 + epoch)
+        )
+        chosen = [
+            self.records[i]
+            for i in order[place * config.batch_size :][: config.batch_size].tolist()
+        ]
         owners = [i % self.world for i in range(len(chosen))]
         if self.world > 1:
             costs = [cost(r, self.processor, config, self.width) for r in chosen]
             owners = packing.rebalance(costs, owners, self.world)
         bad = data.Problems()
-        return encode([r for r, owner in zip(chosen, owners) if owner == self.rank], self.processor, config, bad), bad
+        return encode(
+            [r for r, owner in zip(chosen, owners) if owner == self.rank],
+            self.processor,
+            config,
+            bad,
+        ), bad
 
 
 def forget(worker):
@@ -163,8 +186,12 @@ def forget(worker):
 def ahead(steps, start, workers):
     """the items of `steps` from `start` on, made by worker processes, or by a thread while the device computes"""
     if workers:
-        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # or the tokenizer complains about the fork
-        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]  # each tensor that comes from a worker is an open file
+        os.environ.setdefault(
+            "TOKENIZERS_PARALLELISM", "false"
+        )  # or the tokenizer complains about the fork
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[
+            1
+        ]  # each tensor that comes from a worker is an open file
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     items = iter(
         DataLoader(

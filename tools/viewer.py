@@ -22,12 +22,18 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
-import data
 from cold_start import WORDS  # Table 4
+from nano import data
 
-HERE = Path(__file__).resolve().parent
+HERE = Path(__file__).resolve().parents[1]
 FILES = ("samples.jsonl", "responses.jsonl")  # of grpo.py, of eval.py
-SIDES = (640, 448, 320, 224, 160)  # longest side of a picture in pixels, tried in turn until it fits
+SIDES = (
+    640,
+    448,
+    320,
+    224,
+    160,
+)  # longest side of a picture in pixels, tried in turn until it fits
 
 
 def find_file(path):
@@ -62,7 +68,9 @@ def read_rows(path):
         else:
             wrong.append(f"{path}:{n}: no {', '.join(need)} in it")
     if not rows:
-        raise ValueError(f"{path}: no rollouts in it" + (f"; {wrong[0]}" if wrong else ", it is empty"))
+        raise ValueError(
+            f"{path}: no rollouts in it" + (f"; {wrong[0]}" if wrong else ", it is empty")
+        )
     return rows, wrong
 
 
@@ -70,7 +78,9 @@ def find_records(source, wanted):
     """the problems file that the run read -> ({id: Record, or what is wrong with it}, why any other id has none)"""
     if not source:
         return {}, "no config.json beside the rollouts says where the problems are; give --data"
-    if not os.path.exists(source) and (HERE / source).exists():  # the run was started here, the viewer somewhere else
+    if (
+        not os.path.exists(source) and (HERE / source).exists()
+    ):  # the run was started here, the viewer somewhere else
         source = str(HERE / source)
     try:
         records, problems = data.read(source, check_images=False)
@@ -86,12 +96,17 @@ def shrink(image, room):
     sizes = []
     for side in SIDES:
         picture.thumbnail((side, side))  # in place, and never larger
-        hopeless = side > SIDES[-1] and side * side > 16 * room  # no picture of this size gets so small
+        hopeless = (
+            side > SIDES[-1] and side * side > 16 * room
+        )  # no picture of this size gets so small
         if hopeless or picture.size in sizes:
             continue
         sizes.append(picture.size)
         uris = []
-        for kind in ("png", "jpeg"):  # drawings are as small as PNG, and stay sharp; photographs are not
+        for kind in (
+            "png",
+            "jpeg",
+        ):  # drawings are as small as PNG, and stay sharp; photographs are not
             out = BytesIO()
             picture.save(out, kind, quality=80)
             uris.append(f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}")
@@ -105,8 +120,14 @@ class Pictures:
     """the pictures of a page, each embedded once however many problems share it; what one does not need is left to the others"""
 
     def __init__(self, images, budget):
-        self.left, self.room = len({self.key(image) for image in images}), budget  # budget: characters
-        self.uris, self.found = [], {}  # found: picture -> (place in uris or None, why there is none)
+        self.left, self.room = (
+            len({self.key(image) for image in images}),
+            budget,
+        )  # budget: characters
+        self.uris, self.found = (
+            [],
+            {},
+        )  # found: picture -> (place in uris or None, why there is none)
 
     def key(self, image):
         return image if isinstance(image, bytes) else os.path.realpath(image)
@@ -150,8 +171,16 @@ def pack_sample(row):
     """-> (completion, right?, reward, why, advantage, length in tokens, cut at the limit?, answer that was judged)"""
     right = row.get("right", row.get("why") == "ok")  # samples.jsonl has no `right`
     given = None if row.get("given") is None else str(row["given"])
-    return (row["completion"], int(bool(right)), number(row.get("reward")), str(row.get("why", "")), number(row.get("advantage")),
-            number(row.get("length"), 0), int(row.get("finish") == "length"), given)  # fmt: skip
+    return (
+        row["completion"],
+        int(bool(right)),
+        number(row.get("reward")),
+        str(row.get("why", "")),
+        number(row.get("advantage")),
+        number(row.get("length"), 0),
+        int(row.get("finish") == "length"),
+        given,
+    )
 
 
 def build(path, source="", image_mb=24.0):
@@ -161,7 +190,9 @@ def build(path, source="", image_mb=24.0):
     config = path.with_name("config.json")
     config = json.loads(config.read_text()) if config.is_file() else {}
     records, absent = find_records(source or config.get("data", ""), {row["id"] for row in rows})
-    pictures = Pictures([image for r in records.values() for image in getattr(r, "images", [])], int(image_mb * 1e6))
+    pictures = Pictures(
+        [image for r in records.values() for image in getattr(r, "images", [])], int(image_mb * 1e6)
+    )
     problems, places, groups = [], {}, {}
     for row in rows:
         question, step = (row["id"], row["problem"]), number(row.get("step"), 0) or 0
@@ -171,18 +202,32 @@ def build(path, source="", image_mb=24.0):
             if problems[-1][-1]:
                 wrong.append(f"{row['id']}: no picture: {problems[-1][-1]}")
         limit = number(row.get("max_len", config.get("max_len")))
-        groups.setdefault((step, places[question]), (step, places[question], limit, []))[3].append(pack_sample(row))
+        groups.setdefault((step, places[question]), (step, places[question], limit, []))[3].append(
+            pack_sample(row)
+        )
     name = "/".join(path.resolve().parts[-3:-1])
     ordered = sorted(groups.values(), key=lambda group: group[0])
-    return dict(name=name, file=path.name, words=WORDS, images=pictures.uris, problems=problems, groups=ordered), wrong
+    return dict(
+        name=name,
+        file=path.name,
+        words=WORDS,
+        images=pictures.uris,
+        problems=problems,
+        groups=ordered,
+    ), wrong
 
 
 def page(embedded):
     """what build gives -> the HTML file, as bytes"""
-    html = (HERE / "assets" / "viewer.html").read_text(encoding="utf-8")
-    for tag in ("style", "script"):  # the policy names the page's own code by its hash: nothing else may run
+    html = (HERE / "tools" / "viewer.html").read_text(encoding="utf-8")
+    for tag in (
+        "style",
+        "script",
+    ):  # the policy names the page's own code by its hash: nothing else may run
         code = re.search(rf"<{tag}>(.*?)</{tag}>", html, re.S)[1]
-        html = html.replace(f"{tag.upper()}_HASH", base64.b64encode(hashlib.sha256(code.encode()).digest()).decode())
+        html = html.replace(
+            f"{tag.upper()}_HASH", base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
+        )
     text = json.dumps(embedded, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     before, after = html.split("EMBEDDED_DATA")
     # without a "<" no text can end the script element or open a comment; half a character is written as its escape
@@ -191,15 +236,23 @@ def page(embedded):
 
 def main(argv):
     parser = argparse.ArgumentParser(
-        prog="eval.py view", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="eval.py view",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("run", metavar="RUN_OR_FILE")
     parser.add_argument("--out", metavar="FILE.html", help="default: view.html beside the rollouts")
     parser.add_argument(
-        "--data", default="", help="the problems, for their pictures; default: as in the run's config.json"
+        "--data",
+        default="",
+        help="the problems, for their pictures; default: as in the run's config.json",
     )
     parser.add_argument(
-        "--image-mb", type=float, default=24.0, metavar="N", help="room for pictures in the page (default 24 MB)"
+        "--image-mb",
+        type=float,
+        default=24.0,
+        metavar="N",
+        help="room for pictures in the page (default 24 MB)",
     )
     args = parser.parse_args(argv)
     try:
@@ -214,8 +267,10 @@ def main(argv):
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_bytes(page(embedded))
     samples = sum(len(group[3]) for group in embedded["groups"])
-    print(f"wrote {out}: {samples:,} completions in {len(embedded['groups']):,} groups, {len(embedded['images']):,} pictures, "
-          f"{out.stat().st_size / 1e6:.1f} MB")  # fmt: skip
+    print(
+        f"wrote {out}: {samples:,} completions in {len(embedded['groups']):,} groups, {len(embedded['images']):,} pictures, "
+        f"{out.stat().st_size / 1e6:.1f} MB"
+    )
 
 
 if __name__ == "__main__":

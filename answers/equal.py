@@ -5,18 +5,22 @@ Algebra needs no computer algebra system: two expressions are equal if they agre
 is fast and cannot hang. Numbers stay exact where that is cheap and have at most MAX_BITS bits. Whatever has no value (1/0,
 a tower of powers) raises Unparsable or ArithmeticError, which the caller counts as "not equal".
 """
-import cmath, math
+
+import cmath
+import math
 from fractions import Fraction
 
-from mathparse import Node, Unparsable, negate, num, times, variables
-from mathtext import DEGREE, PERCENT
+from answers.parse import Node, Unparsable, negate, num, times, variables
+from answers.text import DEGREE, PERCENT
 
 MAX_BITS = 16384
 
 
 # ---- 1. values -------------------------------------------------------------------------------------------------------
 def contains(node, tag, what=None):
-    return (node.tag == tag and what in (None, node.data)) or any(contains(k, tag, what) for k in node.kids)
+    return (node.tag == tag and what in (None, node.data)) or any(
+        contains(k, tag, what) for k in node.kids
+    )
 
 
 def exact(x):
@@ -37,7 +41,10 @@ def small(x):
 def power(a, b):
     """a ** b, exact where that is cheap, float or complex otherwise; never large."""
     if exact(a) and isinstance(b, int):
-        if a not in (0, 1, -1) and max(a.numerator.bit_length(), a.denominator.bit_length()) * abs(b) > MAX_BITS:
+        if (
+            a not in (0, 1, -1)
+            and max(a.numerator.bit_length(), a.denominator.bit_length()) * abs(b) > MAX_BITS
+        ):
             raise Unparsable("power too large")
         b = b % 2 if a in (1, -1) else b
         return small(a**b if b >= 0 else Fraction(a) ** b)
@@ -56,7 +63,9 @@ def exact_root(a, n):
     if n > 9 or a.numerator.bit_length() > 512 or a.denominator.bit_length() > 512:
         return None
     parts = [math.isqrt(k) if n == 2 else round(k ** (1 / n)) for k in (a.numerator, a.denominator)]
-    return small(Fraction(*parts)) if [r**n for r in parts] == [a.numerator, a.denominator] else None
+    return (
+        small(Fraction(*parts)) if [r**n for r in parts] == [a.numerator, a.denominator] else None
+    )
 
 
 _TRIG = {"sin", "cos", "tan", "cot", "sec", "csc"}
@@ -79,7 +88,11 @@ def call(name, args):
         y = call(_INVERSE[name], args)
         return 1 / y if abs(y) > 1e-12 else math.inf
     m = math
-    if isinstance(x, complex) or (x < 0 and name in ("ln", "log", "lg")) or (abs(x) > 1 and name in ("arcsin", "arccos")):
+    if (
+        isinstance(x, complex)
+        or (x < 0 and name in ("ln", "log", "lg"))
+        or (abs(x) > 1 and name in ("arcsin", "arccos"))
+    ):
         m = cmath
     if name in ("ln", "log", "lg"):
         base = 10 if name == "lg" else args[1] if len(args) > 1 else math.e
@@ -108,7 +121,9 @@ def value(node, env=None, trig=False):
         for x in args:
             out *= x
     elif tag == "/":
-        out = Fraction(args[0]) / args[1] if exact(args[0]) and exact(args[1]) else args[0] / args[1]
+        out = (
+            Fraction(args[0]) / args[1] if exact(args[0]) and exact(args[1]) else args[0] / args[1]
+        )
     elif tag == "^":
         out = power(*args)
     elif tag == "f":
@@ -150,7 +165,9 @@ def same_number(a, b):
         return True
     if u is None or (v is not None and v > u):
         x, y, u = y, x, v  # x is the coarser decimal, u its last place
-    return abs(x) >= 1000 * u and abs(x - y) <= u / 2 * (1 + Fraction(1, 10**9) if exact(y) else 1.000001)
+    return abs(x) >= 1000 * u and abs(x - y) <= u / 2 * (
+        1 + Fraction(1, 10**9) if exact(y) else 1.000001
+    )
 
 
 # fixed "random" points: five of positive numbers, then four of mixed signs, where roots and moduli tell
@@ -161,8 +178,10 @@ def samples(a, b, names):
     """Pairs of values at the points where both are defined; complex values count only if a tree speaks of i."""
     use_complex = contains(a, "c", "i") or contains(b, "c", "i")
     for k in range(9):
-        env = {n: _POINTS[(3 * j + k) % 10] * (1 + 0.0137 * j) * (-1 if k > 4 and (j + k) % 3 else 1)
-               for j, n in enumerate(sorted(names))}
+        env = {
+            n: _POINTS[(3 * j + k) % 10] * (1 + 0.0137 * j) * (-1 if k > 4 and (j + k) % 3 else 1)
+            for j, n in enumerate(sorted(names))
+        }
         try:
             x, y = value(a, env), value(b, env)
         except (ArithmeticError, ValueError, TypeError):
@@ -205,7 +224,9 @@ def same_quantity(a, b):
     """A unit in one of the two is no reason for wrong, a different unit is; 100 cm = 1 m, 50% = 0.5 = 50, 90 deg = pi/2."""
     (x, ua), (y, ub) = split_unit(a), split_unit(b)
     if ua and ub:
-        return ua[1] == ub[1] and same_expr(x if ua[0] == ub[0] else times(num(ua[0] / ub[0]), x), y)
+        return ua[1] == ub[1] and same_expr(
+            x if ua[0] == ub[0] else times(num(ua[0] / ub[0]), x), y
+        )
     if ub:
         x, y, ua = y, x, ub
     if ua == PERCENT and same_expr(times(num(Fraction(1, 100)), x), y):
@@ -234,7 +255,12 @@ def heading(side, others):
 def unname(node):
     """`x = 5` -> ("x", 5), `f(x) = x+1` -> ("f", x+1), `A(2, 3)` -> ("A", (2, 3)), `x in S` -> ("x", S), others ->
     ("", node). In a chain of equal numbers any stands for all; 6 = 5 is no number, 10/3 ~ 3.33 is one if it rounds so."""
-    if node.tag == "*" and len(node.kids) == 2 and node.kids[0].tag == "v" and node.kids[1].tag == "seq":
+    if (
+        node.tag == "*"
+        and len(node.kids) == 2
+        and node.kids[0].tag == "v"
+        and node.kids[1].tag == "seq"
+    ):
         return node.kids[0].data, node.kids[1]
     if node.tag != "rel" or not set(node.data) <= {"=", "~", "in"}:
         return "", node
@@ -278,7 +304,11 @@ def same_relation(a, b):
     if any((abs(x) < 1e-9) != (abs(y) < 1e-9) for x, y in pairs):
         return False
     ratios = [x / y for x, y in pairs if abs(y) >= 1e-9]
-    return len(ratios) >= 3 and all(close(r, ratios[0]) for r in ratios) and (op in ("=", "~", "!=") or ratios[0] > 0)
+    return (
+        len(ratios) >= 3
+        and all(close(r, ratios[0]) for r in ratios)
+        and (op in ("=", "~", "!=") or ratios[0] > 0)
+    )
 
 
 # ---- 5. sets of reals: lists of (low, closed, high, closed) ----------------------------------------------------------
@@ -302,18 +332,39 @@ def intervals(node):
             return [(node.kids[0], opener == "[", node.kids[1], closer == "]")]
         if opener or not word:
             return None
-        return joined(node.kids) if word == "or" else overlap(node.kids) if all(k.tag == "rel" for k in node.kids) else None
+        return (
+            joined(node.kids)
+            if word == "or"
+            else overlap(node.kids)
+            if all(k.tag == "rel" for k in node.kids)
+            else None
+        )
     if node.tag == "set":
         left, right = node.kids
-        if node.data == "\\setminus" and left == REALS and right.tag == "seq" and len(right.kids) == 1:
+        if (
+            node.data == "\\setminus"
+            and left == REALS
+            and right.tag == "seq"
+            and len(right.kids) == 1
+        ):
             return outside(right.kids[0], right.kids[0])
-        return joined(node.kids) if node.data == "\\cup" else overlap(node.kids) if node.data == "\\cap" else None
+        return (
+            joined(node.kids)
+            if node.data == "\\cup"
+            else overlap(node.kids)
+            if node.data == "\\cap"
+            else None
+        )
     return of_relation(node) if node.tag == "rel" else None
 
 
 def joined(nodes):
     parts = [intervals(k) for k in nodes]
-    return None if None in parts else sorted(sum(parts, []), key=lambda p: -math.inf if infinite(p[0]) else value(p[0]))
+    return (
+        None
+        if None in parts
+        else sorted(sum(parts, []), key=lambda p: -math.inf if infinite(p[0]) else value(p[0]))
+    )
 
 
 def overlap(nodes):
@@ -331,7 +382,13 @@ def of_relation(node):
     if ops == ("in",):
         return intervals(kids[1])
     closed = len(ops[0]) == 2
-    if kids[0].tag == "f" and kids[0].data == "abs" and kids[0].kids[0].tag == "v" and len(ops) == 1 and ops[0] in _FLIP:
+    if (
+        kids[0].tag == "f"
+        and kids[0].data == "abs"
+        and kids[0].kids[0].tag == "v"
+        and len(ops) == 1
+        and ops[0] in _FLIP
+    ):
         low, high = negate(kids[1]), kids[1]
         return [(low, closed, high, closed)] if ops[0][0] == "<" else outside(low, high, closed)
     names = [k for k, p in enumerate(kids) if p.tag == "v"]
@@ -340,7 +397,11 @@ def of_relation(node):
     at = names[0]
     if ops == ("!=",):
         return outside(kids[1 - at], kids[1 - at])
-    if not set(ops) <= set(_FLIP) or len(ops) > 2 or (len(ops) == 2 and (at != 1 or ops[0][0] != ops[1][0])):
+    if (
+        not set(ops) <= set(_FLIP)
+        or len(ops) > 2
+        or (len(ops) == 2 and (at != 1 or ops[0][0] != ops[1][0]))
+    ):
         return None
     low, high = (MINUS_INF, False), (INF, False)
     for k, op in enumerate(ops):  # each operator bounds the variable from one side
@@ -360,7 +421,9 @@ def same_region(a, b):
         return None
     ia, ib = intervals(a), intervals(b)
     if ia and ib:
-        return len(ia) == len(ib) and all(p[1::2] == q[1::2] and same(p[0], q[0]) and same(p[2], q[2]) for p, q in zip(ia, ib))
+        return len(ia) == len(ib) and all(
+            p[1::2] == q[1::2] and same(p[0], q[0]) and same(p[2], q[2]) for p, q in zip(ia, ib)
+        )
     if tags & {"set", "w"}:
         return a[:2] == b[:2] and a.tag == "set" and all(map(same, a.kids, b.kids))
     return False if "rel" in tags and not (several(a) and several(b)) else None
@@ -372,12 +435,16 @@ def same_ratio(a, b):
     if not a.tag == b.tag == "ratio":
         return None
     pairs = zip(a.kids, b.kids)
-    return len(a.kids) == len(b.kids) and all(same_expr(times(p, b.kids[0]), times(q, a.kids[0])) for p, q in pairs)
+    return len(a.kids) == len(b.kids) and all(
+        same_expr(times(p, b.kids[0]), times(q, a.kids[0])) for p, q in pairs
+    )
 
 
 def vector(node):
     """A matrix of one row or one column as a tuple."""
-    if node.data[2] == "matrix" and (len(node.kids) == 1 or all(len(r.kids) == 1 for r in node.kids)):
+    if node.data[2] == "matrix" and (
+        len(node.kids) == 1 or all(len(r.kids) == 1 for r in node.kids)
+    ):
         return Node("seq", ("(", ")", ""), tuple(cell for row in node.kids for cell in row.kids))
     return node
 
@@ -392,7 +459,12 @@ def same_ordered(a, b):
     if not ("(" in (open_a, open_b) or open_a == open_b == "["):
         return None
     half_open = [o + c in ("(]", "[)") for o, c in (a.data[:2], b.data[:2])]
-    if len(a.kids) != len(b.kids) or "{" in (open_a, open_b) or "or" in (word_a, word_b) or half_open[0] != half_open[1]:
+    if (
+        len(a.kids) != len(b.kids)
+        or "{" in (open_a, open_b)
+        or "or" in (word_a, word_b)
+        or half_open[0] != half_open[1]
+    ):
         return False
     if open_a and open_b and len(a.kids) == 2 and (open_a, close_a) != (open_b, close_b):
         return False
@@ -401,7 +473,9 @@ def same_ordered(a, b):
         names = [unname(k)[0] for k in seq.kids]
         if all(names) and len(set(names)) < len(names):
             return False
-        order = sorted(range(len(names)), key=names.__getitem__) if all(names) else range(len(names))
+        order = (
+            sorted(range(len(names)), key=names.__getitem__) if all(names) else range(len(names))
+        )
         members.append([seq.kids[k] for k in order])
     return all(map(same, *members))
 
@@ -410,7 +484,11 @@ def several(node):
     """The members of a list, a set or a plus-minus, else None."""
     if node.tag == "seq" and node.data[0] in ("", "{"):
         return [m for k in node.kids for m in (several(k) if contains(k, "pm") else None) or [k]]
-    return [choose_sign(node, 1), choose_sign(node, -1)] if node.tag != "seq" and contains(node, "pm") else None
+    return (
+        [choose_sign(node, 1), choose_sign(node, -1)]
+        if node.tag != "seq" and contains(node, "pm")
+        else None
+    )
 
 
 def choose_sign(node, sign):
@@ -431,28 +509,40 @@ def same_unordered(a, b):
         return False
     lists = [n for n in (a, b) if n.tag == "seq"]
     if not lists or any(n.data[0] == "{" or n.data[2] == "or" for n in lists):
-        ma, mb = ([x for k, x in enumerate(m) if not any(same(x, y) for y in m[:k])] for m in (ma, mb))
+        ma, mb = (
+            [x for k, x in enumerate(m) if not any(same(x, y) for y in m[:k])] for m in (ma, mb)
+        )
     if len(ma) != len(mb) or (ma[0] is a and mb[0] is b):
         return False
     for x in ma:
         k = next((k for k, y in enumerate(mb) if same(x, y)), None)
         if k is None:
             return False
-        mb = mb[:k] + mb[k + 1:]
+        mb = mb[:k] + mb[k + 1 :]
     return True
 
 
 def members(node, other):
     """several(), and [2003, 2004] against a bare list."""
     bare = other.tag == "seq" and not other.data[0] and other.data[2] != "or"
-    return list(node.kids) if bare and node.tag == "seq" and node.data[:2] == ("[", "]") else several(node)
+    return (
+        list(node.kids)
+        if bare and node.tag == "seq" and node.data[:2] == ("[", "]")
+        else several(node)
+    )
 
 
 def without_integer_note(node):
     """x = pi/4 + k pi, k in Z -> x = pi/4 + k pi"""
     if node.tag != "seq" or node.data[0]:
         return node
-    left = [k for k in node.kids if not (k.tag == "rel" and k.data == ("in",) and k.kids[1].tag == "w" and k.kids[1] != REALS)]
+    left = [
+        k
+        for k in node.kids
+        if not (
+            k.tag == "rel" and k.data == ("in",) and k.kids[1].tag == "w" and k.kids[1] != REALS
+        )
+    ]
     return left[0] if len(left) == 1 < len(node.kids) else node
 
 
@@ -467,7 +557,9 @@ def same(a, b):
         if relations and not (intervals(a) and intervals(b)):
             return same_relation(a, b)
     elif name_a or name_b:
-        function = {name_a, name_b} & set("fgh") and variables(x) and variables(y)  # f(x) = x^2 is y = x^2
+        function = (
+            {name_a, name_b} & set("fgh") and variables(x) and variables(y)
+        )  # f(x) = x^2 is y = x^2
         labels = max(len(name_a), len(name_b)) > 3  # Area = 5 and Surface = 5
         compatible = name_a == name_b or not (name_a and name_b) or labels or function
         return (compatible and same(x, y)) or (relations and same_relation(a, b))

@@ -18,13 +18,15 @@ import torch.nn.functional as F
 
 import reward
 from model import copy_weights, hidden_states, replica
-from packing import pack
+from nano.packing import pack
 
 
 @dataclass
 class Rollout:
     ids: list[int]  # with the end token, if it was reached
-    logprobs: list[float]  # of the sampled tokens, under the distribution that they were drawn from (top_p aside)
+    logprobs: list[
+        float
+    ]  # of the sampled tokens, under the distribution that they were drawn from (top_p aside)
     finish: str  # "stop": the model ended its turn; "length": cut at max_len
 
 
@@ -32,7 +34,9 @@ def judge(record, rollout, processor, format_weight=0.0):
     """-> the completion's text without the end token, and its reward.Score; what may be slow is judged by a worker"""
     cut = rollout.finish == "length"
     text = processor.tokenizer.decode(rollout.ids if cut else rollout.ids[:-1])
-    return text, reward.reward_batch([text], [record.answer], [record.choices], [cut], format_weight)[0]
+    return text, reward.reward_batch(
+        [text], [record.answer], [record.choices], [cut], format_weight
+    )[0]
 
 
 class KVCache:
@@ -79,13 +83,20 @@ class TorchEngine:
 
     def __init__(self, replica, processor, banned=None, max_rows=256, prefill_tokens=8192):
         self.hf = replica.eval().requires_grad_(False)
-        self.processor, self.banned, self.max_rows, self.prefill_tokens = processor, banned, max_rows, prefill_tokens
+        self.processor, self.banned, self.max_rows, self.prefill_tokens = (
+            processor,
+            banned,
+            max_rows,
+            prefill_tokens,
+        )
 
     def reserve(self, rows, tokens):
         """make a cache of this size once and let it go: what cannot be had is known before the run"""
         weight = self.hf.get_output_embeddings().weight
         config = self.hf.model.language_model.config
-        KVCache(config, min(rows, self.max_rows), tokens, weight.device, weight.dtype).reserve(tokens)
+        KVCache(config, min(rows, self.max_rows), tokens, weight.device, weight.dtype).reserve(
+            tokens
+        )
 
     def sync(self, policy):
         """take over the weights of the training policy (a collective when it is sharded)"""
@@ -115,9 +126,18 @@ class Sampling:
     """one call of generate: rows that decode together, samples that wait for a row"""
 
     def __init__(self, engine, prompts, n, max_len, seeds, temperature, top_p):
-        self.engine, self.prompts, self.n, self.max_len, self.seeds = engine, prompts, n, max_len, seeds
+        self.engine, self.prompts, self.n, self.max_len, self.seeds = (
+            engine,
+            prompts,
+            n,
+            max_len,
+            seeds,
+        )
         self.temperature, self.top_p = temperature, top_p
-        self.text, self.head = engine.hf.model.language_model, engine.hf.get_output_embeddings().weight
+        self.text, self.head = (
+            engine.hf.model.language_model,
+            engine.hf.get_output_embeddings().weight,
+        )
         device = self.device = self.head.device
         self.waiting = deque((p, s) for p in range(len(prompts)) for s in range(n))
         self.rows = rows = min(engine.max_rows, len(self.waiting))
@@ -128,14 +148,18 @@ class Sampling:
         self.active = 0  # rows 0..active-1 are at work
         self.owner = [None] * rows  # (prompt number, sample number)
         # per row: tokens so far, next place in the cache and on the rotary axes, the last token
-        self.count, self.where, self.rope, self.token = torch.zeros(4, rows, dtype=torch.long, device=device)
+        self.count, self.where, self.rope, self.token = torch.zeros(
+            4, rows, dtype=torch.long, device=device
+        )
         self.ids = torch.zeros(rows, max_len, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(rows, max_len, device=device)
         self.draws = torch.zeros(rows, max_len, dtype=torch.float64, device=device)
 
     def admit(self):
         """waiting samples take the free rows; each prompt goes through the model once, whatever its number of samples"""
-        new = [self.waiting.popleft() for _ in range(min(self.rows - self.active, len(self.waiting)))]
+        new = [
+            self.waiting.popleft() for _ in range(min(self.rows - self.active, len(self.waiting)))
+        ]
         self.encode(list(dict.fromkeys(p for p, _ in new if p not in self.encoded)))
         for p, group in groupby(new, key=lambda sample: sample[0]):
             samples = [s for _, s in group]
@@ -146,7 +170,11 @@ class Sampling:
             for layer, stored in zip(self.cache.kv, kv):
                 layer[:, here, :, :length] = stored  # (2, 1, kv, P, d) to every row
             self.owner[here] = [(p, s) for s in samples]
-            self.count[here], self.where[here], self.rope[here] = 0, length, self.prompts[p].next_position
+            self.count[here], self.where[here], self.rope[here] = (
+                0,
+                length,
+                self.prompts[p].next_position,
+            )
             draws = [uniforms((*self.seeds[p], s), self.max_len) for s in samples]
             self.draws[here] = torch.stack(draws).to(self.device)
             self.active += len(samples)
@@ -159,7 +187,9 @@ class Sampling:
         """packed prefill of these prompts, so many tokens at a time"""
         while numbers:
             some, total = [], 0
-            while numbers and (not some or total + len(self.prompts[numbers[0]].ids) <= self.engine.prefill_tokens):
+            while numbers and (
+                not some or total + len(self.prompts[numbers[0]].ids) <= self.engine.prefill_tokens
+            ):
                 some.append(numbers.pop(0))
                 total += len(self.prompts[some[-1]].ids)
             self.cache.recorded = {}
@@ -167,11 +197,17 @@ class Sampling:
             hidden = hidden_states(self.engine.hf, batch, self.cache)
             ends = batch.packing.cu_seqlens[1:].long()
             logits = hidden[ends - 1] @ self.head.t()
-            layers = [torch.stack(self.cache.recorded[i]) for i in range(len(self.cache.kv))]  # (2, 1, kv, T, d)
+            layers = [
+                torch.stack(self.cache.recorded[i]) for i in range(len(self.cache.kv))
+            ]  # (2, 1, kv, T, d)
             self.cache.recorded = None
             for i, p in enumerate(some):
                 span = slice(ends[i] - len(self.prompts[p].ids), ends[i])
-                self.encoded[p] = [[layer[:, :, :, span] for layer in layers], logits[i : i + 1], self.n]
+                self.encoded[p] = [
+                    [layer[:, :, :, span] for layer in layers],
+                    logits[i : i + 1],
+                    self.n,
+                ]
 
     def decode(self):
         """one more token for every active row"""
@@ -197,8 +233,14 @@ class Sampling:
         """sample one token for each row of the slice and note it"""
         rows = torch.arange(here.start, here.stop, device=self.device)
         count = self.count[here]
-        picked, logprobs = sample(logits, self.draws[rows, count], self.temperature, self.top_p, self.engine.banned)
-        self.ids[rows, count], self.logprobs[rows, count], self.token[here] = picked, logprobs, picked
+        picked, logprobs = sample(
+            logits, self.draws[rows, count], self.temperature, self.top_p, self.engine.banned
+        )
+        self.ids[rows, count], self.logprobs[rows, count], self.token[here] = (
+            picked,
+            logprobs,
+            picked,
+        )
         self.count[here] += 1
 
     def retire(self):
@@ -210,7 +252,9 @@ class Sampling:
         for r in finished:
             k = int(self.count[r])
             rollout = Rollout(
-                self.ids[r, :k].tolist(), self.logprobs[r, :k].tolist(), "stop" if stopped[r] else "length"
+                self.ids[r, :k].tolist(),
+                self.logprobs[r, :k].tolist(),
+                "stop" if stopped[r] else "length",
             )
             out.append((*self.owner[r], rollout))
         left = self.active - len(finished)
@@ -219,7 +263,15 @@ class Sampling:
         if src:
             self.cache.length = int(self.where[src].max())
             self.cache.move(src, dst)
-            for x in (self.count, self.where, self.rope, self.token, self.ids, self.logprobs, self.draws):
+            for x in (
+                self.count,
+                self.where,
+                self.rope,
+                self.token,
+                self.ids,
+                self.logprobs,
+                self.draws,
+            ):
                 x[dst] = x[src]
             for a, b in zip(src, dst):
                 self.owner[b] = self.owner[a]
@@ -229,7 +281,9 @@ class Sampling:
 
 def uniforms(seed, n):
     """n numbers in [0, 1) that follow from a tuple of ints: (seed, step, prompt, sample)"""
-    return torch.from_numpy(np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).random(n))
+    return torch.from_numpy(
+        np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).random(n)
+    )
 
 
 def sample(logits, u, temperature, top_p, banned):
@@ -246,11 +300,15 @@ def sample(logits, u, temperature, top_p, banned):
         p = logprobs.double().exp()
         if top_p < 1:
             ranked, order = p.sort(-1, descending=True)
-            ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # the smallest set of tokens that holds top_p of the mass
+            ranked[ranked.cumsum(-1) - ranked >= top_p] = (
+                0  # the smallest set of tokens that holds top_p of the mass
+            )
             p = torch.zeros_like(p).scatter_(1, order, ranked)
         cdf = p.cumsum(-1)
         # the first token whose cumulated probability exceeds u; a banned or cut token has an empty interval
-        picked = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(max=logits.shape[1] - 1)
+        picked = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(
+            max=logits.shape[1] - 1
+        )
     return picked, logprobs.gather(1, picked[:, None])[:, 0]
 
 
@@ -259,12 +317,20 @@ def make_engine(config, policy, processor, max_len, device):
     the weights that it read from the checkpoint and never sleeps"""
     if config.engine == "torch":
         return TorchEngine(replica(policy), processor, policy.banned, config.max_rows)
-    import vllm_engine
+    from nano import vllm_engine
 
     if config.engine == "http":
         return vllm_engine.HTTPEngine(config.url, processor, device)
-    return vllm_engine.VLLMEngine(config.model, processor, config.max_prompt_len + max_len, device, config.vllm_memory,
-                                  config.vllm_tp, config.max_num_seqs, may_sleep=policy is not None and not config.async_steps)  # fmt: skip
+    return vllm_engine.VLLMEngine(
+        config.model,
+        processor,
+        config.max_prompt_len + max_len,
+        device,
+        config.vllm_memory,
+        config.vllm_tp,
+        config.max_num_seqs,
+        may_sleep=policy is not None and not config.async_steps,
+    )
 
 
 def check_engine(config):
@@ -272,7 +338,13 @@ def check_engine(config):
     if config.engine not in ("torch", "vllm", "http"):
         raise SystemExit(f"--engine {config.engine!r}: one of torch, vllm, http")
     if config.engine != "torch" and config.top_p < 1:
-        raise SystemExit("--top_p below 1: vLLM's log-probabilities would be those of the cut distribution, not the policy's")
-    if config.async_steps not in (0, 1) or (config.async_steps and (config.vllm_tp > 1 or config.tis)):
-        raise SystemExit("--async_steps is 0 or 1; 1 goes neither with --vllm_tp above 1 (two threads in collectives) "
-                         "nor with --tis (its ratio is already that of trainer and rollout)")  # fmt: skip
+        raise SystemExit(
+            "--top_p below 1: vLLM's log-probabilities would be those of the cut distribution, not the policy's"
+        )
+    if config.async_steps not in (0, 1) or (
+        config.async_steps and (config.vllm_tp > 1 or config.tis)
+    ):
+        raise SystemExit(
+            "--async_steps is 0 or 1; 1 goes neither with --vllm_tp above 1 (two threads in collectives) "
+            "nor with --tis (its ratio is already that of trainer and rollout)"
+        )

@@ -14,8 +14,8 @@ from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.models.mllama.processing_mllama import MllamaProcessor, build_string_from_input
 
 import model
-import packing
-from data import BadRow, Record, load_image
+from nano import packing
+from nano.data import BadRow, Record, load_image
 
 
 def is_one(path):
@@ -33,7 +33,9 @@ class Processor:
         self.eos_ids = [self.tokenizer.eos_token_id]
 
     def banned_ids(self, vocab_size):
-        return torch.arange(min(len(self.tokenizer), vocab_size), vocab_size)  # the head has no image token
+        return torch.arange(
+            min(len(self.tokenizer), vocab_size), vocab_size
+        )  # the head has no image token
 
     def save(self, path):
         self.tokenizer.save_pretrained(path)
@@ -47,7 +49,9 @@ class Prompt:
 
     record: Record
     ids: list[int]
-    inputs: dict[str, torch.Tensor]  # pixel_values (1, I, tiles, 3, side, side), aspect_ratio_ids, aspect_ratio_mask
+    inputs: dict[
+        str, torch.Tensor
+    ]  # pixel_values (1, I, tiles, 3, side, side), aspect_ratio_ids, aspect_ratio_mask
     mask: torch.Tensor  # (P, I, tiles): 1 where a token sees a tile
     sees: bool
 
@@ -56,15 +60,21 @@ def prompt_text(record, processor, system_prompt=""):
     """the chat template's text, or a base model's plain dialogue; it begins with <|begin_of_text|>, once"""
     text = packing.prompt_text(record, processor.tokenizer, system_prompt)
     if not processor.tokenizer.chat_template:
-        text = text.replace("<|vision_start|><|image_pad|><|vision_end|>", processor.both.image_token)
+        text = text.replace(
+            "<|vision_start|><|image_pad|><|vision_end|>", processor.both.image_token
+        )
     return build_string_from_input(text, processor.tokenizer.bos_token, processor.both.image_token)
 
 
 def prompt_ids(record, processor, system_prompt=""):
-    ids = processor.tokenizer(prompt_text(record, processor, system_prompt), add_special_tokens=False).input_ids
+    ids = processor.tokenizer(
+        prompt_text(record, processor, system_prompt), add_special_tokens=False
+    ).input_ids
     found = ids.count(processor.image_token)
     if found != len(record.images):
-        raise BadRow("image marks", f"{found} image tokens in the text, {len(record.images)} images")
+        raise BadRow(
+            "image marks", f"{found} image tokens in the text, {len(record.images)} images"
+        )
     return ids
 
 
@@ -74,15 +84,24 @@ def prompt_length(record, processor, system_prompt=""):
 
 def encode(record, processor, system_prompt=""):
     """Record -> Prompt; what a token sees is transformers' rule: the last image before it"""
-    ids = prompt_ids(record, processor, system_prompt)  # first, since it says what is wrong with a text
+    ids = prompt_ids(
+        record, processor, system_prompt
+    )  # first, since it says what is wrong with a text
     if not record.images:
         inputs = processor.image_processor(images=[[Image.new("RGB", (8, 8))]], return_tensors="pt")
         mask = torch.zeros(len(ids), *inputs["aspect_ratio_mask"].shape[1:], dtype=torch.long)
     else:
-        text, images = prompt_text(record, processor, system_prompt), [load_image(i) for i in record.images]
-        inputs = processor.both(images=[images], text=[text], add_special_tokens=False, return_tensors="pt")
+        text, images = (
+            prompt_text(record, processor, system_prompt),
+            [load_image(i) for i in record.images],
+        )
+        inputs = processor.both(
+            images=[images], text=[text], add_special_tokens=False, return_tensors="pt"
+        )
         mask = inputs["cross_attention_mask"][0]
-    inputs = {name: inputs[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")}
+    inputs = {
+        name: inputs[name] for name in ("pixel_values", "aspect_ratio_ids", "aspect_ratio_mask")
+    }
     return Prompt(record, ids, inputs, mask, bool(record.images))
 
 
@@ -106,11 +125,20 @@ def pack(sequences, device="cpu"):
     """[(Prompt, response ids)], one of them -> Batch"""
     ((prompt, response),) = sequences
     p, r = len(prompt.ids), len(response)
-    mask = torch.cat([prompt.mask, prompt.mask[-1:].expand(r, -1, -1)])  # the response sees what the prompt's end sees
+    mask = torch.cat(
+        [prompt.mask, prompt.mask[-1:].expand(r, -1, -1)]
+    )  # the response sees what the prompt's end sees
     images = {k: v.to(device) for k, v in prompt.inputs.items()}
     ids, index = torch.tensor([prompt.ids + response]), torch.arange(p - 1, p + r - 1)
     labels = torch.tensor(response, dtype=torch.long)
-    return Batch(ids.to(device), images, mask[None].to(device), prompt.sees, index.to(device), labels.to(device))
+    return Batch(
+        ids.to(device),
+        images,
+        mask[None].to(device),
+        prompt.sees,
+        index.to(device),
+        labels.to(device),
+    )
 
 
 class Policy(model.Policy):
@@ -131,7 +159,10 @@ class Policy(model.Policy):
             # are linear in the states, so that zeros add nothing
             states = 0.0 * states
         out = self.hf.model(
-            input_ids=batch.ids, cross_attention_states=states, cross_attention_mask=batch.mask, use_cache=False
+            input_ids=batch.ids,
+            cross_attention_states=states,
+            cross_attention_mask=batch.mask,
+            use_cache=False,
         )
         return out.last_hidden_state[0][batch.label_index]
 
