@@ -1,215 +1,243 @@
-"""Records -> prompts -> packed batches. Nothing is padded, no prompt is ever cut, and image tokens are right by construction.
+"""Records -> prompts -> packed batches. Nothing is padded, no prompt is ever cut.
 
-`encode` makes a record a `Prompt`: the chat template's text, one image token per merged patch of the image's grid, M-RoPE
-positions. `pack` lays prompts and responses one after the other in one row, a `Batch`; `Packing` says where each one lies.
-`usable` leaves out, with a reason, the records that do not fit.
+`encode` makes a record a `Prompt`: the chat template's text, one image token for each merged patch
+of the image's grid, M-RoPE positions. `pack` lays prompts and responses one after the other in one
+row, a `Batch`; its `Packing` says where each one lies. `balance` and `batches` share out the work.
 """
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from PIL import ImageOps
 from tqdm import tqdm
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from nano import run
-from nano.data import MARK, BadRow, Record, load_image, opened
+from nano.data import MARK, BadRow, Problems, Record, load_image, opened
+
+VISION_TOKENS = "<|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|> <|vision_pad|>".split()
+
+
+class Processor:
+    """Tokenizer, image processor (Pillow does the work) and the token ids that the code needs."""
+
+    def __init__(self, path: str):
+        self.tokenizer = AutoTokenizer.from_pretrained(path)
+        self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
+        if not hasattr(self.image_processor, "merge_size"):
+            raise ValueError(f"{path}: its image processor is not Qwen-VL's; sft.py trains others")
+        token = self.tokenizer.convert_tokens_to_ids
+        self.image_token = token("<|image_pad|>")
+        self.merge_size = self.image_processor.merge_size
+        # A rollout ends at the turn marker of a chat model or at the text's end of a base model.
+        ends = {self.tokenizer.eos_token_id, token("<|im_end|>"), token("<|endoftext|>")}
+        self.eos_ids = sorted(ends - {None})
+
+    def banned_ids(self, vocab_size: int) -> torch.Tensor:
+        """Ids that a policy must never sample: vision markers, since there is no such image, and
+        the rows beyond the tokenizer's vocabulary that only pad the embedding table."""
+        ids = {self.tokenizer.convert_tokens_to_ids(name) for name in VISION_TOKENS} - {None}
+        return torch.tensor(sorted(ids | set(range(len(self.tokenizer), vocab_size))))
+
+    def save(self, path: str):
+        self.tokenizer.save_pretrained(path)
+        self.image_processor.save_pretrained(path)
 
 
 @dataclass(eq=False)
 class Prompt:
-    """A problem as the model reads it; rollouts of one group share one Prompt, and with it the image."""
+    """A problem as the model reads it. The rollouts of a group share one, and with it the image."""
 
     record: Record
-    ids: list[int]  # image tokens expanded: one <|image_pad|> per merged patch
-    position_ids: torch.Tensor  # (3, P) M-RoPE: time, height, width
+    ids: list[int]  # the image tokens are expanded: one <|image_pad|> per merged patch
+    position_ids: torch.Tensor | None  # (3, P) M-RoPE: time, height, width
     pixel_values: torch.Tensor | None  # (patches, patch_dim) of all its images
-    image_grid: torch.Tensor  # (n_images, 3) in patches
-    features: list | None = (
-        None  # per image what a frozen vision tower made of it (model.encode_once)
-    )
+    image_grid: torch.Tensor | None  # (images, 3) in patches
+    features: list | None = None  # per image, what a frozen vision tower made of it
+    number: int = 0  # of the question in its training step, the same on every rank
 
     @property
-    def next_position(self):
-        return int(self.position_ids.max()) + 1  # where the response begins, on all three axes
+    def next_position(self) -> int:
+        """Where the response begins, on all three axes."""
+        return int(self.position_ids.max()) + 1
 
 
-def prompt_text(record, tokenizer, system_prompt=""):
-    """The chat template's own text, with one <|image_pad|> per image; a base model without one gets a plain dialogue."""
-    parts = re.split(f"({MARK})", record.problem)
-    if tokenizer.chat_template:
-        content = [
-            {"type": "image"} if p == MARK else {"type": "text", "text": p} for p in parts if p
-        ]
-        messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        messages.append({"role": "user", "content": content})
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    problem = record.problem.replace(MARK, "<|vision_start|><|image_pad|><|vision_end|>")
-    return (
-        f"{system_prompt}\n\nUser: {problem}\nAssistant:".lstrip()
-    )  # ours, after arXiv 2503.05132's setting
+def prompt_text(record: Record, tokenizer, system_prompt: str = "") -> str:
+    """The chat template's own text, with one <|image_pad|> per image.
+
+    A base model without a template gets a plain dialogue (ours, after arXiv 2503.05132).
+    """
+    if not tokenizer.chat_template:
+        problem = record.problem.replace(MARK, "<|vision_start|><|image_pad|><|vision_end|>")
+        return f"{system_prompt}\n\nUser: {problem}\nAssistant:".lstrip()
+    content = []
+    for part in re.split(f"({MARK})", record.problem):
+        if part:
+            is_image = part == MARK
+            content.append({"type": "image"} if is_image else {"type": "text", "text": part})
+    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
+    messages.append({"role": "user", "content": content})
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
 
 
-def prompt_ids(record, processor, patches, system_prompt=""):
-    """Token ids with each image mark expanded to patches / merge^2 tokens; BadRow if the text itself holds image tokens."""
-    ids = processor.tokenizer(
-        prompt_text(record, processor.tokenizer, system_prompt), add_special_tokens=False
-    ).input_ids
-    if ids.count(processor.image_token) != len(record.images):
-        raise BadRow(
-            "image marks",
-            f"{ids.count(processor.image_token)} image tokens in the text, {len(record.images)} images",
-        )
-    counts = iter(patches)
-    return [
-        t
-        for i in ids
-        for t in (
-            [i] * (next(counts) // processor.merge_size**2) if i == processor.image_token else [i]
-        )
-    ]
+def prompt_ids(record: Record, processor, patches: list[int], system_prompt: str = "") -> list[int]:
+    """Token ids, each image mark expanded to patches / merge^2 tokens.
+
+    `patches`: of each image. Raises BadRow if the text itself holds image tokens.
+    """
+    text = prompt_text(record, processor.tokenizer, system_prompt)
+    ids = processor.tokenizer(text, add_special_tokens=False).input_ids
+    found, counts, out = ids.count(processor.image_token), iter(patches), []
+    if found != len(record.images):
+        raise BadRow("image marks", f"{found} image tokens in it, {len(record.images)} images")
+    for token in ids:
+        is_image = token == processor.image_token
+        out += [token] * (next(counts) // processor.merge_size**2 if is_image else 1)
+    return out
 
 
-def prompt_length(record, processor, system_prompt=""):
+def prompt_length(record: Record, processor, system_prompt: str = "") -> int:
     """Tokens of the prompt, from the headers of its images: nothing is decoded."""
     patches = []
     for image in record.images:
-        with opened(image) as im:
-            width, height = (
-                ImageOps.exif_transpose(im).size if im.getexif().get(0x0112, 1) > 4 else im.size
-            )
+        with opened(image) as picture:
+            turned = picture.getexif().get(0x0112, 1) > 4  # EXIF: stored lying on its side
+            width, height = ImageOps.exif_transpose(picture).size if turned else picture.size
         patches.append(processor.image_processor.get_number_of_image_patches(height, width, {}))
     return len(prompt_ids(record, processor, patches, system_prompt))
 
 
-def usable(records, processor, max_prompt_len, problems, system_prompt=""):
+def usable(
+    records: list[Record], processor, max_prompt_len: int, problems: Problems, system_prompt=""
+) -> list[Record]:
     """The records whose prompt fits; the others are reported and left out, never cut."""
     kept = []
-    for record in tqdm(
-        records, "prompt lengths", leave=False, disable=True if len(records) < 5000 else None
-    ):
+    hide_bar = True if len(records) < 5000 else None
+    for record in tqdm(records, "prompt lengths", leave=False, disable=hide_bar):
         try:
-            record.prompt_tokens = prompt_length(record, processor, system_prompt)
-            if record.prompt_tokens > max_prompt_len:
-                raise BadRow(
-                    "prompt too long",
-                    f"{record.prompt_tokens} tokens, the limit is {max_prompt_len} (--max-prompt-len)",
-                )
+            length = record.prompt_tokens = prompt_length(record, processor, system_prompt)
+            if length > max_prompt_len:
+                limit = f"the limit is {max_prompt_len} (--max-prompt-len)"
+                raise BadRow("prompt too long", f"{length} tokens, {limit}")
             kept.append(record)
         except BadRow as bad:
             problems.add(*bad.args, record.source, None, record.id)
     return kept
 
 
-def encode(record, processor, system_prompt=""):
+def encode(record: Record, processor, system_prompt: str = "") -> Prompt:
     """Record -> Prompt, its images decoded and cut into patches."""
     pixels, grid = None, torch.zeros(0, 3, dtype=torch.long)
     if record.images:
-        out = processor.image_processor(
-            images=[load_image(i) for i in record.images], return_tensors="pt"
-        )
+        images = [load_image(image) for image in record.images]
+        out = processor.image_processor(images=images, return_tensors="pt")
         pixels, grid = out["pixel_values"], out["image_grid_thw"]
     ids = prompt_ids(record, processor, grid.prod(-1).tolist(), system_prompt)
     return Prompt(record, ids, mrope(ids, grid, processor), pixels, grid)
 
 
-def blank(processor):
+def blank(processor) -> tuple[Prompt, list[int]]:
     """A sequence without a label, for a rank that has none left but must still take part."""
-    record = Record("blank", "", "-", [])
-    ids = [processor.tokenizer.eos_token_id]
-    return Prompt(
-        record, ids, torch.zeros(3, 1, dtype=torch.long), None, torch.zeros(0, 3, dtype=torch.long)
-    ), []
+    ids, grid = [processor.tokenizer.eos_token_id], torch.zeros(0, 3, dtype=torch.long)
+    position_ids = torch.zeros(3, 1, dtype=torch.long)
+    return Prompt(Record("blank", "", "-", []), ids, position_ids, None, grid), []
 
 
-def mrope(ids, grid, processor):
-    """(3, P) positions of Qwen-VL: text counts up on all axes, an image spans a (time, height, width) box of them."""
+def mrope(ids: list[int], grid: torch.Tensor, processor) -> torch.Tensor:
+    """Qwen-VL's positions (3, P): text counts up on all axes, an image spans a box of them."""
     out, here, t = [], 0, 0
-    boxes = iter(grid.tolist())
+    grids, merge = iter(grid.tolist()), processor.merge_size
     while t < len(ids):
         if ids[t] == processor.image_token:
-            time, height, width = next(boxes)
-            box = torch.cartesian_prod(
-                *(
-                    torch.arange(n)
-                    for n in (time, height // processor.merge_size, width // processor.merge_size)
-                )
-            )
+            time, height, width = next(grids)
+            axes = [torch.arange(n) for n in (time, height // merge, width // merge)]
+            box = torch.cartesian_prod(*axes)  # (tokens, 3)
             out.append(box.T + here)
-            t, here = t + len(box), here + max(height, width) // processor.merge_size
+            t, here = t + len(box), here + max(height, width) // merge
         else:
             out.append(torch.full((3, 1), here))
             t, here = t + 1, here + 1
     return torch.cat(out, 1)
 
 
-class Packing:
-    """Where the pieces of a packed row lie, of lengths [l_0, l_1, ...] that add up to T, and what each may look at.
+# -------------------------------------------------------------------------------------------------
+# packed rows
 
-    A piece is a sequence, or a prompt, or a response that continues the prompt `after[i]` (None for the others), whose keys
-    its queries see before its own. So the prompt of a group goes through the model once, as in arXiv 2506.05433.
+
+class Packing:
+    """Where the pieces of a packed row lie, and what each of them may look at.
+
+    `lengths` [l_0, l_1, ...] add up to T. A piece is a sequence, or a prompt, or a response that
+    continues the prompt `after[i]` (None for the others), whose keys its queries see before their
+    own. So the prompt of a group goes through the model once, as in arXiv 2506.05433.
     """
 
-    def __init__(self, lengths, after=None, device="cpu"):
+    def __init__(self, lengths: list[int], after: list[int | None] | None = None, device="cpu"):
         self.lengths, self.after = lengths, after or [None] * len(lengths)
         before = [0 if a is None else lengths[a] for a in self.after]
-        cumulated = lambda sizes: torch.tensor(
-            [0, *accumulate(sizes)], dtype=torch.int32, device=device
-        )
-        self.cu_seqlens, self.longest = cumulated(lengths), max(lengths)  # (pieces + 1,)
+        self.cu_seqlens, self.longest = cumulated(lengths, device), max(lengths)  # (pieces + 1,)
         self.keys, self.cu_keys, self.longest_keys = None, self.cu_seqlens, self.longest
-        if any(
-            before
-        ):  # for attention over ranges: the places of each piece's keys, a prompt's again for each response
-            spans = [torch.arange(end - n, end) for n, end in zip(lengths, accumulate(lengths))]
-            self.keys = torch.cat(
-                [
-                    x
-                    for i, a in enumerate(self.after)
-                    for x in ([] if a is None else [spans[a]]) + [spans[i]]
-                ]
-            ).to(device)
-            total = [n + b for n, b in zip(lengths, before)]
-            self.cu_keys, self.longest_keys = cumulated(total), max(total)
+        if any(before):
+            # For attention over ranges: the places of each piece's keys, a prompt's once more for
+            # each of its responses.
+            spans = [torch.arange(e - n, e) for n, e in zip(lengths, accumulate(lengths))]
+            keys = []
+            for piece, prompt in enumerate(self.after):
+                keys += [spans[piece]] if prompt is None else [spans[prompt], spans[piece]]
+            totals = [n + b for n, b in zip(lengths, before)]
+            self.keys = torch.cat(keys).to(device)
+            self.cu_keys, self.longest_keys = cumulated(totals, device), max(totals)
 
     @cached_property
-    def lower(self):
-        """(L, L) lower triangle for the longest piece with its prompt; rows p to p + r: a response of r after p tokens."""
-        return torch.ones(
-            self.longest_keys, self.longest_keys, dtype=torch.bool, device=self.cu_keys.device
-        ).tril()
+    def lower(self) -> torch.Tensor:
+        """(L, L) lower triangle for the longest piece with its prompt. Rows p to p + r of it are
+        the mask of a response of r tokens after p."""
+        size, device = self.longest_keys, self.cu_keys.device
+        return torch.ones(size, size, dtype=torch.bool, device=device).tril()
 
 
-class Batch(NamedTuple):
-    """Sequences one after the other in a row of T tokens (B sequences, N labelled positions, I distinct images)."""
+def cumulated(sizes: list[int], device) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(sizes)], dtype=torch.int32, device=device)
+
+
+@dataclass(eq=False)
+class Batch:
+    """Sequences one after the other in a row of T tokens.
+
+    B sequences, N labelled positions (the response tokens), I distinct images.
+    """
 
     ids: torch.Tensor  # (T,)
     position_ids: torch.Tensor  # (3, T)
-    packing: Packing  # where the sequences begin and end
+    packing: Packing
     pixel_values: torch.Tensor | None  # (patches of the I images, patch_dim)
     image_grid: torch.Tensor | None  # (I, 3)
     image_index: list[int]  # the image at each place in the row where one stands
     features: list | None  # of the I images, if they were encoded before: then there are no pixels
-    label_index: (
-        torch.Tensor
-    )  # (N,) positions whose next token is a response token; a shared prompt's last one recurs
+    label_index: torch.Tensor  # (N,) positions whose next token is a response token
     labels: torch.Tensor  # (N,) that token
-    rows: torch.Tensor  # (N,) which of the B sequences it belongs to
+
+    # What GRPO adds, one entry per response token (N,)
+    logprobs: torch.Tensor | None = None  # the sampler's
+    old_logprobs: torch.Tensor | None = None  # of pi_old, None = those of this very forward
+    ref_logprobs: torch.Tensor | None = None  # None without a KL term
+    advantages: torch.Tensor | None = None
+    weights: torch.Tensor | None = None  # the means of Eq. 1: 1 / (sequences x length)
 
 
-def pack(sequences, device="cpu"):
-    """[(Prompt, response ids)] -> Batch. A Prompt that comes several times brings its tokens and images once."""
-    ids, positions, index, labels, rows, image_index, first = [], [], [], [], [], [], {}
-    pixels, grids, features, lengths, after, n_images = [], [], [], [], [], 0
-    uses, shared = (
-        Counter(prompt for prompt, response in sequences if response),
-        {},
-    )  # Prompt -> its piece, its last place
+def pack(sequences: list[tuple[Prompt, list[int]]], device="cpu") -> Batch:
+    """[(Prompt, response ids)] -> Batch. A Prompt that recurs brings its tokens and images once."""
+    ids, positions, index, labels = [], [], [], []
+    lengths, after = [], []
+    image_index, first, pixels, grids, features = [], {}, [], [], []
+    uses = Counter(prompt for prompt, response in sequences if response)
+    shared = {}  # Prompt -> (its piece, the place of its last token)
 
     def piece(new_ids, new_positions, prompt=None):
         lengths.append(len(new_ids))
@@ -217,12 +245,11 @@ def pack(sequences, device="cpu"):
         ids.extend(new_ids)
         positions.append(new_positions)
 
-    for row, (prompt, response) in enumerate(sequences):
+    for prompt, response in sequences:
         r = len(response)
         following = (torch.arange(r) + prompt.next_position).expand(3, -1)
         if prompt not in first:
-            first[prompt] = n_images
-            n_images += len(prompt.image_grid)
+            first[prompt] = sum(len(p.image_grid) for p in first)
             if prompt.features is not None:
                 features += prompt.features
             elif prompt.pixel_values is not None:
@@ -238,91 +265,90 @@ def pack(sequences, device="cpu"):
             if prompt not in shared:
                 piece(prompt.ids, prompt.position_ids)
                 shared[prompt] = len(lengths) - 1, len(ids) - 1
-            piece(response, following, shared[prompt][0])
-            index.append(torch.tensor([shared[prompt][1], *range(len(ids) - r, len(ids) - 1)]))
+            prompt_piece, last_place = shared[prompt]
+            piece(response, following, prompt_piece)
+            index.append(torch.tensor([last_place, *range(len(ids) - r, len(ids) - 1)]))
         labels += response
-        rows += [row] * r
-    assert not (features and pixels), (
-        "some images of this batch are encoded, others not: encode_once takes all of a step"
-    )
-    tensors = (
-        torch.tensor(ids),
-        torch.cat(positions, 1),
-        torch.cat(pixels) if pixels else None,
-        torch.cat(grids) if grids else None,
-        torch.cat(index),
-        torch.tensor(labels, dtype=torch.long),
-        torch.tensor(rows, dtype=torch.long),
-    )
-    ids, positions, pixels, grids, index, labels, rows = (
-        x if x is None else x.to(device) for x in tensors
-    )
+    assert not (features and pixels), "encode_once must take all images of a step, or none"
     return Batch(
-        ids,
-        positions,
-        Packing(lengths, after, device),
-        pixels,
-        grids,
-        image_index,
-        features or None,
-        index,
-        labels,
-        rows,
+        ids=torch.tensor(ids, device=device),
+        position_ids=torch.cat(positions, 1).to(device),
+        packing=Packing(lengths, after, device),
+        pixel_values=torch.cat(pixels).to(device) if pixels else None,
+        image_grid=torch.cat(grids).to(device) if grids else None,
+        image_index=image_index,
+        features=features or None,
+        label_index=torch.cat(index).to(device),
+        labels=torch.tensor(labels, dtype=torch.long, device=device),
     )
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # who computes what
 
 
-def work(tokens, width):
-    """what a sequence costs, in tokens: a layer's matrix products take 24 width^2 FLOPs a token, its causal attention 4 width
-    for each token before it, 2 width tokens on average; so that attention doubles the price at 12 width tokens"""
+def work(tokens: int, width: int) -> float:
+    """What a sequence costs, in tokens of a model of hidden size `width`.
+
+    A layer's matrix products take 24 width^2 FLOPs a token. Its causal attention takes 4 width for
+    each token before it, 2 width x tokens on average: it doubles the price at 12 width tokens.
+    """
     return tokens * (1 + tokens / (12 * width))
 
 
-def rebalance(costs, owners, ranks):
-    """costs of groups and the ranks where they are -> the ranks where they should be; few move, and no two runs differ"""
+def rebalance(costs: list[float], owners: list[int], ranks: int) -> list[int]:
+    """Costs of groups and the ranks where they are -> the ranks where they should be.
+
+    Few groups move, and the result is the same on every rank.
+    """
     owners, load = list(owners), [0.0] * ranks
     for cost, owner in zip(costs, owners):
         load[owner] += cost
     while True:
         high, low = load.index(max(load)), load.index(min(load))
         gap = load[high] - load[low]
-        there = [i for i, owner in enumerate(owners) if owner == high]
-        best = min(
-            there, key=lambda i: abs(gap - 2 * costs[i]), default=None
-        )  # what brings the two closest together
-        if best is None or abs(gap - 2 * costs[best]) > 0.9 * gap or gap < 0.02 * max(load):
+        misfit = {i: abs(gap - 2 * costs[i]) for i, owner in enumerate(owners) if owner == high}
+        best = min(misfit, key=misfit.get, default=None)  # brings the two ranks closest together
+        if best is None or misfit[best] > 0.9 * gap or gap < 0.02 * max(load):
             return owners
         owners[best] = low
         load[high] -= costs[best]
         load[low] += costs[best]
 
 
-def exchange(groups, costs):
-    """{number: a group's samples} of this rank, {number: cost} -> the same, after groups changed ranks (a collective).
+def balance(groups: list[list], width: int, encode: Callable[[int], Prompt]) -> list[list]:
+    """Groups of Samples change ranks until all ranks have nearly the same work (a collective).
 
-    only what moves is sent; a group stays together, so that its image is encoded where its rollouts are.
+    A group stays whole, so that its image is encoded where its rollouts are. Pictures do not
+    travel: `encode(number)` makes the Prompt of a question anew where its group arrives.
     """
-    if dist.get_world_size() == 1:
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if world == 1:
         return groups
-    rank, everywhere = dist.get_rank(), [None] * dist.get_world_size()
+    own = {group[0].prompt.number: group for group in groups}
+    costs = {}
+    for number, group in own.items():
+        costs[number] = sum(work(len(s.prompt.ids) + len(s.ids), width) for s in group)
+    everywhere = [None] * world
     dist.all_gather_object(everywhere, costs)
-    known = [
-        (number, cost, owner)
-        for owner, part in enumerate(everywhere)
-        for number, cost in part.items()
-    ]
-    numbers, costs, owners = zip(*sorted(known))
-    goal = dict(zip(numbers, rebalance(costs, owners, len(everywhere))))
-    dist.all_gather_object(everywhere, {n: g for n, g in groups.items() if goal[n] != rank})
-    arriving = {n: g for part in everywhere for n, g in part.items()}
-    return {n: g for n, g in (groups | arriving).items() if goal[n] == rank}
+    known = sorted((n, cost, r) for r, part in enumerate(everywhere) for n, cost in part.items())
+    numbers, costs, owners = zip(*known)
+    goal = dict(zip(numbers, rebalance(costs, owners, world)))
+    leaving = {}
+    for number, group in own.items():
+        if goal[number] != rank:
+            leaving[number] = [replace(sample, prompt=None) for sample in group]
+    dist.all_gather_object(everywhere, leaving)
+    for number, group in (item for part in everywhere for item in part.items()):
+        if goal[number] == rank:
+            prompt = encode(number)
+            own[number] = [replace(sample, prompt=prompt) for sample in group]
+    return [own[number] for number in sorted(own) if goal[number] == rank]
 
 
-def cut(lengths, costs, budget, limit):
-    """slices of consecutive sequences of at most `budget` tokens and `limit` cost (a longer sequence gets one alone)"""
+def cut(lengths: list[int], costs: list[float], budget: int, limit: float) -> list[slice]:
+    """Slices of consecutive sequences of at most `budget` tokens and `limit` cost. A longer
+    sequence gets one alone."""
     out, first, tokens, cost = [], 0, 0, 0
     for i, (n, c) in enumerate(zip(lengths, costs)):
         if i > first and (tokens + n > budget or cost + c > limit):
@@ -332,19 +358,40 @@ def cut(lengths, costs, budget, limit):
     return out + [slice(first, len(lengths))]
 
 
-def micro_batches(lengths, budget, width):
-    """slices of this rank's sequences: as few as the token budget allows, of nearly equal work; one may be empty.
+def micro_batches(lengths: list[int], budget: int, width: int) -> list[slice]:
+    """Slices of this rank's sequences: as few as the token budget allows, of nearly equal work.
 
-    consecutive, so that the rollouts of one image stay together. every rank gets the same number (a collective): FSDP's
-    collectives in forward and backward must meet.
+    They are consecutive, so that the rollouts of one image stay together. Every rank gets the same
+    number (a collective), since FSDP's collectives must meet; a slice may be empty.
     """
     costs = [work(n, width) for n in lengths]
     count = int(run.all_max(len(cut(lengths, costs, budget, float("inf")))))
     low, high = max(costs, default=0), sum(costs)
-    for _ in range(30):  # the smallest limit that needs no more than `count` slices
+    for _ in range(30):  # bisects for the smallest limit that needs no more than `count` slices
         middle = (low + high) / 2
-        low, high = (
-            (low, middle) if len(cut(lengths, costs, budget, middle)) <= count else (middle, high)
-        )
+        enough = len(cut(lengths, costs, budget, middle)) <= count
+        low, high = (low, middle) if enough else (middle, high)
     out = cut(lengths, costs, budget, high)
     return out + [slice(0, 0)] * (count - len(out))
+
+
+def batches(samples: list, budget: int, width: int, processor, device) -> Iterator[Batch]:
+    """This rank's Samples as packed micro-batches of at most `budget` tokens (a collective).
+
+    A Sample's advantage may be one number or one for each of its tokens.
+    """
+    for part in micro_batches([len(s.prompt.ids) + len(s.ids) for s in samples], budget, width):
+        chosen = samples[part]
+        batch = pack([(s.prompt, s.ids) for s in chosen] or [blank(processor)], device)
+        batch.logprobs = per_token([s.logprobs for s in chosen], chosen, device)
+        batch.advantages = per_token([s.advantage for s in chosen], chosen, device)
+        batch.weights = per_token([s.weight for s in chosen], chosen, device)
+        yield batch
+
+
+def per_token(values: list, samples: list, device) -> torch.Tensor:
+    """A number or a list of numbers per sample -> one number per response token (N,)."""
+    parts = [torch.zeros(0)]
+    for value, sample in zip(values, samples):
+        parts.append(torch.tensor(value, dtype=torch.float32).expand(len(sample.ids)))
+    return torch.cat(parts).to(device)

@@ -1,74 +1,86 @@
-"""Rollouts: prompts in, sampled token ids with their log-probabilities out.
+"""Rollouts: prompts in, groups of sampled answers with their log-probabilities out.
 
-`TorchEngine` samples with a KV cache over a whole replica of the training weights, which `sync` refreshes: on one rank
-or many, each rank may then sample as much as it likes without the others. The prompt and image of a group are encoded
-once; finished rows leave the batch and waiting ones take their place. The draws of a sample follow from its seed alone,
-so that results do not depend on how rows were batched, on the number of ranks, or on a resume.
+`TorchEngine` samples with a KV cache over a whole replica of the training weights, which `sync`
+refreshes. On one rank or many, each rank may then sample as much as it likes without the others.
+The prompt and image of a group are encoded once; finished rows leave the batch and waiting ones
+take their place. The draws of a sample follow from its seed alone, so that results do not depend
+on how rows were batched, on the number of ranks, or on a resume.
 
-The interface (sync, generate) is the one that a vLLM engine implements too. Left out: paging, speculative decoding.
+nano/vllm_engine.py has the same interface (sync, generate). Left out: paging, speculative decoding.
 """
 
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 
-import reward
-from model import copy_weights, hidden_states, replica
-from nano.packing import pack
+from nano.packing import Processor, Prompt, pack
 
 
-@dataclass
-class Rollout:
+@dataclass(eq=False)
+class Sample:
+    """One answer to a question, from the engine to the gradient."""
+
+    prompt: Prompt | None
     ids: list[int]  # with the end token, if it was reached
-    logprobs: list[
-        float
-    ]  # of the sampled tokens, under the distribution that they were drawn from (top_p aside)
+    logprobs: list[float]  # of these ids, under the distribution that they were drawn from
     finish: str  # "stop": the model ended its turn; "length": cut at max_len
+    text: str  # without the end token
+    length: int = -1  # in tokens; a server tells it where the ids are not known
+    score: object = None  # reward.Score: what was found in the text
+    reward: float = 0.0
+    advantage: float | list[float] = 0.0  # one number, or one for each token
+    weight: float = 0.0  # of each of its tokens in the means of Eq. 1
+
+    def __post_init__(self):
+        if self.length < 0:
+            self.length = len(self.ids)
 
 
-def judge(record, rollout, processor, format_weight=0.0):
-    """-> the completion's text without the end token, and its reward.Score; what may be slow is judged by a worker"""
-    cut = rollout.finish == "length"
-    text = processor.tokenizer.decode(rollout.ids if cut else rollout.ids[:-1])
-    return text, reward.reward_batch(
-        [text], [record.answer], [record.choices], [cut], format_weight
-    )[0]
+def make_sample(prompt: Prompt, ids, logprobs, finish: str, processor: Processor) -> Sample:
+    """A Sample with its text."""
+    text = processor.tokenizer.decode(ids if finish == "length" else ids[:-1])
+    return Sample(prompt, ids, logprobs, finish, text)
 
 
 class KVCache:
-    """keys and values of up to `rows` sequences, each filled from the left; grows along the length as needed, to `most`"""
+    """Keys and values of up to `rows` sequences, each filled from the left.
 
-    def __init__(self, config, rows, most, device, dtype):
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        heads = config.num_key_value_heads
-        self.kv = [
-            torch.zeros(2, rows, heads, 0, dim, device=device, dtype=dtype)
-            for _ in range(config.num_hidden_layers)
-        ]  # (2, B, kv, S, d) per layer
-        self.recorded = None  # in prefill: layer -> (k, v), each (1, kv, T, d)
+    It grows along the length as needed, up to `most` tokens.
+    """
+
+    def __init__(self, config, rows: int, most: int, device, dtype):
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        empty = torch.zeros(
+            2, rows, config.num_key_value_heads, 0, head_dim, device=device, dtype=dtype
+        )
+        self.layers = [empty.clone() for _ in range(config.num_hidden_layers)]  # (2, B, kv, S, d)
+        self.recorded = None  # while prompts are encoded: layer -> (k, v), each (1, kv, T, d)
         self.active, self.length, self.where, self.most = 0, 0, None, most
 
-    def reserve(self, length):
-        have = self.kv[0].shape[3]
+    def reserve(self, length: int):
+        have = self.layers[0].shape[3]
         if length > have:
             more = max(length, min(max(2 * have, 256), self.most)) - have
-            self.kv = [F.pad(layer, (0, 0, 0, more)) for layer in self.kv]
+            self.layers = [F.pad(layer, (0, 0, 0, more)) for layer in self.layers]
 
-    def move(self, src, dst):
-        """rows src -> rows dst, so that the active ones stay together at the top"""
-        for layer in self.kv:
-            layer[:, dst, :, : self.length] = layer[:, src, :, : self.length]
+    def move(self, source: list[int], target: list[int]):
+        """Moves rows, so that the active ones stay together at the top."""
+        for layer in self.layers:
+            layer[:, target, :, : self.length] = layer[:, source, :, : self.length]
 
     def update(self, k, v, layer, *_, **__):
-        """called by transformers' attention: keep the new keys, give back all that the queries may see"""
+        """transformers' attention calls this: keeps the new keys, returns all that queries see."""
         if self.recorded is not None:
             self.recorded[layer] = (k, v)
             return k, v
-        store = self.kv[layer]
+        store = self.layers[layer]
         rows = torch.arange(self.active, device=k.device)
         store[0, rows, :, self.where] = k[:, :, 0]
         store[1, rows, :, self.where] = v[:, :, 0]
@@ -79,138 +91,132 @@ class KVCache:
 
 
 class TorchEngine:
-    """batched sampling over the live weights; at most `max_rows` sequences at a time"""
+    """Batched sampling with a whole Policy of this rank, at most `max_rows` sequences at a time."""
 
-    def __init__(self, replica, processor, banned=None, max_rows=256, prefill_tokens=8192):
-        self.hf = replica.eval().requires_grad_(False)
-        self.processor, self.banned, self.max_rows, self.prefill_tokens = (
-            processor,
-            banned,
-            max_rows,
-            prefill_tokens,
-        )
+    def __init__(self, policy, processor: Processor, max_rows: int = 256, prefill_tokens=8192):
+        self.policy = policy.eval().requires_grad_(False)
+        self.processor, self.max_rows, self.prefill_tokens = processor, max_rows, prefill_tokens
 
-    def reserve(self, rows, tokens):
-        """make a cache of this size once and let it go: what cannot be had is known before the run"""
-        weight = self.hf.get_output_embeddings().weight
-        config = self.hf.model.language_model.config
-        KVCache(config, min(rows, self.max_rows), tokens, weight.device, weight.dtype).reserve(
-            tokens
-        )
-
-    def sync(self, policy):
-        """take over the weights of the training policy (a collective when it is sharded)"""
-        copy_weights(policy, self.hf)
+    def reserve(self, rows: int, tokens: int):
+        """Makes a cache of this size once and lets it go: too little memory shows at the start."""
+        weight = self.policy.hf.get_output_embeddings().weight
+        config = self.policy.hf.model.language_model.config
+        rows = min(rows, self.max_rows)
+        KVCache(config, rows, tokens, weight.device, weight.dtype).reserve(tokens)
 
     @torch.no_grad()
-    def generate(self, prompts, n, max_len, seeds, temperature=1.0, top_p=1.0, on_done=None):
-        """n samples of each prompt, at most max_len tokens each -> a list of n Rollouts per prompt.
+    def sync(self, policy):
+        """Takes over the weights of the training policy (a collective when it is sharded)."""
+        own = dict(self.policy.hf.named_parameters())
+        for name, whole in policy.full_weights():
+            own[name].copy_(whole)
 
-        `seeds` gives one tuple of ints per prompt, e.g. (seed, step, prompt number); the sample's number is added to it.
-        temperature 0 takes the likeliest token. `on_done(prompt number, sample number, rollout)` is called as each one ends.
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: list[Prompt],
+        group_size: int,
+        max_len: int,
+        seeds: list[tuple],
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+    ) -> list[list[Sample]]:
+        """group_size Samples of each prompt, at most max_len tokens each.
+
+        `seeds`: a tuple of ints per prompt, e.g. (seed, step, question); the sample's number is
+        added to it. Temperature 0 takes the likeliest token.
         """
-        results = [[None] * n for _ in prompts]
+        groups = [[None] * group_size for _ in prompts]
         if prompts:
-            batch = Sampling(self, prompts, n, max_len, seeds, temperature, top_p)
-            while batch.waiting or batch.active:
-                batch.admit()
-                for p, s, rollout in batch.retire():
-                    results[p][s] = rollout
-                    if on_done:
-                        on_done(p, s, rollout)
-                batch.decode()
-        return results
+            work = Sampling(self, prompts, group_size, max_len, seeds, temperature, top_p)
+            while work.waiting or work.active:
+                work.admit()
+                for p, s, sample in work.retire():
+                    groups[p][s] = sample
+                work.decode()
+        return groups
+
+    def close(self):
+        """The end of the run: the ranks part."""
+        dist.destroy_process_group()
 
 
 class Sampling:
-    """one call of generate: rows that decode together, samples that wait for a row"""
+    """One call of generate: rows that decode together, samples that wait for a row."""
 
-    def __init__(self, engine, prompts, n, max_len, seeds, temperature, top_p):
-        self.engine, self.prompts, self.n, self.max_len, self.seeds = (
-            engine,
-            prompts,
-            n,
-            max_len,
-            seeds,
-        )
+    def __init__(self, engine, prompts, group_size, max_len, seeds, temperature, top_p):
+        self.engine, self.prompts, self.group_size = engine, prompts, group_size
+        self.max_len, self.seeds = max_len, seeds
         self.temperature, self.top_p = temperature, top_p
-        self.text, self.head = (
-            engine.hf.model.language_model,
-            engine.hf.get_output_embeddings().weight,
-        )
+        hf = engine.policy.hf
+        self.text, self.head = hf.model.language_model, hf.get_output_embeddings().weight
         device = self.device = self.head.device
-        self.waiting = deque((p, s) for p in range(len(prompts)) for s in range(n))
+        self.waiting = deque((p, s) for p in range(len(prompts)) for s in range(group_size))
         self.rows = rows = min(engine.max_rows, len(self.waiting))
         most = max(len(p.ids) for p in prompts) + max_len
         self.cache = KVCache(self.text.config, rows, most, device, self.head.dtype)
         self.eos = torch.tensor(engine.processor.eos_ids, device=device)
-        self.encoded = {}  # prompt number -> [keys and values per layer, logits of the first token, samples to come]
+        # prompt number -> [keys and values per layer, logits of the first token, samples to come]
+        self.encoded = {}
         self.active = 0  # rows 0..active-1 are at work
         self.owner = [None] * rows  # (prompt number, sample number)
-        # per row: tokens so far, next place in the cache and on the rotary axes, the last token
-        self.count, self.where, self.rope, self.token = torch.zeros(
-            4, rows, dtype=torch.long, device=device
-        )
+        # Per row: tokens so far, next place in the cache and on the rotary axes, the last token.
+        state = torch.zeros(4, rows, dtype=torch.long, device=device)
+        self.count, self.where, self.rope, self.token = state
         self.ids = torch.zeros(rows, max_len, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(rows, max_len, device=device)
         self.draws = torch.zeros(rows, max_len, dtype=torch.float64, device=device)
 
     def admit(self):
-        """waiting samples take the free rows; each prompt goes through the model once, whatever its number of samples"""
-        new = [
-            self.waiting.popleft() for _ in range(min(self.rows - self.active, len(self.waiting)))
-        ]
+        """Waiting samples take the free rows; each prompt goes through the model once."""
+        free = min(self.rows - self.active, len(self.waiting))
+        new = [self.waiting.popleft() for _ in range(free)]
         self.encode(list(dict.fromkeys(p for p, _ in new if p not in self.encoded)))
-        for p, group in groupby(new, key=lambda sample: sample[0]):
-            samples = [s for _, s in group]
-            here = slice(self.active, self.active + len(samples))
-            kv, logits, _ = self.encoded[p]
-            length = len(self.prompts[p].ids)
+        for p, group in groupby(new, key=lambda pair: pair[0]):
+            numbers = [s for _, s in group]
+            here = slice(self.active, self.active + len(numbers))
+            keys_values, logits, _ = self.encoded[p]
+            prompt = self.prompts[p]
+            length = len(prompt.ids)
             self.cache.reserve(length)
-            for layer, stored in zip(self.cache.kv, kv):
+            for layer, stored in zip(self.cache.layers, keys_values):
                 layer[:, here, :, :length] = stored  # (2, 1, kv, P, d) to every row
-            self.owner[here] = [(p, s) for s in samples]
-            self.count[here], self.where[here], self.rope[here] = (
-                0,
-                length,
-                self.prompts[p].next_position,
-            )
-            draws = [uniforms((*self.seeds[p], s), self.max_len) for s in samples]
+            self.owner[here] = [(p, s) for s in numbers]
+            self.count[here] = 0
+            self.where[here] = length
+            self.rope[here] = prompt.next_position
+            draws = [uniforms((*self.seeds[p], s), self.max_len) for s in numbers]
             self.draws[here] = torch.stack(draws).to(self.device)
-            self.active += len(samples)
-            self.take(logits.expand(len(samples), -1), here)
-            self.encoded[p][2] -= len(samples)
+            self.active += len(numbers)
+            self.take(logits.expand(len(numbers), -1), here)
+            self.encoded[p][2] -= len(numbers)
             if not self.encoded[p][2]:
                 del self.encoded[p]
 
-    def encode(self, numbers):
-        """packed prefill of these prompts, so many tokens at a time"""
+    def encode(self, numbers: list[int]):
+        """Encodes these prompts in packed rows of at most prefill_tokens."""
         while numbers:
             some, total = [], 0
-            while numbers and (
-                not some or total + len(self.prompts[numbers[0]].ids) <= self.engine.prefill_tokens
-            ):
+            while numbers:
+                length = len(self.prompts[numbers[0]].ids)
+                if some and total + length > self.engine.prefill_tokens:
+                    break
                 some.append(numbers.pop(0))
-                total += len(self.prompts[some[-1]].ids)
+                total += length
             self.cache.recorded = {}
             batch = pack([(self.prompts[p], []) for p in some], self.device)
-            hidden = hidden_states(self.engine.hf, batch, self.cache)
+            hidden = self.engine.policy.hidden_states(batch, self.cache)  # (T, H)
             ends = batch.packing.cu_seqlens[1:].long()
             logits = hidden[ends - 1] @ self.head.t()
-            layers = [
-                torch.stack(self.cache.recorded[i]) for i in range(len(self.cache.kv))
-            ]  # (2, 1, kv, T, d)
-            self.cache.recorded = None
+            recorded, self.cache.recorded = self.cache.recorded, None
+            layers = [torch.stack(recorded[i]) for i in range(len(recorded))]  # (2, 1, kv, T, d)
             for i, p in enumerate(some):
                 span = slice(ends[i] - len(self.prompts[p].ids), ends[i])
-                self.encoded[p] = [
-                    [layer[:, :, :, span] for layer in layers],
-                    logits[i : i + 1],
-                    self.n,
-                ]
+                own = [layer[:, :, :, span] for layer in layers]
+                self.encoded[p] = [own, logits[i : i + 1], self.group_size]
 
     def decode(self):
-        """one more token for every active row"""
+        """One more token for every active row."""
         if not self.active:
             return
         here, cache = slice(0, self.active), self.cache
@@ -229,65 +235,57 @@ class Sampling:
         self.rope[here] += 1
         self.take(hidden @ self.head.t(), here)
 
-    def take(self, logits, here):
-        """sample one token for each row of the slice and note it"""
+    def take(self, logits: torch.Tensor, here: slice):
+        """Samples one token for each row of the slice and notes it."""
         rows = torch.arange(here.start, here.stop, device=self.device)
         count = self.count[here]
-        picked, logprobs = sample(
-            logits, self.draws[rows, count], self.temperature, self.top_p, self.engine.banned
-        )
-        self.ids[rows, count], self.logprobs[rows, count], self.token[here] = (
-            picked,
-            logprobs,
-            picked,
-        )
+        draws, banned = self.draws[rows, count], self.engine.policy.banned
+        picked, logprobs = pick(logits, draws, self.temperature, self.top_p, banned)
+        self.ids[rows, count] = picked
+        self.logprobs[rows, count] = logprobs
+        self.token[here] = picked
         self.count[here] += 1
 
-    def retire(self):
-        """give out the finished samples; rows from the end close the gaps"""
+    def retire(self) -> list[tuple[int, int, Sample]]:
+        """Gives out the finished samples; rows from the end close the gaps."""
         stopped = torch.isin(self.token[: self.active], self.eos)
         done = stopped | (self.count[: self.active] >= self.max_len)
         finished, stopped = done.nonzero()[:, 0].tolist(), stopped.tolist()
         out = []
-        for r in finished:
-            k = int(self.count[r])
-            rollout = Rollout(
-                self.ids[r, :k].tolist(),
-                self.logprobs[r, :k].tolist(),
-                "stop" if stopped[r] else "length",
-            )
-            out.append((*self.owner[r], rollout))
+        for row in finished:
+            p, s = self.owner[row]
+            count = int(self.count[row])
+            ids, logprobs = self.ids[row, :count].tolist(), self.logprobs[row, :count].tolist()
+            finish = "stop" if stopped[row] else "length"
+            sample = make_sample(self.prompts[p], ids, logprobs, finish, self.engine.processor)
+            out.append((p, s, sample))
         left = self.active - len(finished)
-        src = (~done[left:]).nonzero()[:, 0].add(left).tolist()
-        dst = [r for r in finished if r < left]
-        if src:
-            self.cache.length = int(self.where[src].max())
-            self.cache.move(src, dst)
-            for x in (
-                self.count,
-                self.where,
-                self.rope,
-                self.token,
-                self.ids,
-                self.logprobs,
-                self.draws,
-            ):
-                x[dst] = x[src]
-            for a, b in zip(src, dst):
+        source = (~done[left:]).nonzero()[:, 0].add(left).tolist()
+        target = [row for row in finished if row < left]
+        if source:
+            self.cache.length = int(self.where[source].max())
+            self.cache.move(source, target)
+            for x in (self.count, self.where, self.rope, self.token):
+                x[target] = x[source]
+            for x in (self.ids, self.logprobs, self.draws):
+                x[target] = x[source]
+            for a, b in zip(source, target):
                 self.owner[b] = self.owner[a]
         self.active = left
         return out
 
 
-def uniforms(seed, n):
-    """n numbers in [0, 1) that follow from a tuple of ints: (seed, step, prompt, sample)"""
-    return torch.from_numpy(
-        np.random.Generator(np.random.Philox(np.random.SeedSequence(seed))).random(n)
-    )
+def uniforms(seed: tuple, n: int) -> torch.Tensor:
+    """n numbers in [0, 1) that follow from a tuple of ints: (seed, step, question, sample)."""
+    stream = np.random.Generator(np.random.Philox(np.random.SeedSequence(seed)))
+    return torch.from_numpy(stream.random(n))
 
 
-def sample(logits, u, temperature, top_p, banned):
-    """logits (B, V), draws u (B,) -> tokens (B,), their log-probabilities (B,) at this temperature (at 1 if greedy)"""
+def pick(logits, draws, temperature: float, top_p: float, banned):
+    """logits (B, V), draws (B,) in [0, 1) -> tokens (B,) and their log-probabilities (B,).
+
+    The log-probabilities are those at this temperature (at 1 if greedy), before top_p cuts.
+    """
     logits = logits.float()
     if temperature not in (0, 1):
         logits = logits / temperature
@@ -299,52 +297,55 @@ def sample(logits, u, temperature, top_p, banned):
     else:
         p = logprobs.double().exp()
         if top_p < 1:
+            # The smallest set of tokens that holds top_p of the mass.
             ranked, order = p.sort(-1, descending=True)
-            ranked[ranked.cumsum(-1) - ranked >= top_p] = (
-                0  # the smallest set of tokens that holds top_p of the mass
-            )
+            ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
             p = torch.zeros_like(p).scatter_(1, order, ranked)
+        # The first token whose cumulated probability exceeds the draw. A banned or cut token has
+        # an empty interval.
         cdf = p.cumsum(-1)
-        # the first token whose cumulated probability exceeds u; a banned or cut token has an empty interval
-        picked = torch.searchsorted(cdf, (u * cdf[:, -1])[:, None], right=True)[:, 0].clamp_(
-            max=logits.shape[1] - 1
-        )
+        picked = torch.searchsorted(cdf, (draws * cdf[:, -1])[:, None], right=True)[:, 0]
+        picked = picked.clamp_(max=logits.shape[1] - 1)
     return picked, logprobs.gather(1, picked[:, None])[:, 0]
 
 
-def make_engine(config, policy, processor, max_len, device):
-    """what samples: all three give sync(policy) and generate(prompts, ...). policy None: evaluation with vLLM, which keeps
-    the weights that it read from the checkpoint and never sleeps"""
-    if config.engine == "torch":
-        return TorchEngine(replica(policy), processor, policy.banned, config.max_rows)
-    from nano import vllm_engine
+class OneStepOff:
+    """Rollouts that are sampled while the step before them trains (--async_steps 1).
 
-    if config.engine == "http":
-        return vllm_engine.HTTPEngine(config.url, processor, device)
-    return vllm_engine.VLLMEngine(
-        config.model,
-        processor,
-        config.max_prompt_len + max_len,
-        device,
-        config.vllm_memory,
-        config.vllm_tp,
-        config.max_num_seqs,
-        may_sleep=policy is not None and not config.async_steps,
-    )
+    They come from the weights before that step's update, except the first ones. `ask(step)` samples
+    the groups of a step, `sync()` hands the weights to the engine.
+    """
 
-
-def check_engine(config):
-    """flags that do not go together -> one line for people"""
-    if config.engine not in ("torch", "vllm", "http"):
-        raise SystemExit(f"--engine {config.engine!r}: one of torch, vllm, http")
-    if config.engine != "torch" and config.top_p < 1:
-        raise SystemExit(
-            "--top_p below 1: vLLM's log-probabilities would be those of the cut distribution, not the policy's"
+    def __init__(self, ask, sync, total: int, device):
+        self.ask, self.sync, self.total = ask, sync, total
+        on_gpu = device.type == "cuda"
+        self.thread = ThreadPoolExecutor(
+            1, initializer=torch.cuda.set_device if on_gpu else None, initargs=(device,) * on_gpu
         )
-    if config.async_steps not in (0, 1) or (
-        config.async_steps and (config.vllm_tp > 1 or config.tis)
-    ):
-        raise SystemExit(
-            "--async_steps is 0 or 1; 1 goes neither with --vllm_tp above 1 (two threads in collectives) "
-            "nor with --tis (its ratio is already that of trainer and rollout)"
-        )
+        self.upcoming = None
+
+    def __call__(self, step: int) -> list[list[Sample]]:
+        if self.upcoming is None:
+            self.sync()
+            groups = self.ask(step)
+        else:
+            groups = self.upcoming.result()
+        self.upcoming = None
+        if step + 1 < self.total:
+            self.sync()
+            self.upcoming = self.thread.submit(self.ask, step + 1)
+        return groups
+
+    def state(self) -> list | None:
+        """The groups that are in hand, for a checkpoint, so that a resume is exact."""
+        if self.upcoming is None:
+            return None
+        groups = self.upcoming.result()
+        return [[(s.ids, s.logprobs, s.finish) for s in group] for group in groups]
+
+    def restore(self, state: list, prompts: list[Prompt], processor: Processor):
+        groups = []
+        for prompt, answers in zip(prompts, state, strict=True):
+            groups.append([make_sample(prompt, *answer, processor) for answer in answers])
+        self.upcoming = Future()
+        self.upcoming.set_result(groups)

@@ -1,7 +1,8 @@
-"""What every stage does around its loop, and nothing of the method: parse the configuration, start the ranks, keep the
-run's folder (config.json, command.txt, log.jsonl), write and read checkpoints.
+"""What every stage does around its loop, and nothing of the method: read the configuration, start
+the ranks, keep the run's folder (config.json, command.txt, log.jsonl), write and read checkpoints.
 
-A stage's configuration is a dataclass; a recipe is a dict of its fields; the command line has the last word.
+A stage's configuration is a dataclass. A recipe is a dict of its fields. The command line has the
+last word.
 """
 
 import dataclasses
@@ -10,181 +11,231 @@ import fcntl
 import importlib
 import json
 import os
-import random
 import shlex
 import shutil
-import signal
 import socket
 import sys
 import time
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
 
-from nano.hosts import Heartbeat, choose_network
+# Minutes after which a rank that does not take part counts as lost: in a collective, and where the
+# ranks meet after work of very different length (sampling, downloads). Ours.
+COLLECTIVE_MINUTES = float(os.environ.get("COLLECTIVE_MINUTES", 30))
+MEETING_MINUTES = float(os.environ.get("MEETING_MINUTES", 240))
+
+# -------------------------------------------------------------------------------------------------
+# settings
 
 
-def nearest(word, choices):
-    """' (did you mean X?)' or ''"""
+def nearest(word: str, choices: Iterable[str]) -> str:
+    """Returns ' (did you mean X?)' for the most similar choice, or ''."""
     found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
     return f" (did you mean {found[0]}?)" if found else ""
 
 
 @contextmanager
 def for_people():
-    """what is wrong with the user's flags or files ends the run with one line, not with a stack of calls"""
+    """What is wrong with the user's flags or files ends the run with one line, not a traceback."""
     try:
         yield
     except (ValueError, FileNotFoundError) as error:
         raise SystemExit(f"error: {error}") from error
 
 
-def parse_config(config_class, recipes, argv=None):
-    """the command line -> a config: defaults of the dataclass < the recipe < flags. an unknown name ends the program"""
+def moved(commands: dict[str, str]):
+    """Ends the program with the new name when it is called with a sub-command of an old version."""
+    word = sys.argv[1] if len(sys.argv) > 1 else ""
+    if word in commands:
+        print(f"{word!r} is a tool of its own now: {commands[word]}", file=sys.stderr)
+        raise SystemExit(2)
+
+
+def parse_config(config_class, recipes: dict[str, dict], argv: list[str] | None = None):
+    """Reads the command line: the dataclass's defaults < the recipe < the flags.
+
+    The dataclass holds the paper's values. Without --recipe the toy's recipe is taken, unless
+    --model, --data or --bench name something of one's own: then the paper's values hold.
+    An unknown name ends the program and is answered with the nearest one.
+    """
     argv = sys.argv[1:] if argv is None else argv
-    parser = HfArgumentParser(
-        config_class, description=sys.modules[config_class.__module__].__doc__, allow_abbrev=False
-    )
-    fields = {f.name for f in dataclasses.fields(config_class)}
-    recipe = config_class.recipe
-    for i, word in enumerate(
-        argv
-    ):  # the recipe comes first, since it sets the defaults of the other flags
-        if word.startswith("--recipe="):
-            recipe = word.split("=", 1)[1]
-        elif word == "--recipe" and argv[i + 1 :]:
-            recipe = argv[i + 1]
-    if recipe not in recipes:
-        parser.error(
-            f"unknown recipe {recipe!r}{nearest(recipe, recipes)}; there are: {', '.join(recipes)}"
-        )
-    wrong = set(recipes[recipe]) - fields
+    stage = sys.modules[config_class.__module__]
+    parser = HfArgumentParser(config_class, description=stage.__doc__, allow_abbrev=False)
+    fields = [f.name for f in dataclasses.fields(config_class)]
+    given = {}
+    for i, word in enumerate(argv):
+        name, equals, value = word.partition("=")
+        given[name] = value if equals else "".join(argv[i + 1 : i + 2])
+    own = [given[f] for f in ("--model", "--data", "--bench") if f in given]
+    default = "" if any(not value.startswith("toy:") for value in own) else "toy"
+    recipe = given.get("--recipe", default)
+    if recipe and recipe not in recipes:
+        known = ", ".join(recipes)
+        parser.error(f"unknown recipe {recipe!r}{nearest(recipe, recipes)}; there are: {known}")
+    chosen = recipes[recipe] if recipe else {}
+    wrong = set(chosen) - set(fields)
     assert not wrong, f"recipe {recipe} sets fields that do not exist: {wrong}"
-    parser.set_defaults(**recipes[recipe])
+    parser.set_defaults(**{**chosen, "recipe": recipe})
     config, rest = parser.parse_args_into_dataclasses(argv, return_remaining_strings=True)
     if rest:
-        flags = [f"--{name}" for name in fields]
-        flag = rest[0].split("=")[0].replace("_", "-") if rest[0].startswith("--") else rest[0]
-        parser.error(
-            f"unknown argument {rest[0]!r}{nearest(flag.replace('-', '_').replace('__', '--', 1), flags)}"
-        )
+        flag = "--" + rest[0].split("=")[0].lstrip("-").replace("-", "_")
+        hint = nearest(flag, [f"--{name}" for name in fields])
+        parser.error(f"unknown argument {rest[0]!r}{hint}")
     return config
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # ranks
 
 
-def start_ranks():
-    """join torchrun's ranks (gloo on the CPU, NCCL on GPUs), or be the only one -> device"""
-    global heart
+def start_ranks() -> torch.device:
+    """Joins torchrun's ranks (gloo on the CPU, NCCL on GPUs), or is the only one; -> the device."""
+    global store, meeting
     disable_progress_bar()  # transformers' bars for reading and writing shards
     local = int(os.environ.get("LOCAL_RANK", 0))
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
+    backend = "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = (
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    )  # what is offloaded to the CPU talks through gloo
+        backend = "cpu:gloo,cuda:nccl"  # what is offloaded to the CPU talks through gloo
+        # NCCL's flight recorder: after a time-out it tells which collective each rank was in.
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    store, rank, world = dist.HashStore(), 0, 1
     if "RANK" in os.environ:
-        sys.stdout.reconfigure(line_buffering=True)  # a rank that must end at once cannot flush
+        sys.stdout.reconfigure(line_buffering=True)  # a rank that is killed cannot flush
         store, rank, world = next(dist.rendezvous("env://"))
-        heart = Heartbeat(store.clone(), rank, world)
-        choose_network(store, rank, world)
-        # long: how much slower than the others a rank may be that is alive. a dead one is the heartbeat's affair
-        dist.init_process_group(
-            backend, store=store, rank=rank, world_size=world, timeout=timedelta(hours=2)
-        )
-    else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store.set(f"host/{rank}", socket.gethostname())
+    patience = timedelta(minutes=COLLECTIVE_MINUTES)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=patience)
+    meeting = dist.new_group(backend="gloo", timeout=timedelta(minutes=MEETING_MINUTES))
     return device
 
 
-heart = None  # only under torchrun
+store = None  # torchrun's key-value store, through which the ranks tell how they end
+meeting = None  # a process group with much patience
 
 
-def guard(main, config):
-    """main(config); the other ranks are told how it ends"""
-    end = ""
+def guard(main: Callable, config):
+    """Runs main(config). When a rank fails, every rank says which one it was and why.
+
+    torchrun ends the other ranks when one dies. A frozen rank is noticed by the time-out of the
+    collective in which the others wait for it. Nothing goes on with fewer ranks: that is what a
+    resume is for, and a resume is exact.
+    """
     try:
         main(config)
-    except BaseException as error:
-        end = heart and heart.reason(error)
-        raise
-    finally:
-        if heart:
-            heart.tell(end)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    except Exception as error:
+        if store is None or not dist.is_initialized() or dist.get_world_size() == 1:
+            raise
+        lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
+        if not lost:
+            store.set(f"end/{dist.get_rank()}", f"{type(error).__name__}: {error}"[:1000])
+            raise
+        store.set(f"end/{dist.get_rank()}", "")
+        os.write(2, f"\n{lost_ranks()}\n".encode())
+        os._exit(1)  # threads may wait in a collective that never ends
 
 
-def is_main():
+def lost_ranks(wait: float = 3.0) -> str:
+    """A sentence about the ranks that failed or are silent, for one that waited for them."""
+    time.sleep(wait)  # seconds, until the others have said how they ended
+    reasons = []
+    for rank in range(dist.get_world_size()):
+        if not store.check([f"end/{rank}"]):
+            host = store.get(f"host/{rank}").decode() if store.check([f"host/{rank}"]) else "?"
+            reasons.append(f"rank {rank} on {host} is silent (killed, frozen or cut off)")
+        elif reason := store.get(f"end/{rank}").decode():
+            reasons.append(f"rank {rank} failed ({reason})")
+    return (
+        f"stopping rank {dist.get_rank()}: {'; '.join(reasons) or 'a connection broke'}. Run the same "
+        "command again, also with another number of ranks: it goes on from what was last saved."
+    )
+
+
+def meet():
+    """Waits for all ranks after work that may take one of them hours longer than the others."""
+    dist.barrier(group=meeting)
+
+
+def is_main() -> bool:
     return dist.get_rank() == 0
 
 
-def on_main_first(act):
-    """rank 0 does it while the others wait; what it raises ends every rank"""
-    failure = [None]
+def say(text: str):
+    """Rank 0 prints a line above its progress bars."""
+    if not dist.is_initialized() or is_main():
+        tqdm.write(text)
+
+
+def on_main_first(act: Callable):
+    """Rank 0 acts while the others wait; what it raises ends every rank. -> what it returns."""
+    outcome = [None, None]
     if is_main():
         try:
-            act()
-        except (
-            Exception,
-            SystemExit,
-        ) as e:  # handed on below, on every rank: a rank that waits for ever helps nobody
-            failure = [e]
-    dist.broadcast_object_list(failure, src=0)
-    if failure[0] is not None:
-        raise failure[0]
+            outcome[0] = act()
+        except (Exception, SystemExit) as error:  # raised below, on every rank
+            outcome[1] = error
+    meet()
+    dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
-def all_sum(values):
-    """a dict of numbers, summed over ranks (float64)"""
+def _reduce(values: list[float], op) -> list[float]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
-    dist.all_reduce(total)
-    return dict(zip(values, total.tolist()))
+    total = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(total, op=op)
+    return total.tolist()
 
 
-def all_max(value):
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    total = torch.tensor(float(value), dtype=torch.float64, device=device)
-    dist.all_reduce(total, op=dist.ReduceOp.MAX)
-    return total.item()
+def all_sum(values: dict[str, float]) -> dict[str, float]:
+    """Sums each value over the ranks, in float64."""
+    return dict(zip(values, _reduce(list(values.values()), dist.ReduceOp.SUM)))
 
 
-# -----------------------------------------------------------------------------------------------------------------
+def all_max(value: float) -> float:
+    return _reduce([value], dist.ReduceOp.MAX)[0]
+
+
+# -------------------------------------------------------------------------------------------------
 # the folder of a run
 
 
-def default_out(stage, model, data):
-    """runs/toy/STAGE for the toy's own model and data, else a folder of their own: runs/STAGE-MODEL-DATA"""
+def default_out(stage: str, model: str, data: str) -> str:
+    """runs/toy/STAGE for the toy's own model and data, else runs/STAGE-MODEL-DATA."""
     if model.startswith("toy:") and data.startswith("toy:"):
         return f"runs/toy/{stage}"
-    names = [Path(p.split(",")[0].removeprefix("toy:")) for p in (model, data)]
-    plain = lambda p: p.name.split(".json")[0].split(".parquet")[0]
-    words = [
-        p.parent.name if plain(p) in ("data", "train", "test", "final") else plain(p) for p in names
-    ]
-    return f"runs/{stage}-{'-'.join(w for w in words if w)}"
+    words = []
+    for name in (model, data):
+        path = Path(name.split(",")[0].removeprefix("toy:"))
+        plain = path.name.split(".json")[0].split(".parquet")[0]
+        if plain in ("data", "train", "test", "final"):
+            plain = path.parent.name
+        words.append(plain)
+    return f"runs/{stage}-{'-'.join(word for word in words if word)}"
 
 
-def one_writer(out):
-    """a lock on the folder for as long as this process lives; ranks orphaned by a killed torchrun may still be writing"""
+def one_writer(out: Path):
+    """Locks the folder for as long as this process lives: orphaned ranks may still be writing."""
     lock = open(out / ".lock", "a+")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.seek(0)
+        owner = lock.read().strip()
         raise SystemExit(
-            f"{out}: another run (process {lock.read().strip()}) is writing to this folder; stop it first"
+            f"{out}: another run (process {owner}) is writing to this folder; stop it first"
         ) from error
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
@@ -192,40 +243,42 @@ def one_writer(out):
     return lock
 
 
-def claim(config, keys):
-    """take the run's folder: one writer at a time, and one run, since going on with another model or loss would mix two.
+locks = []  # held until the process ends
 
-    `keys`: the settings that must be those of the run that is there. --no_resume removes what is there instead. -> the settings
-    of the run that is there, {} if none is.
+
+def claim(config, how_only: tuple[str, ...]) -> dict:
+    """Takes the run's folder: one writer at a time, and one run, so that two are never mixed.
+
+    Every setting must be that of the run that is there, except those in `how_only` (paths, memory,
+    speed, logging). --no_resume removes that run. Returns its settings, {} when there is none.
     """
     out = Path(config.out)
     there = out / "config.json"
-    before = (
-        json.loads(there.read_text()) if config.resume and there.exists() else {}
-    )  # before the first log line replaces it
+    before = json.loads(there.read_text()) if config.resume and there.exists() else {}
+    now = json.loads(json.dumps(dataclasses.asdict(config)))
+    skipped = {"recipe", "out", "resume", *how_only}
+    changed = [k for k in now if k in before and k not in skipped and before[k] != now[k]]
 
     def act():
         out.mkdir(parents=True, exist_ok=True)
         locks.append(one_writer(out))
         if not config.resume:
             start_over(out)
-        for key in keys:
-            if key in before and before[key] != getattr(config, key):
-                raise SystemExit(
-                    f"{out} holds a run with {key} = {before[key]!r}, now it is {getattr(config, key)!r}; "
-                    "choose another --out, or --no_resume to start over"
-                )
+        if changed:
+            old = ", ".join(f"{k} = {before[k]!r}" for k in changed)
+            new = ", ".join(f"{now[k]!r}" for k in changed)
+            raise SystemExit(
+                f"{out} holds a run with {old}, now it is {new}; "
+                "choose another --out, or --no_resume to start over"
+            )
 
     on_main_first(act)
-    if hasattr(
-        config, "keep"
-    ):  # every rank writes its part of a checkpoint (eval.py: rank 0 alone writes)
-        must_share(out)
+    must_share(out)
     return before
 
 
-def must_share(out):
-    """with several hosts the run's folder must be one that all of them see: NFS, Lustre or the like"""
+def must_share(out: Path):
+    """Several hosts must all see the run's folder: NFS, Lustre or the like."""
     wrote = [(socket.gethostname(), (out / ".lock").read_text()) if is_main() else None]
     dist.broadcast_object_list(wrote, src=0)
     host, text = wrote[0]
@@ -235,89 +288,85 @@ def must_share(out):
                 return
         time.sleep(1)
     raise SystemExit(
-        f"{socket.gethostname()} does not see what {host} wrote into {out.absolute()}: with several hosts --out "
-        "must be a folder that all of them share, under the same path"
+        f"{socket.gethostname()} does not see what {host} wrote into {out.absolute()}: "
+        "with several hosts --out must be a folder that all of them share, under the same path"
     )
 
 
-locks = []  # held until the process ends
-
-
-def start_over(out):
-    """remove what an earlier run left, and nothing else"""
+def start_over(out: Path):
+    """Removes what an earlier run left, and nothing else."""
     for name in ("checkpoints", "final"):
         shutil.rmtree(out / name, ignore_errors=True)
-    for name in (
-        "log.jsonl",
-        "samples.jsonl",
-        "responses.jsonl",
-        "report.json",
-        "command.txt",
-        "config.json",
-    ):
+    files = ("log.jsonl", "samples.jsonl", "responses.jsonl", "report.json")
+    for name in (*files, "command.txt", "config.json"):
         (out / name).unlink(missing_ok=True)
 
 
-def command_line():
+def command_line() -> str:
     launcher = ["python"]
     if "RANK" in os.environ:
-        hosts = (
-            [f"--nnodes={os.environ['GROUP_WORLD_SIZE']}"]
-            if os.environ.get("GROUP_WORLD_SIZE", "1") != "1"
-            else []
-        )
-        launcher = ["torchrun", *hosts, f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}"]
-    return shlex.join(launcher + [os.path.basename(sys.argv[0]), *sys.argv[1:]])
+        nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
+        launcher = ["torchrun", *([f"--nnodes={nodes}"] if nodes != "1" else [])]
+        launcher.append(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}")
+    return shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
 class Log:
-    """config.json, command.txt and log.jsonl of a run; optional Weights & Biases or TensorBoard. rank 0 writes"""
+    """config.json, command.txt, log.jsonl and samples.jsonl of a run, written by rank 0.
 
-    def __init__(self, out, config, after_step=0, wandb=False, tensorboard=False):
-        """`after_step` > 0: a resumed run; what an earlier try wrote past that step is cut off"""
+    Optional: Weights & Biases (config.wandb) and TensorBoard (config.tensorboard).
+    """
+
+    def __init__(self, out: Path, config, after_step: int = 0):
+        """What an earlier try of the run wrote past `after_step` is cut off."""
         self.out, self.file, self.sinks = Path(out), None, []
         if not is_main():
             return
-        (self.out / "config.json").write_text(
-            json.dumps(dataclasses.asdict(config), indent=1) + "\n"
-        )
+        settings = dataclasses.asdict(config)
+        (self.out / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
         with open(self.out / "command.txt", "a") as f:
             f.write(command_line() + "\n")
         for name in ("log.jsonl", "samples.jsonl"):
             cut_after_step(self.out / name, after_step)
         self.file = open(self.out / "log.jsonl", "a")
-        if wandb:
-            wb = wanted("wandb", "wandb")
-            wb.init(project="nano-vision-r1", name=self.out.name, config=dataclasses.asdict(config))
-            self.sinks.append(lambda row: wb.log(row, step=row["step"]))
-        if tensorboard:
-            writer = wanted("torch.utils.tensorboard", "tensorboard").SummaryWriter(
-                str(self.out / "tensorboard")
-            )
-            self.sinks.append(
-                lambda row: [
-                    writer.add_scalar(k, v, row["step"]) for k, v in row.items() if is_number(v)
-                ]
-            )
+        if getattr(config, "wandb", False):
+            wandb = optional("wandb", "wandb")
+            wandb.init(project="nano-vision-r1", name=self.out.name, config=settings)
+            self.sinks.append(wandb.log)
+        if getattr(config, "tensorboard", False):
+            module = optional("torch.utils.tensorboard", "tensorboard")
+            self.sinks.append(TensorBoard(module.SummaryWriter(str(self.out / "tensorboard"))))
 
-    def write(self, row):
-        """one JSON line; floats keep 6 significant digits, a missing value (no wrong answer to measure) is null"""
+    def write(self, row: dict):
+        """Writes one JSON line. Floats keep 6 significant digits; NaN (no wrong answer whose length
+        could be measured, say) becomes null."""
         if self.file is None:
             return
         row = {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in row.items()}
-        self.file.write(json.dumps({k: None if v != v else v for k, v in row.items()}) + "\n")
+        line = {k: None if v != v else v for k, v in row.items()}
+        self.file.write(json.dumps(line) + "\n")
         self.file.flush()
         for sink in self.sinks:
-            sink(row)
+            sink(row, step=row["step"])
 
-    def write_samples(self, rows):
+    def write_samples(self, rows: list[dict]):
         if self.file is not None and rows:
             with open(self.out / "samples.jsonl", "a") as f:
-                f.writelines(json.dumps(r, ensure_ascii=False) + "\n" for r in rows)
+                f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def wanted(module, package):
-    """a module that only a flag asks for"""
+class TensorBoard:
+    def __init__(self, writer):
+        self.writer = writer
+
+    def __call__(self, row: dict, step: int):
+        for key, value in row.items():
+            if isinstance(value, (int, float)) and value == value:
+                self.writer.add_scalar(key, value, step)
+
+
+def optional(module: str, package: str):
+    """Imports what only a flag asks for."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -326,28 +375,62 @@ def wanted(module, package):
         ) from error
 
 
-def is_number(v):
-    return isinstance(v, (int, float)) and v == v
-
-
-def cut_after_step(path, step):
-    """keep the lines of steps 1..step; a half-written last line goes too"""
+def cut_after_step(path: Path, step: int):
+    """Keeps the lines of steps 1..step; a half-written last line goes too."""
     if not path.exists():
         return
     kept = []
     for line in open(path):
-        try:
+        with suppress(json.JSONDecodeError, KeyError):  # the writer was killed within this line
             if line.endswith("\n") and json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (json.JSONDecodeError, KeyError):
-            continue  # the writer was killed in the middle of this line; its step is done again
     aside = path.with_suffix(".tmp")
     aside.write_text("".join(kept))
     aside.replace(path)
 
 
-def peak_memory():
-    """bytes: CUDA's peak since the last call, or the process's peak on the CPU"""
+def read_log(run: str | Path) -> list[dict]:
+    """The steps in RUN/log.jsonl in order; of a step logged twice the last. ValueError if none."""
+    path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
+    if not path.is_file():
+        raise ValueError(
+            f"{path}: no such file; RUN is the folder that grpo.py wrote, it holds log.jsonl"
+        )
+    steps, found = {}, "it is empty; has the first step ended?"
+    wanted = {"step", "stage", "max_len", "group_size", "len_mean", "tokens"}
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line) if line.strip() else {}
+        except ValueError:  # the run is writing it just now, or was killed while it did
+            print(f"{path}:{number}: skipped a half-written line", file=sys.stderr)
+            continue
+        if isinstance(row, dict) and wanted <= row.keys():
+            steps[row["step"]] = row
+        elif row:
+            found = f"line {number} lacks some of {', '.join(sorted(wanted))}; is it a grpo.py run?"
+    if not steps:
+        raise ValueError(f"{path}: {found}")
+    return [steps[step] for step in sorted(steps)]
+
+
+class Timer:
+    """Seconds spent in named parts of a step: `with timer("rollout"): ...` -> timer.seconds."""
+
+    def __init__(self, *names: str):
+        self.began, self.seconds = time.perf_counter(), dict.fromkeys(names, 0.0)
+
+    @contextmanager
+    def __call__(self, name: str):
+        began = time.perf_counter()
+        yield
+        self.seconds[name] += time.perf_counter() - began
+
+    def total(self) -> float:
+        return time.perf_counter() - self.began
+
+
+def peak_memory() -> int:
+    """Bytes: CUDA's peak since the last call, or the process's peak on the CPU."""
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -357,17 +440,21 @@ def peak_memory():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# checkpoints: sharded weights and optimizer through torch.distributed.checkpoint, one small file per rank beside them
+# -------------------------------------------------------------------------------------------------
+# checkpoints: sharded weights and optimizer through torch.distributed.checkpoint
 
 
-def checkpoints(out):
-    """the finished checkpoints of a run, oldest first; unfinished ones have another name"""
+def checkpoints(out: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first; unfinished ones have another name."""
     return sorted((Path(out) / "checkpoints").glob("step-*"))
 
 
-def save_checkpoint(out, step, policy, optimizer, progress, keep):
-    """`progress`: what else the loop must know to go on (a dict). written aside, then renamed: never half there"""
+def save_checkpoint(out: Path, step: int, policy, optimizer, keep: int, progress=None):
+    """Saves weights and optimizer, and what else each rank's loop must know to go on (`progress`,
+    tensors and plain values). Written aside, then renamed: a checkpoint is never half there.
+
+    Random states are not saved: every draw follows from the seed and the step.
+    """
     folder = Path(out) / "checkpoints"
     aside, final = folder / f"writing-{step:06d}", folder / f"step-{step:06d}"
     if is_main():
@@ -376,17 +463,9 @@ def save_checkpoint(out, step, policy, optimizer, progress, keep):
     dist.barrier()
     weights, moments = get_state_dict(policy, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
-    rng = {
-        "torch": torch.get_rng_state(),
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
-    }
-    if torch.cuda.is_available():
-        rng["cuda"] = torch.cuda.get_rng_state()
-    torch.save(
-        {"step": step, "progress": progress, "rng": rng}, aside / f"rank-{dist.get_rank()}.pt"
-    )
-    dist.barrier()
+    if progress is not None:
+        torch.save(progress, aside / f"rank-{dist.get_rank()}.pt")
+    meet()
     if is_main():
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
@@ -395,26 +474,18 @@ def save_checkpoint(out, step, policy, optimizer, progress, keep):
     dist.barrier()
 
 
-def load_checkpoint(out, policy, optimizer):
-    """the newest checkpoint of the run, into policy and optimizer -> (step, progress); (0, None) when there is none"""
-    newest = [
-        checkpoints(out)[-1:]
-    ]  # rank 0's view: another host's of the shared folder may be some seconds old
+def load_checkpoint(out: Path, policy, optimizer) -> tuple[int, object]:
+    """Reads the run's newest checkpoint into policy and optimizer -> (step, progress of this rank).
+
+    (0, None) when there is none. A run may go on with another number of ranks.
+    """
+    newest = [checkpoints(out)[-1:]]  # rank 0's view: another host's may be some seconds old
     dist.broadcast_object_list(newest, src=0)
     if not newest[0]:
         return 0, None
-    found = newest[0]
+    found = newest[0][0]
     weights, moments = get_state_dict(policy, optimizer)
-    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=found[-1])
+    dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=found)
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    mine = found[-1] / f"rank-{dist.get_rank()}.pt"
-    state = torch.load(
-        mine if mine.exists() else found[-1] / "rank-0.pt", weights_only=False
-    )  # our own file
-    if mine.exists():  # a run resumed on more ranks: the new ones start fresh, every draw that counts is seeded by step
-        torch.set_rng_state(state["rng"]["torch"])
-        np.random.set_state(state["rng"]["numpy"])
-        random.setstate(state["rng"]["python"])
-        if "cuda" in state["rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state(state["rng"]["cuda"])
-    return state["step"], state["progress"]
+    own = found / f"rank-{dist.get_rank()}.pt"
+    return int(found.name.removeprefix("step-")), torch.load(own) if own.exists() else None

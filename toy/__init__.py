@@ -602,3 +602,11 @@ def ensure(what, root="runs/toy"):
             [sys.executable, str(HERE / stage), "--recipe", "toy"], check=True, env=plain
         )
     return str(root / result)
+
+
+def resolve(config):
+    """TEMPORARY."""
+    from nano import run
+    if "toy:" in config.model + config.data:
+        run.on_main_first(lambda: (find(config.model), find(config.data)))
+        config.model, config.data = find(config.model), find(config.data)
