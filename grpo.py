@@ -13,8 +13,10 @@ length limit and the group size follow STAGES (Eq. 2). A run that was stopped go
 import copy
 import math
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -55,20 +57,19 @@ class Config:
     clip_eps_high: float = 0.0  # 0 = clip_eps; larger = clip-higher (DAPO)
     kl_coef: float = 1e-2  # beta; 0 = no reference model is loaded
     std_norm: bool = True  # divide advantages by the group's std; off = Dr. GRPO
-    loss_mean: str = (
-        "sequence"  # over tokens, then samples; token: over all tokens; fixed: / max_len
-    )
+    # over tokens, then samples (Eq. 1); over all tokens (DAPO); over samples x max_len (Dr. GRPO)
+    loss_mean: Literal["sequence", "token", "fixed"] = "sequence"
     drop_zero_var: bool = False  # leave groups without an advantage out of the means
     tis: float = 0.0  # truncated importance sampling: at most this weight per token; 0 = off
     # rollouts
     temperature: float = 1.0
     top_p: float = 1.0
     max_prompt_len: int = 4096  # a longer prompt is reported and left out, never cut
-    engine: str = "torch"  # torch: nano/rollout.py; vllm: one vLLM per rank, in this process
+    engine: Literal["torch", "vllm"] = "torch"  # vllm: one per rank, in this process
     max_rows: int = 256  # sequences that one rank decodes at a time
     vllm_memory: float = 0.5  # share of a GPU that vLLM may take while it samples
     vllm_tp: int = 1  # neighbouring ranks that share one vLLM (tensor parallel)
-    async_steps: int = 0  # 1 = the next batch is sampled, with older weights, while this one trains
+    async_steps: Literal[0, 1] = 0  # 1 = the next batch is sampled while this one trains
     # optimization
     lr: float = 1e-6
     warmup_steps: int = 0
@@ -79,7 +80,7 @@ class Config:
     micro_tokens: int = 20480  # tokens of a packed micro-batch on one rank
     activation_checkpointing: bool = True
     compile: bool = False  # torch.compile of the blocks
-    offload: str = "none"  # to the CPU: none, reference, all (weights and optimizer too)
+    offload: Literal["none", "reference", "all"] = "none"  # to the CPU; all = the optimizer too
     shard_size: int = 0  # ranks that share one copy of the weights (HSDP); 0 = all ranks
     preflight: bool = True  # first print what the memory will hold, and try the longest step
     # the run
@@ -105,6 +106,7 @@ SYSTEM_PROMPT = (  # ours, in the manner of R1-Zero's
 )
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 ZERO = dict(model=QWEN, system_prompt=SYSTEM_PROMPT, format_weight=1.0)
+CI_7B, CI_32B, CI_72B = (f"runs/vision-r1-ci-{size}/final" for size in ("7b", "32b", "72b"))
 LARGER = [(4096, 16, 100), (8192, 8, 200)]  # 32B, 72B: 20K more problems in the setting of stage 2
 TOY = dict(model="toy:ci", data="toy:rl-problems", stages=[(96, 16, 60), (192, 8, 60)], questions=8)
 TOY |= dict(minibatches=1, lr=3e-5, warmup_steps=5, freeze_vision=True, max_prompt_len=2048)
@@ -117,16 +119,10 @@ RECIPES = {
     | dict(stages=[(96, 16, 120)], out="runs/toy/zero", model="toy:base", format_weight=1.0)
     | dict(system_prompt=toy.ZERO_PROMPT),
     # App. A
-    "vision-r1-7b": dict(model="runs/vision-r1-ci-7b/final", out="runs/vision-r1-7b"),
-    "vision-r1-32b": dict(
-        model="runs/vision-r1-ci-32b/final", out="runs/vision-r1-32b", stages=LARGER
-    ),
-    "vision-r1-72b": dict(
-        model="runs/vision-r1-ci-72b/final", out="runs/vision-r1-72b", stages=LARGER
-    ),
-    "vision-r1-long": dict(
-        model="runs/vision-r1-ci-7b/final", out="runs/vision-r1-long", stages=[(16384, 4, 300)]
-    ),
+    "vision-r1-7b": dict(model=CI_7B, out="runs/vision-r1-7b"),
+    "vision-r1-32b": dict(model=CI_32B, out="runs/vision-r1-32b", stages=LARGER),
+    "vision-r1-72b": dict(model=CI_72B, out="runs/vision-r1-72b", stages=LARGER),
+    "vision-r1-long": dict(model=CI_7B, out="runs/vision-r1-long", stages=[(16384, 4, 300)]),
     "vision-r1-zero": ZERO | dict(out="runs/vision-r1-zero", stages=[(4096, 16, 300)]),
     "zero-ptst": ZERO | dict(out="runs/zero-ptst"),
     "zero-sft-ptst": ZERO | dict(model="runs/zero-sft/final", out="runs/zero-sft-ptst"),
@@ -138,6 +134,15 @@ RECIPES = {
 
 # -------------------------------------------------------------------------------------------------
 # the equations
+
+
+def score(sample: Sample, format_weight: float = 0.0) -> reward.Score:
+    """The hard formatting result reward: 1 when format AND answer are right, else 0 (Sec. 3.4).
+
+    An answer that was cut at the limit is never closed, hence 0. `format_weight` 1 is Zero's.
+    """
+    record, cut = sample.prompt.record, sample.finish == "length"
+    return reward.score(sample.text, record.answer, record.choices, cut, format_weight)
 
 
 def group_advantages(rewards: torch.Tensor, std_norm: bool = True) -> torch.Tensor:
@@ -166,11 +171,11 @@ def set_token_weights(groups: list[list[Sample]], max_len: int, config: Config):
     local = {"sequences": len(samples), "tokens": sum(s.length for s in samples)}
     total = run.all_sum(local)
     for sample in samples:
-        if config.loss_mean == "sequence":  # Eq. 1: over tokens, then over samples
+        if config.loss_mean == "sequence":
             sample.weight = 1 / (total["sequences"] * sample.length)
-        elif config.loss_mean == "token":  # DAPO
+        elif config.loss_mean == "token":
             sample.weight = 1 / total["tokens"]
-        else:  # Dr. GRPO
+        else:
             sample.weight = 1 / (total["sequences"] * max_len)
 
 
@@ -252,16 +257,8 @@ def make_engine(config, policy, processor, stages, device):
 
 def check(config: Config, world: int):
     """What the flags must fulfil together."""
-    engines, means = ("torch", "vllm"), ("sequence", "token", "fixed")
-    known = dict(engine=engines, loss_mean=means, offload=("none", "reference", "all"))
-    for name, values in known.items():
-        if getattr(config, name) not in values:
-            value = getattr(config, name)
-            raise ValueError(f"--{name} {value!r}: one of {', '.join(values)}")
     if not config.model:
-        raise ValueError(
-            "say --model, or --recipe; without either and without --data, the toy runs"
-        )
+        raise ValueError("say --model or --recipe; with neither, and without --data, the toy runs")
     if config.questions % (world * config.minibatches):
         raise ValueError(
             f"--questions {config.questions} must be a multiple of ranks x minibatches, "
@@ -271,17 +268,25 @@ def check(config: Config, world: int):
         raise ValueError(
             "--top_p below 1: vLLM's log-probabilities would be those of the cut distribution"
         )
-    if config.async_steps not in (0, 1) or (
-        config.async_steps and (config.vllm_tp > 1 or config.tis)
-    ):
+    if config.async_steps and (config.vllm_tp > 1 or config.tis):
         raise ValueError(
-            "--async_steps is 0 or 1; 1 goes neither with --vllm_tp above 1 (two threads in "
-            "collectives) nor with --tis (its ratio is already that of trainer and sampler)"
+            "--async_steps 1 goes neither with --vllm_tp above 1 (two threads in collectives) "
+            "nor with --tis (its ratio is already that of trainer and sampler)"
+        )
+
+
+def check_schedule(before: dict, stages: list[ptst.Stage], start: int, config: Config):
+    """Steps that were done must have had the limit and the group size that they have now."""
+    earlier = before.get("stages", stages)
+    if not ptst.agree(ptst.parse(earlier), stages, start):
+        raise ValueError(
+            f"{config.out} holds {start} steps of --stages {earlier}, not of {config.stages}; "
+            "choose another --out, or --no_resume"
         )
 
 
 def preflight(config, stages, questions, policy, reference, engine, optimizer, device):
-    """Memory on paper, then one step at the greatest length: too little shows now, with the knob."""
+    """Memory on paper, then one step at the greatest length: too little of it shows now."""
     longest_record = max(questions.records, key=lambda record: record.prompt_tokens)
     prompt = packing.encode(longest_record, questions.processor, config.system_prompt)
     longest = len(prompt.ids) + max(stage.max_len for stage in stages)
@@ -328,7 +333,7 @@ class Stats:
 
     def __init__(self):
         self.sums = dict.fromkeys(("tokens", "entropy", "kl", "clip", "gap", "gap_kl"), 0.0)
-        self.gap_max, self.grad_norm, self.updates = 0.0, 0.0, 0
+        self.gap_max, self.grad_norms = 0.0, []
 
     def add(self, batch: packing.Batch, logprobs, entropy, clipped):
         """One micro-batch of the update: logprobs, entropy, clipped (N,)."""
@@ -371,7 +376,7 @@ class Stats:
             entropy=s["entropy"] / tokens,
             kl=s["kl"] / tokens,
             clip_frac=s["clip"] / tokens,
-            grad_norm=self.grad_norm / self.updates,
+            grad_norm=sum(self.grad_norms) / len(self.grad_norms),
             tokens=int(s["length"]),
             zero_var_groups=int(s["zero_variance"]),
             reward_faults=int(s["faults"]),
@@ -381,45 +386,27 @@ class Stats:
         )
 
 
-def sample_row(sample: Sample) -> dict:
-    """A rollout as samples.jsonl and the viewer show it."""
-    record, score = sample.prompt.record, sample.score
-    asked = dict(id=record.id, source=record.source, problem=record.problem, answer=record.answer)
-    per_token = isinstance(sample.advantage, list)
-    advantage = sample.advantage if per_token else round(sample.advantage, 4)
-    verdict = dict(reward=sample.reward, why=score.why, advantage=advantage)
-    said = dict(choices=record.choices, completion=sample.text, **verdict)
-    return asked | said | dict(length=sample.length, finish=sample.finish)
+LINE = (
+    "step {step:4d}/{total}  {max_len}x{group_size}  reward {reward:.3f}  acc {accuracy:.3f}  "
+    "format {format_rate:.2f}  len {len_mean:6.1f}  cut {truncated:.2f}  kl {kl:.4f}  "
+    "entropy {entropy:.3f}  {t_total:.2f} s"
+)
 
 
-def main(config: Config):
-    # ---- settings
-    device = run.start_ranks()
-    rank, world = dist.get_rank(), dist.get_world_size()
-    with run.for_people():
-        check(config, world)
-        stages = ptst.parse(config.stages)
-    config.out = config.out or run.default_out("grpo", config.model, config.data)
-    config.stages, total, out = (
-        ptst.format_stages(stages),
-        ptst.total_steps(stages),
-        Path(config.out),
-    )
-    toy.resolve(config)
-    before = run.claim(config, HOW_ONLY)
+def load_questions(config: Config, processor) -> list[data.Record]:
+    """The usable records of --data. What is wrong with the others is said and counted."""
+    records, problems = data.read(config.data, strict=config.strict)
+    limit = config.max_prompt_len
+    records = packing.usable(records, processor, limit, problems, config.system_prompt)
+    if problems:
+        run.say(problems.summary())
+    if not records:
+        raise ValueError(f"{config.data}: no usable problem in it")
+    return records
 
-    # ---- data
-    processor = packing.Processor(config.model)
-    with run.for_people():
-        records, problems = data.read(config.data, strict=config.strict)
-        limit = config.max_prompt_len
-        records = packing.usable(records, processor, limit, problems, config.system_prompt)
-        if problems:
-            run.say(problems.summary())
-        if not records:
-            raise ValueError(f"{config.data}: no usable problem in it")
 
-    # ---- models: the policy, its frozen start as the reference, and what samples
+def load_models(config: Config, device):
+    """-> the policy, its frozen start as the reference (None without a KL term), the optimizer."""
     policy = model.load_sharded(
         config.model,
         device,
@@ -429,20 +416,38 @@ def main(config: Config):
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
     )
-    width = policy.hf.config.get_text_config().hidden_size
     reference = None
     if config.kl_coef:
-        reference = model.load_sharded(
-            config.model,
-            device,
-            torch.bfloat16 if device.type == "cuda" else torch.float32,
-            freeze_vision=True,
-            offload=config.offload != "none",
-            shard_size=config.shard_size,
-        )
+        # In bf16 on a GPU, since its matrix products round to it anyway.
+        low = torch.bfloat16 if device.type == "cuda" else torch.float32
+        away = config.offload != "none"
+        knobs = dict(freeze_vision=True, offload=away, shard_size=config.shard_size)
+        reference = model.load_sharded(config.model, device, low, **knobs)
         reference.requires_grad_(False).eval()
     trained = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+    return policy, reference, optimizer
+
+
+def main(config: Config):
+    # ---- settings
+    device = run.start_ranks()
+    rank, world = dist.get_rank(), dist.get_world_size()
+    with run.for_people():
+        check(config, world)
+        stages = ptst.parse(config.stages)
+    total, config.stages = ptst.total_steps(stages), ptst.format_stages(stages)
+    out = Path(config.out or run.default_out("grpo", config.model, config.data))
+    config.out = str(out)
+    toy.resolve(config)
+    before = run.claim(config, HOW_ONLY)
+
+    # ---- data and models
+    processor = packing.Processor(config.model)
+    with run.for_people():
+        records = load_questions(config, processor)
+    policy, reference, optimizer = load_models(config, device)
+    width = policy.hf.config.get_text_config().hidden_size
     engine = make_engine(config, policy, processor, stages, device)
     questions = Questions(records, processor, config, policy, device)
     if config.preflight:
@@ -456,22 +461,18 @@ def main(config: Config):
         how = (config.temperature, config.top_p)
         return engine.generate(prompts, stage.group_size, stage.max_len, seeds, *how)
 
+    # ---- where an earlier try stopped
     start, progress = run.load_checkpoint(out, policy, optimizer)
-    if not ptst.agree(ptst.parse(before.get("stages", stages)), stages, start):
-        raise SystemExit(
-            f"{out} holds {start} steps of --stages {before['stages']}, not of {config.stages}; "
-            "choose another --out, or --no_resume"
-        )
+    with run.for_people():
+        check_schedule(before, stages, start, config)
     ahead = OneStepOff(ask, lambda: engine.sync(policy), total, device)
     if progress and config.async_steps:
         ahead.restore(progress, questions.prompts(start), processor)
     log = run.Log(out, config, start)
-    run.say(f"recipe {config.recipe or '(none)'}: {len(records)} questions, stages {config.stages}")
-    run.say(
-        f"{world} rank(s) on {device.type}; out {out}{f'; resumed after step {start}' * bool(start)}"
-    )
-    if note := ptst.budget_note(stages):
-        run.say(note)
+    resumed = f"; resumed after step {start}" if start else ""
+    run.say(f"recipe {config.recipe or 'none'}: {len(records)} questions, stages {config.stages}")
+    run.say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
+    run.say(ptst.budget_note(stages))
 
     for step in tqdm(range(start, total), initial=start, total=total, disable=rank > 0 or None):
         stage_number, stage = ptst.stage_at(stages, step)  # Eq. 2: L and G of this step
@@ -484,15 +485,13 @@ def main(config: Config):
                 groups = ahead(step)
             else:
                 engine.sync(policy)
-                groups = ask(step)  # (questions of this rank) lists of G Samples
+                groups = ask(step)  # a list of G Samples for each question of this rank
             run.meet()  # one rank may sample much longer than the others
 
         # 3. Rewards: format AND answer (Sec. 3.4). Reshape sample.reward here: all below sees it.
         with timer("reward"):
             for sample in chain(*groups):
-                gold, choices = sample.prompt.record.answer, sample.prompt.record.choices
-                cut = sample.finish == "length"
-                sample.score = reward.score(sample.text, gold, choices, cut, config.format_weight)
+                sample.score = score(sample, config.format_weight)
                 sample.reward = sample.score.reward
 
         # 4. Advantages within each group (Eq. 1).
@@ -502,11 +501,11 @@ def main(config: Config):
             sample.advantage = advantage
 
         # 5. Pack: whole groups change ranks until each rank has nearly the same work.
-        minibatches = []
-        size = len(groups) // config.minibatches
-        for part in [groups[i : i + size] for i in range(0, len(groups), size)]:
+        minibatches, size = [], len(groups) // config.minibatches
+        for first in range(0, len(groups), size):
+            part = groups[first : first + size]
             set_token_weights(part, stage.max_len, config)
-            part = packing.balance(part, width, lambda q, step=step: questions.prompt(step, q))
+            part = packing.balance(part, width, partial(questions.prompt, step))
             samples = list(chain(*part))
             packed = packing.batches(samples, config.micro_tokens, width, processor, device)
             minibatches.append(list(packed))
@@ -531,30 +530,21 @@ def main(config: Config):
                     loss, clipped = policy_loss(logprobs, batch, config)
                     (loss * world).backward()  # FSDP takes the mean over ranks
                     stats.add(batch, logprobs.detach(), entropy, clipped)
-                stats.grad_norm += model.clip_gradients(policy, config.max_grad_norm)
-                stats.updates += 1
+                stats.grad_norms.append(model.clip_gradients(policy, config.max_grad_norm))
                 optimizer.step()
                 optimizer.zero_grad()
 
         # 8. What happened.
-        row = dict(step=step + 1, stage=stage_number, **stage._asdict()) | stats.row(groups)
-        row |= {f"t_{name}": seconds for name, seconds in timer.seconds.items()}
-        row |= dict(
-            lr=learning_rate(step, config), t_total=timer.total(), mem_peak=run.peak_memory()
-        )
-        log.write({name: value for name, value in row.items() if name != "steps"})
+        row = dict(step=step + 1, stage=stage_number, lr=learning_rate(step, config))
+        row |= dict(max_len=stage.max_len, group_size=stage.group_size)
+        row |= stats.row(groups) | timer.row() | dict(mem_peak=run.peak_memory())
+        log.write(row)
         shown = chain(*groups[: config.sample_questions])
-        log.write_samples(
-            [dict(step=step + 1, max_len=stage.max_len) | sample_row(s) for s in shown]
-        )
-        run.say(
-            f"step {step + 1:4d}/{total}  {stage.max_len}x{stage.group_size}  "
-            "reward {reward:.3f}  acc {accuracy:.3f}  format {format_rate:.2f}  len {len_mean:6.1f}  "
-            "cut {truncated:.2f}  kl {kl:.4f}  entropy {entropy:.3f}  {t_total:.2f} s".format(**row)
-        )
+        at = dict(step=step + 1, max_len=stage.max_len)
+        log.write_samples([at | sample.row() for sample in shown])
+        run.say(LINE.format(total=total, **row))
         if (step + 1) % config.save_every == 0 or step + 1 == total:
-            progress = ahead.state()
-            run.save_checkpoint(out, step + 1, policy, optimizer, config.keep, progress)
+            run.save_checkpoint(out, step + 1, policy, optimizer, config.keep, ahead.state())
 
     model.export(policy, processor, out / "final")
     ended = "nothing left to do" if start == total else "done"

@@ -41,6 +41,23 @@ class Sample:
         if self.length < 0:
             self.length = len(self.ids)
 
+    def row(self) -> dict:
+        """The answer as samples.jsonl and the viewer show it."""
+        record, advantage = self.prompt.record, self.advantage
+        return dict(
+            id=record.id,
+            source=record.source,
+            problem=record.problem,
+            answer=record.answer,
+            choices=record.choices,
+            completion=self.text,
+            reward=self.reward,
+            why=self.score.why,
+            advantage=advantage if isinstance(advantage, list) else round(advantage, 4),
+            length=self.length,
+            finish=self.finish,
+        )
+
 
 def make_sample(prompt: Prompt, ids, logprobs, finish: str, processor: Processor) -> Sample:
     """A Sample with its text."""

@@ -156,9 +156,10 @@ def lost_ranks(wait: float = 3.0) -> str:
             reasons.append(f"rank {rank} on {host} is silent (killed, frozen or cut off)")
         elif reason := store.get(f"end/{rank}").decode():
             reasons.append(f"rank {rank} failed ({reason})")
+    why = "; ".join(reasons) or "a connection broke"
     return (
-        f"stopping rank {dist.get_rank()}: {'; '.join(reasons) or 'a connection broke'}. Run the same "
-        "command again, also with another number of ranks: it goes on from what was last saved."
+        f"stopping rank {dist.get_rank()}: {why}. Run the same command again, also with another "
+        "number of ranks: it goes on from what was last saved."
     )
 
 
@@ -173,7 +174,7 @@ def is_main() -> bool:
 
 def say(text: str):
     """Rank 0 prints a line above its progress bars."""
-    if not dist.is_initialized() or is_main():
+    if text and (not dist.is_initialized() or is_main()):
         tqdm.write(text)
 
 
@@ -414,7 +415,7 @@ def read_log(run: str | Path) -> list[dict]:
 
 
 class Timer:
-    """Seconds spent in named parts of a step: `with timer("rollout"): ...` -> timer.seconds."""
+    """Seconds spent in named parts of a step: `with timer("rollout"): ...`."""
 
     def __init__(self, *names: str):
         self.began, self.seconds = time.perf_counter(), dict.fromkeys(names, 0.0)
@@ -425,8 +426,10 @@ class Timer:
         yield
         self.seconds[name] += time.perf_counter() - began
 
-    def total(self) -> float:
-        return time.perf_counter() - self.began
+    def row(self) -> dict[str, float]:
+        """{t_rollout: seconds, ..., t_total: seconds since the timer was made}"""
+        parts = {f"t_{name}": seconds for name, seconds in self.seconds.items()}
+        return parts | {"t_total": time.perf_counter() - self.began}
 
 
 def peak_memory() -> int:
