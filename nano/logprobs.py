@@ -1,30 +1,30 @@
-"""Log-probabilities of tokens straight from hidden states, without the (tokens x vocabulary) tensor.
+"""Log-probabilities straight from hidden states, without the (tokens x vocabulary) tensor.
 
-`token_logprobs` goes over the vocabulary in tiles of columns. Each tile is one matrix product (N, H) x (H, tile) with a
-float32 result, absorbed into four numbers per token before the next tile takes its place:
+`token_logprobs` goes over the vocabulary in tiles of columns. Each tile is one matrix product
+(N, H) x (H, tile) with a float32 result, absorbed into four numbers per token before the next one:
 
     m        the largest logit so far
     s        sum of e^(x - m)               so that  log sum e^x = m + log s
     t        sum of (x - m) e^(x - m)       so that  entropy = log s - t / s
     picked   the logit of the label
 
-When a tile brings a larger maximum m', the sums so far move to it: with a = e^(m - m'), s becomes a s and t becomes
-a (t + (m - m') s). This is the online softmax (Milakov & Gimelshein, arXiv 1805.02867), with t for the entropy; sums of
-(x - m), not of x, keep their digits when logits are in the ten thousands.
+When a tile brings a larger maximum m', the sums so far move to it: with a = e^(m - m'), s becomes
+a s and t becomes a (t + (m - m') s). This is the online softmax (Milakov & Gimelshein, arXiv
+1805.02867) with t for the entropy. Sums of (x - m), not of x, keep their digits when logits are
+large.
 
-The backward pass makes each tile's logits once more instead of keeping them. Since logprob = x[label] - log sum e^x,
+The backward pass makes each tile's logits once more instead of keeping them. Since
+logprob = x[label] - log sum e^x,
 
     d logprob / d x[j] = [j = label] - p[j]
 
-which turns the tile of logits into the tile of their gradient, element by element; two more products carry it on.
-A tile holds all tokens of its columns, so its rows of the weight's gradient are complete after one product (float32
-inside, rounded once): no float32 copy of the whole (V, H) gradient, which tiles of tokens would need. What is
-summed over tiles is the gradient of hidden, (N, H) in float32.
+which turns the tile of logits into the tile of their gradient, and two more products carry it on. A
+tile holds all tokens of its columns, so that its rows of the weight's gradient are complete after
+one product: no float32 copy of the whole (V, H) gradient is needed, only one of hidden's, (N, H).
 
-The products are left to cuBLAS (or the CPU's BLAS). What lies between them would read a tile several times if written
-in torch; on a GPU two Triton kernels do it in one pass each. The price is four products where a pass that keeps its
-logits has three. Left out: a softmax inside the first product's own kernel. It would save a write and a read of the
-logits, about 7 ms in 120 by arithmetic for a 7B head on an H100, if Triton's product were as fast as cuBLAS's.
+The products are left to cuBLAS (or the CPU's BLAS). What lies between them would read a tile many
+times if it were written in torch; on a GPU two Triton kernels do it in one pass each. The price is
+four products where a pass that keeps its logits has three.
 """
 
 import functools
@@ -36,9 +36,7 @@ from torch.distributed.tensor import DTensor
 try:
     import triton
     import triton.language as tl
-except (
-    ImportError
-):  # not on every platform: plain torch does the same, see `absorb` and `to_gradient`
+except ImportError:  # not on every platform; `absorb` and `to_gradient` do the same in plain torch
     triton = None
 
 IGNORE = -100  # a label that asks for nothing, as in torch's cross_entropy
@@ -46,12 +44,15 @@ FLOOR = -1e30  # the logit of a banned id. e^FLOOR is 0, and unlike -inf it surv
 BLOCK = 4096  # logits that one Triton program holds at a time
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # between the products, in plain torch
 
 
 def absorb(logits, first, labels, banned, scale, state):
-    """take the logits (N, w) of columns first..first+w into the state (4, N): m, s, t, picked. overwrites logits"""
+    """Takes the logits (N, w) of columns first..first+w into the state (4, N): m, s, t, picked.
+
+    Overwrites logits.
+    """
     m, s, t, picked = state
     columns = slice(first, first + logits.shape[1])
     if scale != 1.0:
@@ -70,7 +71,10 @@ def absorb(logits, first, labels, banned, scale, state):
 
 
 def to_gradient(logits, first, labels, banned, scale, state, grad, dtype):
-    """logits (N, w) -> d loss / d logits (N, w) in `dtype`, given grad (N,) = d loss / d logprob. overwrites logits"""
+    """Logits (N, w) -> d loss / d logits (N, w) in `dtype`, given grad (N,) = d loss / d logprob.
+
+    Overwrites logits.
+    """
     m, s, _, _ = state
     columns = slice(first, first + logits.shape[1])
     if scale != 1.0:
@@ -86,14 +90,14 @@ def to_gradient(logits, first, labels, banned, scale, state, grad, dtype):
     return logits.to(dtype)
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# the same two steps as Triton kernels: one read of the tile, everything else in registers
+# -------------------------------------------------------------------------------------------------
+# the same two steps as Triton kernels: one read of the tile, all else in registers
 
 if triton is not None:
 
     @triton.jit
     def scaled_logits(logits, row, at, width, banned, first, scale, FLOOR: tl.constexpr):
-        """one row's logits over temperature; banned ids and what lies past the row's end at FLOOR"""
+        """One row's logits over temperature; banned ids and what lies past its end are at FLOOR."""
         x = tl.load(logits + row * width + at, mask=at < width, other=FLOOR)
         dead = tl.load(banned + first + at, mask=at < width, other=1) != 0
         return tl.where(dead, FLOOR, x * scale), dead
@@ -118,9 +122,8 @@ if triton is not None:
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)
             x, dead = scaled_logits(logits, row, at, width, banned, first, scale, FLOOR)
-            picked += tl.sum(
-                tl.where((at == label) & (at < width), x, 0.0)
-            )  # past the end lies the next tile's label
+            here = (at == label) & (at < width)  # past the end lies the next tile's label
+            picked += tl.sum(tl.where(here, x, 0.0))
             top = tl.maximum(m, tl.max(x))
             a = tl.exp(m - top)
             x -= top
@@ -190,34 +193,31 @@ def to_gradient_fused(logits, first, labels, banned, scale, state, grad, dtype):
 
 @functools.cache
 def fused_runs(device):
-    """whether the kernels run on this device; Triton being there is not enough, it also needs a C compiler"""
+    """Whether the kernels run on this device: Triton needs a C compiler too."""
     if triton is None or device.type != "cuda":
         return False
     try:
         zero = torch.zeros(1, 1, device=device)
         absorb_fused(zero, 0, zero.long()[0], zero.bool()[0], 1.0, zero.repeat(4, 1))
     except Exception as error:
-        print(
-            f"token_logprobs: Triton does not run here, plain torch does its work, slower ({error})",
-            flush=True,
-        )
+        print(f"token_logprobs: plain torch instead of Triton, slower ({error})", flush=True)
         return False
     return True
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the products, and the whole
 
 
 def product(a, b):
-    """a @ b with a float32 result: logits rounded to bf16 cost 1e-2 in log-probabilities"""
+    """a @ b with a float32 result: logits rounded to bf16 cost 1e-2 in log-probabilities."""
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()
 
 
 def add_product(total, a, b):
-    """total += a @ b, total in float32"""
+    """Adds a @ b to total, which is float32."""
     if a.is_cuda and a.dtype != torch.float32:
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     else:
@@ -266,7 +266,7 @@ class TokenLogprobs(torch.autograd.Function):
 
 @torch.no_grad()
 def likeliest(hidden, weight, banned, rows=1024):
-    """the most likely id at each position, hidden (N, H), weight (V, H) -> (N,); logits of so many rows at a time"""
+    """The likeliest id at each position, hidden (N, H), weight (V, H) -> (N,); `rows` at a time."""
     out = []
     for part in hidden.split(rows):
         logits = product(part, weight.t())
@@ -276,36 +276,30 @@ def likeliest(hidden, weight, banned, rows=1024):
 
 
 def token_logprobs(hidden, weight, labels, temperature=1.0, banned=None, width=None, fused=None):
-    """log-probability of each label and the entropy of each distribution, softmax(hidden @ weight.T / temperature).
+    """Log-probability of each label, and entropy of softmax(hidden @ weight.T / temperature).
 
-    hidden (N, H), weight (V, H) of the same dtype, labels (N,) -> logprobs (N,), entropy (N,), both float32, in nats.
-    a label of -100 gives 0 and 0 and no gradient; any other outside 0..V-1 is an error. `banned` (K,) ids have
-    probability 0: the policy is the softmax over the tokens that it may sample (as a label, one has log-probability
-    -1e30, near enough to minus infinity). gradients go to hidden and weight; the entropy carries none: no loss here
-    needs it. N may be 0.
+    hidden (N, H), weight (V, H) of the same dtype, labels (N,) -> logprobs (N,), entropy (N,), both
+    float32, in nats; N may be 0. A label of -100 gives 0 and 0 and no gradient; any other outside
+    0..V-1 is an error. `banned` (K,) ids have probability 0: the policy is the softmax over the
+    tokens that it may sample. Gradients go to hidden and weight; the entropy carries none.
 
-    memory: `width` columns of logits at a time; by default 2^27 logits on a GPU (0.5 GiB, and 0.25 more for their
-    bf16 gradient), 2^22 on a CPU, where they then stay near the caches. `fused`: Triton or plain torch, by default
-    Triton where it runs on a GPU.
-    a sharded weight (DTensor) is refused: FSDP2 gathers it inside the forward of the module that owns it, and only
-    its reduction knows that every rank's gradient belongs to other tokens.
+    Memory: `width` columns of logits at a time, by default 2^27 logits on a GPU (0.5 GiB, and 0.25
+    more for their bf16 gradient), 2^22 on a CPU, where they then stay near the caches. `fused`:
+    Triton or plain torch, by default Triton where it runs on a GPU. A sharded weight (DTensor) is
+    refused: FSDP2 gathers it inside the forward of the module that owns it.
     """
     if isinstance(weight, DTensor) or isinstance(hidden, DTensor):
-        raise TypeError(
-            "token_logprobs got a DTensor: call it within the forward of the module that FSDP2 wraps"
-        )
+        raise TypeError("token_logprobs got a DTensor: call it within the FSDP2 module's forward")
     ok = ((labels == IGNORE) | (labels >= 0) & (labels < len(weight))).all()
-    torch._assert_async(
-        ok, f"token_logprobs: a label is neither {IGNORE} nor an id below {len(weight)}"
-    )  # no sync
+    message = f"token_logprobs: a label is neither {IGNORE} nor an id below {len(weight)}"
+    torch._assert_async(ok, message)  # without a wait for the GPU
     mask = torch.zeros(len(weight), dtype=torch.bool, device=hidden.device)
     if banned is not None:
         mask[banned] = True
     if fused is None:
         fused = fused_runs(hidden.device)
-    budget, least = (
-        (2**27, 2048) if hidden.is_cuda else (2**22, 1024)
-    )  # narrower, and summing grad_hidden would cost
+    # In narrower tiles the sums of hidden's gradient would cost too much.
+    budget, least = (2**27, 2048) if hidden.is_cuda else (2**22, 1024)
     width = width or max(least, budget // max(len(hidden), 1) // 256 * 256)
     fused = fused and len(hidden) > 0  # a grid of no programs is an error
     return TokenLogprobs.apply(
