@@ -1,9 +1,10 @@
 #!/usr/bin/env bash
-# Vision-R1 in miniature on a laptop: makes a virtual environment, installs, and runs the toy recipe of all four stages.
+# Vision-R1 in miniature on a laptop: makes a virtual environment, installs, and runs the toy recipe
+# of all four stages. It needs Python 3.10 or newer with venv and pip, and nothing else.
 #   bash speedrun.sh                 finished stages are reused
 #   bash speedrun.sh --fresh         starts the stages over
-#   bash speedrun.sh --install-only  only the environment (tests/run.sh uses it)
-# PYTHON=python3.12 chooses the interpreter. Needs Python >= 3.10 with venv and pip, and nothing else.
+#   bash speedrun.sh --install-only  makes only the environment (tests/run.sh uses it)
+# PYTHON=python3.12 chooses the interpreter.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -38,9 +39,11 @@ torchrun() { OMP_NUM_THREADS=1 .venv/bin/python -m torch.distributed.run --stand
 began=$SECONDS
 stage() { echo; echo "== $1 ($((SECONDS - began)) s so far)"; }
 
-stage "1/4 cold start: modality bridging with scripted teachers behind a local server";  .venv/bin/python cold_start.py --recipe toy
-[ -d runs/toy/sft/final ] || { stage "2/4 SFT -> CI";               torchrun sft.py --recipe toy; }
+stage "1/4 cold start: modality bridging with scripted teachers behind a local server"
+.venv/bin/python cold_start.py --recipe toy
+[ -d runs/toy/sft/final ] || { stage "2/4 SFT -> CI"; torchrun sft.py --recipe toy; }
 [ -d runs/toy/grpo/final ] || { stage "3/4 GRPO under PTST -> Vision-R1"; torchrun grpo.py --recipe toy; }
-.venv/bin/python ptst.py plot runs/toy/grpo
-stage "4/4 evaluation on held-out problems";                        torchrun eval.py --recipe toy
+.venv/bin/python -m tools.plot runs/toy/grpo
+stage "4/4 evaluation on held-out problems"
+torchrun eval.py --recipe toy
 echo; echo "all four stages: $((SECONDS - began)) s; curves: runs/toy/grpo/curves.png; table: runs/toy/eval/table.md"

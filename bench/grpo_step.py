@@ -1,16 +1,20 @@
-"""Benchmark of whole GRPO steps: python bench/grpo_step.py [--size tiny --completion 128 --ragged --rounds 3 --share]
+"""Benchmark of whole GRPO steps.
 
-Ours is `grpo.py` itself on a random Qwen2.5-VL; its log gives seconds of rollout, log-probabilities of the reference and
-update. TRL's GRPOTrainer, when it is installed, runs the same checkpoint, prompts, reward function and settings. They take
-turns, each in a process of its own, one thread on the CPU; seconds are CPU seconds there (the machine may have other work),
-wall seconds stand beside them. Ratios are medians over the rounds.
+  python bench/grpo_step.py [--size tiny --completion 128 --ragged --rounds 3]
+  python bench/grpo_step.py --size 3b --completion 2048 --image-tokens 512 --max_rows 128 \
+                            --activation_checkpointing True     (unknown flags go to grpo.py)
+  python bench/grpo_step.py --share     the worth of encoding image and prompt of a group once
 
-Lengths are a matter of the weights, so that nobody's sampler is changed: one dimension of the residual stream is constant,
-and through it the end token has probability 0 (every completion reaches the limit), or with --ragged the same small one at
-every token, so that the mean length is half the limit. Left out: vLLM, several ranks, published checkpoints.
+Ours is `grpo.py` itself on a random Qwen2.5-VL; its log gives seconds of rollout, log-probabilities
+of the reference and update. TRL's GRPOTrainer, when it is installed, runs the same checkpoint,
+prompts, reward function and settings. They take turns, each in a process of its own, one thread on
+the CPU. Seconds are CPU seconds there, since the machine may have other work; wall seconds stand
+beside them. Ratios are medians over the rounds.
 
-  python bench/grpo_step.py --size 3b --completion 2048 --image-tokens 512 --max_rows 128 --activation_checkpointing True
-  (unknown flags go to grpo.py; --share: instead, the worth of encoding image and prompt of a group once)
+Lengths are a matter of the weights, so that nobody's sampler is changed: one dimension of the
+residual stream is constant, and through it the end token has probability 0 (every completion
+reaches the limit), or with --ragged the same small one at every token, so that the mean length is
+half the limit. Left out: vLLM, several ranks, published checkpoints.
 """
 
 import argparse
@@ -100,12 +104,12 @@ SIZES = {
 }
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the workload
 
 
 def end_probability(limit):
-    """p of a geometric length that is cut at `limit` and has the mean limit / 2"""
+    """p of a geometric length that is cut at `limit` and has the mean limit / 2."""
     low, high = 1e-9, 0.5
     for _ in range(100):
         p = (low + high) / 2
@@ -115,12 +119,12 @@ def end_probability(limit):
 
 @torch.no_grad()
 def set_end_probability(hf, p, end, never):
-    """dimension 0 of the residual stream becomes a constant that rules the head: P(end) = p everywhere, P(never) = 0"""
+    """Dimension 0 of the residual stream becomes a constant that rules the head: P(end) = p
+    everywhere, P(never) = 0."""
     text, width = hf.model.language_model, hf.config.text_config.hidden_size
     table, head = text.embed_tokens.weight, hf.get_output_embeddings().weight
-    table[:, 0] = (
-        100 * table[:, 1:].norm(dim=1).mean()
-    )  # so that after the last norm it is sqrt(width), whatever the token
+    # After the last norm it is then sqrt(width), whatever the token.
+    table[:, 0] = 100 * table[:, 1:].norm(dim=1).mean()
     for layer in text.layers:
         layer.self_attn.o_proj.weight[0] = 0
         layer.mlp.down_proj.weight[0] = 0
@@ -132,7 +136,7 @@ def set_end_probability(hf, p, end, never):
 
 
 def make_workload(folder, size, image_tokens, limit, ragged, questions=QUESTIONS):
-    """a random checkpoint and `questions` problems with one image each, in `folder`"""
+    """A random checkpoint and `questions` problems with one image each, in `folder`."""
     from PIL import Image
     from transformers import (
         PreTrainedTokenizerFast,
@@ -196,10 +200,11 @@ def make_workload(folder, size, image_tokens, limit, ragged, questions=QUESTIONS
         Image.effect_noise((28 * image_tokens // high, 28 * high), 80).convert("RGB").save(
             out, "PNG"
         )
+        task = f"Add the numbers from A1 to {toy.CELLS[1 + i % 8]} ."
         records.append(
             Record(
                 f"q{i}",
-                f"<image>Describe the picture . Okay , Add the numbers from A1 to {toy.CELLS[1 + i % 8]} .",
+                f"<image>Describe the picture . Okay , {task}",
                 str(i),
                 [out.getvalue()],
             )
@@ -208,25 +213,27 @@ def make_workload(folder, size, image_tokens, limit, ragged, questions=QUESTIONS
     return records
 
 
-# -----------------------------------------------------------------------------------------------------------------
-# one process each: {seconds of CPU and wall of every step, of its parts, tokens, peak memory}
+# -------------------------------------------------------------------------------------------------
+# one process each: seconds of CPU and wall of every step, of its parts, tokens, peak memory
 
 clock = time.perf_counter if GPU else time.process_time
 
 
 def ours(args, rest):
-    """grpo.py's own loop; its clock is the one of the CPU"""
+    """grpo.py's own loop; its clock is the one of the CPU."""
     from types import SimpleNamespace
 
     import grpo
     from nano import run
 
     stamps, write = [], run.Log.write
-    run.Log.write = lambda log, row: (
-        stamps.append((clock(), time.perf_counter())),
-        write(log, row),
-    )
-    grpo.time = SimpleNamespace(perf_counter=clock)
+
+    def stamped(log, row):
+        stamps.append((clock(), time.perf_counter()))
+        write(log, row)
+
+    run.Log.write = stamped
+    run.time = SimpleNamespace(perf_counter=clock, sleep=time.sleep)
     out = Path(args.folder) / f"run-{os.getpid()}"
     flags = [
         "--recipe",
@@ -265,7 +272,8 @@ def ours(args, rest):
 
 
 def trl(args, rest):
-    """TRL's GRPOTrainer with the settings that do the same work: no recomputation, no old log-probabilities, Eq. 1's mean"""
+    """TRL's GRPOTrainer with the settings that do the same work: no recomputation, no old
+    log-probabilities, Eq. 1's mean."""
     import datasets
     import trl
     from PIL import Image
@@ -279,9 +287,9 @@ def trl(args, rest):
     import reward
     from nano import data, run
 
-    class Processor(
-        Qwen2_5_VLProcessor
-    ):  # a video processor would need torchvision, and no video is here
+    class Processor(Qwen2_5_VLProcessor):
+        """A video processor would need torchvision, and no video is here."""
+
         def check_argument_for_proper_class(self, *_):
             pass
 
@@ -300,16 +308,11 @@ def trl(args, rest):
             for r in records
         ]
     )
-    judge = lambda completions, answer, **_: [
-        s.reward
-        for s in reward.reward_batch(
-            [c[0]["content"] for c in completions],
-            answer,
-            [None] * len(answer),
-            [False] * len(answer),
-            0.0,
-        )
-    ]
+
+    def judge(completions, answer, **_):
+        texts = [c[0]["content"] for c in completions]
+        return [reward.score(text, gold).reward for text, gold in zip(texts, answer)]
+
     spent = dict(rollout=0.0, logprob=0.0)
 
     class Trainer(trl.GRPOTrainer):
@@ -385,7 +388,8 @@ def trl(args, rest):
 
 
 def share(args, rest):
-    """forward + backward of one group whose rollouts share a Prompt, so image and prompt go through once, and one where they do not"""
+    """Forward + backward of one group whose rollouts share a Prompt, so that image and prompt go
+    through once, and of one where they do not."""
     import copy
 
     import model
@@ -416,15 +420,15 @@ def share(args, rest):
     return {k: statistics.median(v[1:]) for k, v in seconds.items()} | dict(prompt=len(prompt.ids))
 
 
-# -----------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # the table
 
 
 def update_flops(args, length):
-    """of one update, forward + backward, the same for both: what has to be done, each prompt and its image once.
+    """Of one update, forward + backward, the same for both: each prompt and its image once.
 
-    6 x weights per token, 12 x hidden x keys per token and layer for attention, where a response token sees half of its
-    response on the average; recomputation and padding do not count.
+    6 x weights per token, 12 x hidden x keys per token and layer for attention, where a response
+    token sees half of its response on the average. Recomputation and padding do not count.
     """
     text, vision = SIZES[args.size]
     h, kv = (
@@ -450,7 +454,8 @@ def update_flops(args, length):
 
 
 def peak_rate():
-    """FLOP/s: the data sheet's dense bf16 for an H100 or H200, else what a large float32 matrix product reaches here"""
+    """FLOP/s: the data sheet's dense bf16 for an H100 or H200, else what a large float32 matrix
+    product reaches here."""
     if GPU and ("H100" in torch.cuda.get_device_name() or "H200" in torch.cuda.get_device_name()):
         return 989e12
     a, best = torch.randn(2, 1024, 1024), 1e9
@@ -459,6 +464,11 @@ def peak_rate():
         a[0] @ a[1]
         best = min(best, clock() - began)
     return 2 * 1024**3 / best
+
+
+def speed(rows):
+    """Tokens per second."""
+    return sum(r["tokens"] for r in rows) / sum(r["seconds"] for r in rows)
 
 
 def child(name, args, rest, folder):
@@ -529,26 +539,25 @@ def main():
         )
         kind = "ragged" if args.ragged else "fixed"
         unit = "wall" if GPU else "CPU"
-        print(
-            f"{where()}; Qwen2.5-VL {args.size}, random; {args.prompt_tokens} prompt tokens, {args.image_tokens} of them image; {unit} seconds"
-        )
+        print(f"{where()}; Qwen2.5-VL {args.size}, random; {unit} seconds")
+        print(f"{args.prompt_tokens} prompt tokens, {args.image_tokens} of them image")
         if args.share:
             s = child("share", args, rest, folder)
-            print(
-                f"update of {GROUP} rollouts x {args.completion} tokens: image and prompt once {s['one']:.2f} s, per rollout {s['each']:.2f} s, "
-                f"{s['each'] / s['one']:.2f}x"
-            )
+            print(f"update of {GROUP} rollouts x {args.completion} tokens: image and prompt once")
+            print(f"{s['one']:.2f} s, per rollout {s['each']:.2f} s, {s['each'] / s['one']:.2f}x")
             return
         names = ["ours"] if args.no_trl or not importlib.util.find_spec("trl") else ["ours", "trl"]
         print(
-            f"{QUESTIONS} prompts x {GROUP} rollouts, limit {args.completion}, {kind} lengths; medians of {args.rounds} rounds x {args.steps} steps"
+            f"{QUESTIONS} prompts x {GROUP} rollouts, limit {args.completion}, {kind} lengths; "
+            f"medians of {args.rounds} rounds x {args.steps} steps"
         )
         rounds = {name: [] for name in names}
         for _ in range(args.rounds):
             for name in names:
                 rounds[name].append(child(name, args, rest, folder))
         print(
-            "| | s/step | wall | rollout + reward | reference | update | mean length | tokens/s | peak MB | update, of peak FLOP/s |"
+            "| | s/step | wall | rollout + reward | reference | update | mean length | tokens/s "
+            "| peak MB | update, of peak FLOP/s |"
         )
         print("|---|---|---|---|---|---|---|---|---|---|")
         peak = peak_rate()
@@ -564,21 +573,19 @@ def main():
             )
             rate = statistics.median(r["tokens"] / r["seconds"] for r in rows)
             print(
-                f"| {name} | {m['seconds']:.2f} | {m['wall']:.2f} | {m['rollout']:.2f} | {m['logprob']:.2f} | {m['update']:.2f} | "
-                f"{length:.1f} | {rate:.0f} | {m['memory'] / 1e6:.0f} | {mfu:.0%} of {peak / 1e9:.0f} GFLOP/s |"
+                f"| {name} | {m['seconds']:.2f} | {m['wall']:.2f} | {m['rollout']:.2f} "
+                f"| {m['logprob']:.2f} | {m['update']:.2f} | {length:.1f} | {rate:.0f} "
+                f"| {m['memory'] / 1e6:.0f} | {mfu:.0%} of {peak / 1e9:.0f} GFLOP/s |"
             )
         if len(names) > 1:
-            speed = lambda rows: sum(r["tokens"] for r in rows) / sum(r["seconds"] for r in rows)
-            step = [
-                statistics.median(r["seconds"] for r in b)
-                / statistics.median(r["seconds"] for r in a)
-                for a, b in zip(*rounds.values())
-            ]
-            token = [speed(a) / speed(b) for a, b in zip(*rounds.values())]
-            print(
-                f"TRL / ours: {statistics.median(step):.2f}x per step ({', '.join(f'{x:.2f}' for x in step)}), "
-                f"{statistics.median(token):.2f}x per token ({', '.join(f'{x:.2f}' for x in token)})"
-            )
+            step, token = [], []
+            for a, b in zip(*rounds.values()):
+                medians = [statistics.median(r["seconds"] for r in rows) for rows in (a, b)]
+                step.append(medians[1] / medians[0])
+                token.append(speed(a) / speed(b))
+            for what, ratios in (("step", step), ("token", token)):
+                each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+                print(f"TRL / ours: {statistics.median(ratios):.2f}x per {what} ({each})")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,18 @@
-"""Benchmark of token_logprobs: python bench/logprob.py [--tokens N --hidden H --vocab V --repeats 3]
+"""Benchmark of token_logprobs.
 
-Log-probabilities of N tokens, forward and backward. On a CPU: N=4096, H=896, V=151,936 (Qwen2.5-0.5B's head), float32,
-one thread. With a GPU: N=16,384, H=3584, V=152,064 (Qwen2.5-VL-7B's head), bfloat16, and the time of the three matrix
-products alone to compare with. Peers join the table when they are installed (they give no entropy, ours does):
-pip install --no-deps liger-kernel cut-cross-entropy
+  python bench/logprob.py [--tokens N --hidden H --vocab V --repeats 3]
 
-Each run is a process of its own, in turn, so that peaks do not mix; where something is compiled, a second pass is
-timed. Seconds are the CPU's, or with a GPU the wall's. The peak is what was needed on top of the inputs; it counts the
-gradients of hidden and weight, which nobody can avoid, and the column after it does not. The error is the largest of
-log-probabilities and of hidden's gradients against float64 on the first 64 tokens.
+Log-probabilities of N tokens, forward and backward. On a CPU: N=4096, H=896, V=151,936
+(Qwen2.5-0.5B's head), float32, one thread. With a GPU: N=16,384, H=3584, V=152,064 (Qwen2.5-VL-7B's
+head), bfloat16, and the time of the three matrix products alone to compare with. Peers join the
+table when they are installed: pip install --no-deps liger-kernel cut-cross-entropy. They give no
+entropy, ours does.
+
+Each run is a process of its own, in turn, so that peaks do not mix; where something is compiled, a
+second pass is timed. Seconds are the CPU's, or with a GPU the wall's. The peak is what was needed
+on top of the inputs; it counts the gradients of hidden and weight, which nobody can avoid, and the
+column after it does not. The error is the largest of log-probabilities and of hidden's gradients
+against float64 on the first 64 tokens.
 """
 
 import argparse
@@ -39,9 +43,8 @@ def full(hidden, weight, labels):
 def liger(hidden, weight, labels):
     from liger_kernel.chunked_loss.fused_linear_ppo import _ChunkedSelectiveLogProbFunction
 
-    return _ChunkedSelectiveLogProbFunction.apply(
-        hidden, weight, labels, None, 1.0, 4096
-    )  # its own default width
+    width = 4096  # its own default
+    return _ChunkedSelectiveLogProbFunction.apply(hidden, weight, labels, None, 1.0, width)
 
 
 def cut(hidden, weight, labels):
@@ -68,9 +71,8 @@ def inputs(args, dtype, tokens=None):
     torch.manual_seed(0)
     device, kind = ("cuda", torch.bfloat16) if GPU else ("cpu", torch.float32)
     hidden = torch.randn(args.tokens, args.hidden, device=device, dtype=kind)[:tokens]
-    weight = torch.randn(args.vocab, args.hidden, device=device, dtype=kind).mul_(
-        args.hidden**-0.5
-    )  # in place: no copy
+    weight = torch.randn(args.vocab, args.hidden, device=device, dtype=kind)
+    weight.mul_(args.hidden**-0.5)  # in place: no copy
     labels = torch.randint(args.vocab, (args.tokens,), device=device)[:tokens]
     return hidden.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_(), labels
 
@@ -91,7 +93,7 @@ def clock():
 
 
 def measure(name, args):
-    """one method in this process -> seconds, bytes above the inputs, error"""
+    """One method in this process -> seconds, bytes above the inputs, error."""
     torch.set_num_threads(1)
     hidden, weight, labels = inputs(args, torch.bfloat16 if GPU else torch.float32)
     if not GPU:
@@ -117,7 +119,7 @@ def measure(name, args):
 
 @torch.no_grad()
 def products(args):
-    """seconds of the three matrix products that any forward and backward pass needs"""
+    """Seconds of the three matrix products that any forward and backward pass needs."""
     hidden, weight, _ = inputs(args, torch.bfloat16)
     times = []
     for _ in range(args.repeats + 1):
@@ -153,9 +155,8 @@ def main():
                 runs[name].append(json.loads(out.stdout.splitlines()[-1]))
     where = torch.cuda.get_device_name() if GPU else f"{platform.machine()} CPU, one thread"
     kind = "bfloat16" if GPU else "float32"
-    print(
-        f"{where}; N={args.tokens} H={args.hidden} V={args.vocab} {kind}, forward + backward, medians of {args.repeats}"
-    )
+    size = f"N={args.tokens} H={args.hidden} V={args.vocab}"
+    print(f"{where}; {size} {kind}, forward + backward, medians of {args.repeats}")
     floor = products(args) if GPU else None
     if GPU:
         print(f"the three matrix products alone: {floor:.3f} s")
@@ -169,11 +170,11 @@ def main():
     }
     base = medians.get("full logits", dict(seconds=float("nan"), memory=float("nan")))
     for name, r in medians.items():
-        line = f"| {name} | {r['seconds']:.3g} | {r['seconds'] / base['seconds']:.2f} | {r['memory'] / 1e6:.0f} "
-        line += (
-            f"| {r['memory'] / base['memory']:.2f} | {r['extra'] / 1e6:.0f} | {r['error']:.1e} |"
-        )
-        print(line + (f" {r['seconds'] / floor:.2f} |" if GPU else ""))
+        time_ratio, memory_ratio = (r[k] / base[k] for k in ("seconds", "memory"))
+        cells = [name, f"{r['seconds']:.3g}", f"{time_ratio:.2f}", f"{r['memory'] / 1e6:.0f}"]
+        cells += [f"{memory_ratio:.2f}", f"{r['extra'] / 1e6:.0f}", f"{r['error']:.1e}"]
+        cells += [f"{r['seconds'] / floor:.2f}"] if GPU else []
+        print("|", " | ".join(cells), "|")
     for name, why in failed.items():
         print(f"{name}: {why}")
 

@@ -1,8 +1,9 @@
 """Benchmark of sampling: python bench/rollout.py [--size tiny --limits 64,256 --rounds 3]
 
-TorchEngine against transformers' generate, 8 prompts x 16 samples with one image each, temperature 1: all as long as the
-limit, or ragged with half of it as the mean (see grpo_step.py for how the weights make it so). The engines take turns in
-one process, one thread on the CPU; tokens per second count what was sampled up to the end token. Ratios are medians over rounds.
+TorchEngine against transformers' generate, 8 prompts x 16 samples with one image each, temperature
+1: all as long as the limit, or ragged with half of it as the mean (see grpo_step.py for how the
+weights make it so). The engines take turns in one process, one thread on the CPU; tokens per second
+count what was sampled up to the end token. Ratios are medians over rounds.
 """
 
 import argparse
@@ -27,30 +28,29 @@ from nano import data, packing, rollout
 
 
 def engines(policy, processor, prompts, limit, folder):
-    """name -> a function of the round's number that samples once and gives the lengths"""
-    ours = rollout.TorchEngine(model.replica(policy), processor, policy.banned)
+    """Name -> a function of the round's number that samples once and gives the lengths."""
+    ours = rollout.TorchEngine(model.replica(policy), processor)
     ours.sync(policy)
     hf = AutoModelForImageTextToText.from_config(
         copy.deepcopy(policy.hf.config),
         attn_implementation="sdpa",
         dtype=torch.bfloat16 if GPU else torch.float32,
     ).to(policy.banned.device)
-    model.copy_weights(policy, hf)
+    hf.load_state_dict(dict(policy.full_weights()), strict=False)
 
     def torch_engine(engine):
         def sample(number):
             groups = engine.generate(
                 prompts, GROUP, limit, [(number, i) for i in range(len(prompts))]
             )
-            return [len(r.ids) for g in groups for r in g]
+            return [sample.length for group in groups for sample in group]
 
         return sample
 
     def generate(number):
         torch.manual_seed(number)
-        rows = [
-            p for p in prompts for _ in range(GROUP)
-        ]  # all prompts are equally long here: nothing is padded
+        # All prompts are equally long here: nothing is padded.
+        rows = [p for p in prompts for _ in range(GROUP)]
         ids = torch.tensor([p.ids for p in rows], device=policy.banned.device)
         out = hf.generate(
             input_ids=ids,
@@ -70,7 +70,7 @@ def engines(policy, processor, prompts, limit, folder):
         return (ended.cumsum(1) - ended.long() == 0).sum(1).tolist()
 
     found = {"transformers generate": generate, "TorchEngine": torch_engine(ours)}
-    if importlib.util.find_spec("vllm") and importlib.util.find_spec("vllm_engine"):
+    if importlib.util.find_spec("vllm"):
         from nano.vllm_engine import VLLMEngine
 
         vllm = VLLMEngine(folder, processor, len(prompts[0].ids) + limit, policy.banned.device)
@@ -88,12 +88,12 @@ def main():
     parser.add_argument("--image-tokens", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    unit = "wall" if GPU else "CPU"
     print(
-        f"{where()}; Qwen2.5-VL {args.size}, random; {'wall' if GPU else 'CPU'} seconds, medians of {args.rounds} rounds"
+        f"{where()}; Qwen2.5-VL {args.size}, random; {unit} seconds, {args.rounds} rounds, medians"
     )
-    print(
-        "| limit | lengths | engine | s | wall | mean length | tokens/s | of generate's |\n|---|---|---|---|---|---|---|---|"
-    )
+    print("| limit | lengths | engine | s | wall | mean length | tokens/s | of generate's |")
+    print("|---|---|---|---|---|---|---|---|")
     for limit in map(int, args.limits.split(",")):
         for ragged in (False, True):
             with tempfile.TemporaryDirectory() as folder:
@@ -116,11 +116,9 @@ def main():
                 seconds, wall, tokens = map(statistics.median, zip(*rows))
                 rate = statistics.median(t / s for s, _, t in rows)
                 ratio = statistics.median((a[2] / a[0]) / (b[2] / b[0]) for a, b in zip(rows, base))
-                print(
-                    f"| {limit} | {'ragged' if ragged else 'fixed'} | {name} | {seconds:.2f} | {wall:.2f} | "
-                    f"{tokens / len(lengths):.1f} | {rate:.0f} | {ratio:.2f} |",
-                    flush=True,
-                )
+                kind, mean = "ragged" if ragged else "fixed", tokens / len(lengths)
+                cells = (limit, kind, name, f"{seconds:.2f}", f"{wall:.2f}", f"{mean:.1f}")
+                print("|", " | ".join(map(str, cells)), f"| {rate:.0f} | {ratio:.2f} |", flush=True)
 
 
 if __name__ == "__main__":
