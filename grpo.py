@@ -13,7 +13,7 @@ length limit and the group size follow STAGES (Eq. 2). A run that was stopped go
 import copy
 import math
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -210,6 +210,13 @@ def learning_rate(step: int, config: Config) -> float:
 # questions and engine
 
 
+@lru_cache(maxsize=8)
+def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
+    """Every epoch goes through the records in an order of its own."""
+    generator = torch.Generator().manual_seed(seed * 1000 + epoch)
+    return torch.randperm(count, generator=generator).tolist()
+
+
 class Questions:
     """The problems in their order of training, a function of the seed and the step alone."""
 
@@ -217,17 +224,12 @@ class Questions:
         self.records, self.processor, self.config = records, processor, config
         self.policy, self.device = policy, device
         self.mine = range(dist.get_rank(), config.questions, dist.get_world_size())
-        self.orders = {}  # epoch -> a permutation of the records
 
     def record(self, step: int, number: int) -> data.Record:
-        """The record of question `number` of a step; every epoch has an order of its own."""
+        """The record of question `number` of a step."""
         place = step * self.config.questions + number
         epoch, place = divmod(place, len(self.records))
-        if epoch not in self.orders:
-            generator = torch.Generator().manual_seed(self.config.seed * 1000 + epoch)
-            order = torch.randperm(len(self.records), generator=generator).tolist()
-            self.orders = {epoch - 1: self.orders.get(epoch - 1), epoch: order}
-        return self.records[self.orders[epoch][place]]
+        return self.records[epoch_order(len(self.records), self.config.seed, epoch)[place]]
 
     def prompt(self, step: int, number: int) -> packing.Prompt:
         """The question as the model reads it; a frozen vision tower sees its image once a step."""
