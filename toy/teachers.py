@@ -1,0 +1,178 @@
+"""The toy's teachers stand in for the MLLM and DeepSeek-R1, behind an OpenAI-compatible server.
+
+The MLLM knows what can be read in the picture; the reasoner sees no picture at all.
+"""
+
+import asyncio
+import base64
+import functools
+import io
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import threading
+import zlib
+from pathlib import Path
+
+from PIL import Image
+
+from toy.world import CELLS, DIGITS
+
+
+def read_messages(messages: list[dict]) -> tuple[str, list[int] | None]:
+    """OpenAI-style messages -> (all the text, the picture's readable cells or None)."""
+    text, cells = [], None
+    for message in messages:
+        content = message["content"]
+        if isinstance(content, str):
+            content = [{"type": "text", "text": content}]
+        for part in content:
+            if part["type"] == "text":
+                text.append(part["text"])
+            else:
+                png = base64.b64decode(part["image_url"]["url"].split(",", 1)[1])
+                cells = [int(c) for c in Image.open(io.BytesIO(png)).text["cells"].split()]
+    return "\n".join(text), cells
+
+
+class MLLM:
+    """It misreads a digit now and then, and without a pseudo-CoT it leaves cells out (App. B)."""
+
+    misread, forget = 0.005, 0.15  # Rates per cell.
+
+    def chat(self, messages: list[dict]) -> str:
+        text, cells = read_messages(messages)
+        rng = random.Random(zlib.crc32(text.encode()) + sum(c * 7**i for i, c in enumerate(cells)))
+        seen = [rng.randint(1, DIGITS) if c and rng.random() < self.misread else c for c in cells]
+        listed = [f"{name} is {c or 'smudged'}" for name, c in zip(CELLS, seen)]
+        if "description" not in text:  # The first call asks for a caption and a pseudo-CoT.
+            answer = re.search(r"Correct answer: (\d+)", text)[1]
+            level = CELLS.index(re.search(r"from A1 to (\w\d)", text)[1]) + 1
+            reasoning = f"Reasoning : {' , '.join(listed[:level])} . Adding gives {answer} ."
+            return f"Caption : a grid of digits .\n{reasoning}\nFinal Answer: {answer}"
+        if "Reasoning :" not in text:
+            listed = [line for line in listed if rng.random() > self.forget]
+        return f"A 3 by 3 grid of digits . {' , '.join(listed)} ."
+
+
+class Reasoner:
+    """It writes chains as DeepSeek-R1 does, unseeing: it guesses, slips, doubts and looks again.
+
+    Nothing here knows which chains will be kept.
+    """
+
+    slip = 0.003  # Rate per cell of a wrong digit or total.
+    look = 0.7  # How often it works out a smudged digit that it has guessed so far.
+    again = 0.6  # How often it goes one more round after a total, though nothing calls for it.
+    doubt = 0.7  # The share of those rounds that start from a doubted digit.
+    most_rounds = 8
+
+    def chat(self, messages: list[dict]) -> str:
+        text, _ = read_messages(messages)
+        rng = random.Random(zlib.crc32(text.encode()))
+        level = CELLS.index(re.search(r"from A1 to (\w\d)", text)[1]) + 1
+        column = int(re.search(r"column \d is (\d+)", text)[1])
+        told = {name: int(digit) for name, digit in re.findall(r"\b([ABC][123]) is (\d)", text)}
+        # It makes up what it was not told.
+        digits = [told.get(name) or rng.randint(1, DIGITS) for name in CELLS]
+        smudged = re.search(r"([ABC][123]) is smudged", text)
+        guessed = CELLS.index(smudged[1]) if smudged else None
+        words, total = self.scan(digits[:level], rng, guessed)
+        chain = f"Okay , the description shows {words}"
+        for _ in range(self.most_rounds - 1):
+            if guessed is not None and guessed < level and rng.random() < self.look:
+                words, digits[guessed] = self.work_out(digits, guessed, column, rng)
+                guessed = None
+                scan, total = self.scan(digits[:level], rng)
+                chain += f" Hmm , {words} {scan}"
+            elif rng.random() > self.again:
+                break
+            elif rng.random() < self.doubt:
+                cell, other = rng.randrange(level), rng.randint(1, DIGITS)
+                doubted = [*digits[:cell], other, *digits[cell + 1 : level]]
+                words, total = self.scan(doubted, rng, guessed)
+                chain += f" Hmm , maybe {CELLS[cell]} is {other} . {words}"
+            else:
+                words, total = self.scan(digits[:level], rng, guessed)
+                chain += f" Wait , let me check again . {words}"
+        return f"<think> {chain} </think> {total}"
+
+    def scan(self, digits: list[int], rng: random.Random, guessed: int | None = None):
+        """-> (the words "cell digit running total , ...", total). Slips are carried on."""
+        words, total = [], 0
+        for i, (name, digit) in enumerate(zip(CELLS, digits)):
+            if rng.random() < self.slip:
+                digit = rng.randint(1, DIGITS)
+            total += digit
+            if rng.random() < self.slip / 2:
+                total += rng.choice([-1, 1])
+            words.append(f"{name} {'maybe ' * (i == guessed)}{digit} {total}")
+        return f"{' , '.join(words)} . so {total} .", total
+
+    def work_out(self, digits: list[int], cell: int, left: int, rng: random.Random):
+        """The column's total less its other two digits, one by one -> (words, digit)."""
+        words = f"{CELLS[cell]} is not clear . column {cell % 3 + 1} is {left}"
+        for other in range(cell % 3, 9, 3):
+            if other != cell:
+                left -= digits[other] if rng.random() > self.slip else rng.randint(1, DIGITS)
+                left = max(1, left)
+                words += f" , {CELLS[other]} {digits[other]} {left}"
+        return f"{words} . so {CELLS[cell]} is {left} .", left
+
+
+# ---- the server
+
+TEACHERS = {"toy-mllm": MLLM(), "toy-reasoner": Reasoner()}
+
+
+def reply(raw: bytes) -> tuple[str, dict]:
+    """The body of a chat completion request -> (HTTP status, body of the answer)."""
+    asked = json.loads(raw)
+    try:
+        text = TEACHERS[asked["model"]].chat(asked["messages"])
+    except (KeyError, TypeError, ValueError) as error:
+        message = f"not a problem of the toy's world: {error!r}"
+        return "400 Bad Request", {"error": {"message": message}}
+    message = {"role": "assistant", "content": text}
+    choice = {"index": 0, "message": message, "finish_reason": "stop"}
+    usage = {"prompt_tokens": len(raw) // 4, "completion_tokens": len(text.split())}  # Roughly.
+    return "200 OK", {"object": "chat.completion", "choices": [choice], "usage": usage}
+
+
+async def serve_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
+    """POST /v1/chat/completions over HTTP/1.1. A web framework would take longer than a teacher."""
+    try:
+        while head := await reader.readuntil(b"\r\n\r\n"):
+            length = int(re.search(rb"(?i)content-length: *(\d+)", head)[1])
+            status, body = reply(await reader.readexactly(length))
+            raw = json.dumps(body).encode()
+            head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n"
+            writer.write(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
+    except (asyncio.IncompleteReadError, ConnectionError):
+        writer.close()
+
+
+def _end_with_the_starter():
+    sys.stdin.read()  # It returns when whoever started this process is gone.
+    os._exit(0)
+
+
+async def serve():
+    """Prints the server's URL and serves until standard input ends."""
+    server = await asyncio.start_server(serve_connection, "127.0.0.1", 0, backlog=1024)
+    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
+    threading.Thread(target=_end_with_the_starter, daemon=True).start()
+    await server.serve_forever()
+
+
+@functools.cache
+def start_teachers(again: float = Reasoner.again) -> str:
+    """The URL of the teachers, served by a process that ends with this one, however it ends."""
+    command = [sys.executable, "-m", "toy", "teachers", "--again", str(again)]
+    root, pipe = Path(__file__).resolve().parents[1], subprocess.PIPE
+    process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, cwd=root)
+    start_teachers.process = process  # The pipe to it stays open as long as this process lives.
+    return process.stdout.readline().strip()
