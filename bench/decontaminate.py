@@ -89,8 +89,8 @@ def main(args):
         done = subprocess.run(
             [
                 sys.executable,
-                str(ROOT / "cold_start.py"),
-                "decontaminate",
+                "-m",
+                "tools.decontaminate",
                 str(folder / "train.jsonl"),
                 "--against",
                 str(folder / "eval.jsonl"),
@@ -100,6 +100,7 @@ def main(args):
                 str(args.workers),
             ],
             check=True,
+            cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
