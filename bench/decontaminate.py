@@ -1,7 +1,11 @@
-"""Benchmark of `cold_start.py decontaminate`: python bench/decontaminate.py [--train 200000] [--eval 10000] [--workers 2]
+"""Benchmark of tools/decontaminate.py.
 
-Drawn pictures (300 x 200 PNG) with questions of random words; one training record in 200 is a copy of an evaluation record (picture at 80 % and JPEG
-quality 60, one word changed). Prints the time, how many copies were found, how many pairs are false, and the highest memory of the largest process.
+  python bench/decontaminate.py [--train 200000] [--eval 10000] [--workers 2]
+
+The pictures are drawn (300 x 200 PNG), and the questions are random words. One training record in
+200 is a copy of an evaluation record: its picture at 80 % and JPEG quality 60, one word changed. It
+prints the time, how many copies were found, how many pairs are false, and the memory of the largest
+process at its highest.
 """
 
 import argparse
@@ -50,6 +54,10 @@ def drawing(rng, path):
     image.save(path, compress_level=1)
 
 
+def text(rng):
+    return [rng.choice(VOCABULARY) for _ in range(rng.randint(8, 40))]
+
+
 def main(args):
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
@@ -57,9 +65,8 @@ def main(args):
         own = min(args.train, 5000)  # each is decoded and compared as often as it is used, though
         for i in range(args.eval + own):
             drawing(rng, folder / f"{i}.png")
-        text = lambda: [rng.choice(VOCABULARY) for _ in range(rng.randint(8, 40))]
         with open(folder / "eval.jsonl", "w") as f:
-            evals = [text() for _ in range(args.eval)]
+            evals = [text(rng) for _ in range(args.eval)]
             f.writelines(
                 json.dumps(
                     {"id": f"e{i}", "image": f"{i}.png", "problem": " ".join(t), "answer": str(i)}
@@ -73,7 +80,7 @@ def main(args):
                 row = {
                     "id": f"t{i}",
                     "image": f"{args.eval + i % own}.png",
-                    "problem": " ".join(text()),
+                    "problem": " ".join(text(rng)),
                     "answer": str(i),
                 }
                 if i % 200 == 0:
@@ -115,10 +122,11 @@ def main(args):
         }
         false = [p for p in pairs if planted.get(p["train"]["id"]) != int(p["eval"]["id"][1:])]
         print(done.stdout)
-        print(
-            f"{args.train:,} x {args.eval:,} records, {args.workers} workers: {seconds:.0f} s, CPU {used.ru_utime + used.ru_stime:.0f} s; found {len(right)} of {len(planted)} copies "
-            f"({len(right) / len(planted):.1%}), {len(false)} false pairs; largest process {used.ru_maxrss / 1024:.0f} MB"
-        )
+        sizes = f"{args.train:,} x {args.eval:,} records, {args.workers} workers"
+        cpu, memory = used.ru_utime + used.ru_stime, used.ru_maxrss / 1024
+        found = f"{len(right)} of {len(planted)} copies ({len(right) / len(planted):.1%})"
+        print(f"{sizes}: {seconds:.0f} s, CPU {cpu:.0f} s; found {found}, {len(false)} false pairs")
+        print(f"largest process {memory:.0f} MB")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ NAMES = {
 NOTHING = (None, "", [])
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 OURS = {"problem", "conversations", "messages"}  # A row with one of these has our names already.
-TASK = {*OURS, "question", "query"}  # A row without any of these is no problem.
+TASK = {*OURS, *NAMES["problem"]}  # A row without any of these is no problem.
 # What the benchmarks say beside a question. Record.meta keeps it for their rules and reports.
 META = """
     question_type answer_type precision unit task skills category answer_option query query_cot

@@ -1,4 +1,4 @@
-"""decontaminate.py: planted copies of real and of drawn problems are found, disjoint sets give no pair, files keep their layouts."""
+"""tools/decontaminate.py: planted copies are found, disjoint sets give no pair, layouts stay."""
 
 import io
 import json
@@ -80,14 +80,14 @@ def pairs_in(out):
 
 
 def test_planted_copies_of_real_problems_are_found_and_disjoint_sets_give_no_pair(tmp_path, real):
-    """pictures resized and compressed, one word changed: 95 % found; other sources: nothing removed wrongly"""
+    """Pictures resized and compressed, one word changed: 95 % found, and nothing else removed."""
     rng, planted, others = random.Random(0), [], []
     evals = [
         r
         for name in ("mathvision", "mathvista", "chartqa_owid", "scemqa_math", "gaokao_mm_math")
         for r in data.read(real / name, check_images=False)[0][:40]
     ]
-    for i, r in enumerate(evals):
+    for r in evals:
         planted.append(
             Record(
                 f"copy of {r.id}",
@@ -125,9 +125,6 @@ def test_planted_copies_of_real_problems_are_found_and_disjoint_sets_give_no_pai
         for r in planted + others
     }
     assert all(r.images == was[r.id] for r in left)  # the bytes as they were
-    print(
-        f"found {len(hits)} of {len(planted)} planted copies; of {len(others)} others {len(removed & {r.id for r in others})} removed"
-    )
 
 
 @pytest.fixture()
@@ -145,7 +142,10 @@ def world(tmp_path):
                 "answer": str(i),
             }
         )
-    long = "A farmer has a field with a fence around it as in the plan, and walks along all of it at 5 km per hour in 37 minutes; how long is the fence, and what is the cost at 12 per metre?"
+    long = (
+        "A farmer has a field with a fence around it as in the plan, and walks along all of it at "
+        "5 km per hour in 37 minutes; how long is the fence, and what is the cost at 12 per metre?"
+    )
     evals[19]["problem"] = long
 
     def add(id, image, problem, answer):
@@ -169,8 +169,8 @@ def run(folder, file, *flags):
     done = subprocess.run(
         [
             sys.executable,
-            str(ROOT / "cold_start.py"),
-            "decontaminate",
+            "-m",
+            "tools.decontaminate",
             str(file),
             "--against",
             str(folder / "e" / "eval.jsonl"),
@@ -181,6 +181,7 @@ def run(folder, file, *flags):
             *flags,
         ],
         capture_output=True,
+        cwd=ROOT,
         text=True,
         timeout=120,
     )
@@ -223,6 +224,18 @@ def test_every_kind_of_pair_has_its_name_and_the_cleaned_file_its_layout(world):
     assert "shared" not in {r.id for r in data.read(folder / "out" / "train.jsonl")[0]}
 
 
+def test_what_would_be_overwritten_ends_with_one_line(world):
+    folder, train = world
+    (folder / "t" / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in train))
+    command = [sys.executable, "-m", "tools.decontaminate", str(folder / "t" / "train.jsonl")]
+    command += ["--against", str(folder / "e" / "eval.jsonl"), "--workers", "1"]
+    command += ["--out", str(folder / "t")]
+    done = subprocess.run(command, capture_output=True, cwd=ROOT, text=True, timeout=120)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "train.jsonl would overwrite" in done.stderr.splitlines()[-1]
+    assert len((folder / "t" / "train.jsonl").read_text().splitlines()) == len(train)
+
+
 def test_sharegpt_files_stay_sharegpt(world):
     folder, train = world
     rows = [
@@ -249,7 +262,10 @@ def test_sharegpt_files_stay_sharegpt(world):
 
 
 def test_a_text_that_goes_with_many_pictures_is_a_template(tmp_path):
-    text = "Each ring of this puzzle holds some numbers that follow one rule, going round from the top to the left; what is the missing number of the part denoted with a question mark?"
+    text = (
+        "Each ring of this puzzle holds some numbers that follow one rule, going round from the "
+        "top to the left; what is the missing number of the part denoted with a question mark?"
+    )
     for folder, first, n in (("e", 0, 3), ("t", 100, 4)):
         (tmp_path / folder).mkdir()
         data.write_parquet(

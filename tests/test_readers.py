@@ -1,4 +1,4 @@
-"""The readers of data.py: every format under shared/data, and the ways in which such files are broken."""
+"""The readers of nano/data.py: every format under shared/data, and how such files are broken."""
 
 import io
 import json
@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from nano.data import Problems, Record, load_image, read, write_parquet
+from nano.data import NAMES, Problems, Record, load_image, read, write_parquet
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 COLD = SHARED / "formats" / "vision_r1_cold"
@@ -128,7 +128,7 @@ def test_cold_mulberry():
 
 @needs_shared
 def test_cold_llava_has_several_exchanges():
-    """Each question about the picture becomes a record of its own, and the conversation is reported."""
+    """Each question about the picture becomes a record, and the conversation is reported."""
     records, problems = read(COLD / "vision_r1_llava_cot_full.json")
     assert [r.answer for r in records] == ["5.32", "16.55", "Myanmar", "Zambia", "No", "Finland"]
     assert records[1].id == "chartqa-00339007006077-hsc223-turn2"
@@ -188,7 +188,7 @@ def test_benchmark_rows_mean_what_they_say():
 def test_unknown_parquet_columns_are_named(tmp_path):
     pq.write_table(pa.table({"picture": ["a"], "text": ["b"]}), tmp_path / "x.parquet")
     with pytest.raises(
-        ValueError, match="x.parquet: unknown columns picture, text.*images, problem, answer"
+        ValueError, match="x.parquet: unknown fields picture, text.*images, problem, answer"
     ):
         read(tmp_path / "x.parquet")
 
@@ -226,7 +226,8 @@ def test_openai_style_messages_and_jsonl_of_conversations(tmp_path):
         {"role": "user", "content": "2 + 2 = ?"},
         {
             "role": "assistant",
-            "content": "<think>is it <answer>5</answer>?</think><answer> final answer: 4\n</answer>",
+            "content": "<think>is it <answer>5</answer>?</think>"
+            "<answer> final answer: 4\n</answer>",
         },
     ]
     (record,), problems = read(
@@ -288,6 +289,25 @@ def test_row_numbers_run_on_across_row_groups(tmp_path):
     assert len(records) == 999 and only(problems).line == 778 and records[-1].id == "x-1000"
 
 
+def test_every_name_that_data_sets_use_is_ours(tmp_path):
+    (tmp_path / "p.png").write_bytes(png())
+    ours = {"problem": "2 + 2 = ?", "answer": "4", "choices": ["4", "5"], "images": ["p.png"]}
+    ours["id"] = "7"
+    as_text = {"solution": "It is $\\boxed{3}$, no, $\\boxed{4}$.", "label": ["4"]}
+    as_text |= dict.fromkeys(("image", "filename", "file_name", "image_path"), "p.png")
+    for field, others in NAMES.items():
+        for other in others:
+            plain = {"question": ours["problem"]} | {
+                k: v for k, v in ours.items() if k != "problem"
+            }
+            plain.pop("question" if field == "problem" else field)
+            file = jsonl(tmp_path / "x", plain | {other: as_text.get(other, ours[field])})
+            ((record,), _) = read(file, strict=True)
+            assert record.problem == "<image>2 + 2 = ?\nChoices:\n(A) 4\n(B) 5", other
+            assert (record.answer, record.choices, record.id) == ("4", ["4", "5"], "7"), other
+            assert record.images == [str(tmp_path / "p.png")], other
+
+
 # ---- bad rows: reported with file, line and id; the rest goes on
 
 BAD = [
@@ -306,6 +326,7 @@ BAD = [
     ({"id": "bad", "problem": "half a character \ud83d", "answer": "4"}, "wrong type"),
     ({"id": "bad", "problem": {"text": "p"}, "answer": "4"}, "wrong type"),
     ({"id": "bad", "problem": "p", "answer": "4", "choices": "A, B"}, "wrong type"),
+    ({"id": "bad", "question": {"a": "p"}, "answer": "4", "choices": ["A", "B"]}, "wrong type"),
     ({"id": "bad", "problem": "p", "answer": "4", "response": " "}, "empty response"),
     ({"id": "bad", "problem": "p", "answer": "4", "images": [3]}, "wrong type"),
     ({"id": "bad", "problem": "p", "answer": "4", "image": ""}, "wrong type"),
@@ -468,7 +489,7 @@ def cut_parquet(path):
         (b"<!doctype html><title>404</title>", "unknown kind of file, it begins with b'<!doctype"),
         (b"\x1f\x8b\x08\x00zipped", "unknown kind of file"),
         (b"index\timage\tquestion\n", "unknown kind of file"),
-        (b'[{"problem": "p", "answer": "1"}, {"prob', "broken JSON, half downloaded"),
+        (b'[{"problem": "p", "answer": "1"}, {"prob', "broken json of 40 bytes, half downloaded"),
         (b"[]", "no line is a JSON object"),
         (b'{\n  "problem": "p",\n  "answer": "1"\n}\n', "no line is a JSON object"),
         (b'{"step": 1, "reward": 0.5}\n', "unknown fields step, reward"),

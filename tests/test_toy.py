@@ -1,16 +1,22 @@
-"""toy.py: the world follows from its seed, the teachers see only what they should, the shipped base can do what it must."""
+"""toy/: the world follows from its seed, the teachers see what they should, the base works."""
 
 import base64
+import json
 import re
+import subprocess
+import sys
+from types import SimpleNamespace
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, single_rank
 
 import model
 import reward
 import toy
-from nano import packing, rollout
+from nano import data, packing, rollout
 
 
 def messages(text, png=None):
@@ -25,8 +31,11 @@ def test_problems_follow_from_the_seed_and_the_answers_are_right():
     for r in a:
         cells, level = solve(r), toy.CELLS.index(re.search(r"to (\w\d)", r.problem)[1]) + 1
         assert r.answer == str(sum(cells[:level])) and min(cells) >= 1 and max(cells) <= toy.DIGITS
-    smudged = lambda share: sum("smudged" in r.source for r in toy.problems(200, 1, "x", share))
-    assert smudged(0) == 0 and smudged(1) == 200 and 70 < smudged(0.5) < 130
+    smudged = {
+        share: sum("smudged" in r.source for r in toy.problems(200, 1, "x", share))
+        for share in (0, 0.5, 1)
+    }
+    assert smudged[0] == 0 and smudged[1] == 200 and 70 < smudged[0.5] < 130
 
 
 def solve(record):
@@ -44,7 +53,7 @@ def test_the_model_cannot_see_the_truth_in_the_file(tiny):
 
     from PIL import Image
 
-    processor, record = model.Processor(tiny), toy.problems(1, 0, "x")[0]
+    processor, record = packing.Processor(tiny), toy.problems(1, 0, "x")[0]
     out = io.BytesIO()
     Image.open(io.BytesIO(record.images[0])).save(out, "PNG")  # written again, without the chunk
     with_truth = packing.encode(record, processor).pixel_values
@@ -57,11 +66,14 @@ def test_the_model_cannot_see_the_truth_in_the_file(tiny):
 def test_the_description_without_a_pseudo_cot_misses_details():
     """App. B"""
     records = toy.problems(60, 3, "x")
-    told = lambda text: sum(
-        len(re.findall(r"is (?:\d|smudged)", toy.MLLM().chat(messages(text, r.images[0]))))
-        for r in records
-    )
-    assert told("description Reasoning :") == 9 * 60 and told("description") < 0.95 * 9 * 60
+    told = {
+        text: sum(
+            len(re.findall(r"is (?:\d|smudged)", toy.MLLM().chat(messages(text, r.images[0]))))
+            for r in records
+        )
+        for text in ("description Reasoning :", "description")
+    }
+    assert told["description Reasoning :"] == 9 * 60 and told["description"] < 0.95 * 9 * 60
 
 
 def test_the_reasoner_depends_on_the_description_alone_and_thinking_longer_helps_and_hurts():
@@ -108,7 +120,7 @@ def test_the_tokenizer_takes_any_text_and_makes_words_of_the_world_one_token():
 @pytest.fixture(scope="module")
 def base():
     policy, processor = model.load(ROOT / "toy" / "base")
-    return policy, processor, rollout.TorchEngine(policy.hf, processor, policy.banned)
+    return policy, processor, rollout.TorchEngine(policy, processor)
 
 
 def test_the_shipped_base_is_small_and_reads_pictures(base):
@@ -128,7 +140,7 @@ def test_the_shipped_base_is_small_and_reads_pictures(base):
     good = 0
     for r, (x,) in zip(records, groups):
         _, cells = toy.read_messages(messages("", r.images[0]))
-        said = re.findall(r"is (\w+)", processor.tokenizer.decode(x.ids))
+        said = re.findall(r"is (\w+)", x.text)
         good += sum(a == (str(b) if b else "smudged") for a, b in zip(said, cells))
     assert good >= 0.95 * 9 * 16
 
@@ -139,10 +151,41 @@ def test_the_base_answers_tersely_and_knows_the_format_only_when_asked(base):
     for prompt, rate in ((toy.ZERO_PROMPT, 0.9), ("", 0.0)):
         prompts = [packing.encode(r, processor, prompt) for r in records]
         groups = engine.generate(prompts, 1, 60, [(0, i) for i in range(32)])
-        scores = [
-            reward.score(processor.tokenizer.decode(x.ids[:-1]), r.answer)
-            for r, (x,) in zip(records, groups)
-        ]
+        scores = [reward.score(x.text, r.answer) for r, (x,) in zip(records, groups)]
         got = sum(s.format_ok for s in scores) / 32
         assert got >= rate if rate else got == 0
         assert all(len(x.ids) < 20 for (x,) in groups)
+
+
+def test_names_of_the_toy_become_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    single_rank()
+    config = SimpleNamespace(model="toy:base", data="elsewhere.jsonl")
+    toy.resolve(config)
+    assert config.model == str(ROOT / "toy" / "base") and config.data == "elsewhere.jsonl"
+    monkeypatch.setitem(toy.PROBLEMS, "test-problems", 5)
+    assert toy.find("toy:test-problems") == "runs/toy/data/test-problems.parquet"
+    records, problems = data.read("runs/toy/data/test-problems.parquet", strict=True)
+    assert [r.problem for r in records] == [r.problem for r in toy.problems(5, 0, "test")]
+    with pytest.raises(ValueError, match="the toy has no 'bse'; it has base, cold-problems"):
+        toy.find("toy:bse")
+
+
+def test_the_server_of_the_teachers_speaks_http_and_ends_with_its_starter():
+    url = toy.start_teachers(0.2)
+    ask = {"model": "toy-reasoner", "messages": messages("column 1 is 9 from A1 to A2 A1 is 1")}
+    post = Request(f"{url}/chat/completions", json.dumps(ask).encode())
+    reply = json.load(urlopen(post, timeout=20))["choices"][0]
+    assert reply["finish_reason"] == "stop" and "</think>" in reply["message"]["content"]
+    with pytest.raises(HTTPError, match="400"):
+        bad = json.dumps(ask | {"model": "gpt-x"}).encode()
+        urlopen(Request(f"{url}/chat/completions", bad), timeout=20)
+    toy.start_teachers.process.stdin.close()
+    assert toy.start_teachers.process.wait(20) == 0
+    toy.teachers.start_teachers.cache_clear()
+
+
+def test_the_teachers_start_without_torch():
+    code = "import sys, toy, toy.__main__; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "False", done.stderr

@@ -1,11 +1,13 @@
-"""viewer.py: what goes into the page, and the page itself in a headless Chromium (driven over its own pipe, no package needed)."""
+"""tools/viewer.py: what goes into the page, and the page itself in a headless Chromium.
+
+The browser is driven over its own pipe; no package is needed.
+"""
 
 import base64
 import io
 import json
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -24,8 +26,10 @@ BROWSER = (
     shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 )
 HOSTILE = (
-    '</script><script>document.title="owned"</script><!-- <script> <img src=x onerror=\'document.title="owned"\'> '
-    "<style>*{display:none}</style> &lt;b&gt; \u202eevil\u0000 \u2028 \ud800 ${1} `x` </p></main> Wait, wait! awaiting <answer> 7 </answer>"
+    '</script><script>document.title="owned"</script><!-- <script> '
+    "<img src=x onerror='document.title=\"owned\"'> "
+    "<style>*{display:none}</style> &lt;b&gt; \u202eevil\u0000 \u2028 \ud800 ${1} `x` </p></main> "
+    "Wait, wait! awaiting <answer> 7 </answer>"
 )
 
 
@@ -275,27 +279,37 @@ def test_what_is_no_run_ends_with_one_line(tmp_path, make, words):
         viewer.main([str(make(tmp_path))])
 
 
-def test_the_command(tmp_path, monkeypatch, capsys):
+def test_the_command(tmp_path):
     record = toy.problems(1, 0, "v")[0]
-    monkeypatch.setattr(
-        sys, "argv", ["eval.py", "view", str(write(tmp_path, [sample(1, record, 0)], [record]))]
-    )
-    runpy.run_path(str(ROOT / "eval.py"), run_name="__main__")
-    assert f"wrote {tmp_path / 'view.html'}: 1 completions" in capsys.readouterr().out
+    folder = write(tmp_path, [sample(1, record, 0)], [record])
+    command = [sys.executable, "-m", "tools.viewer", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert f"wrote {tmp_path / 'view.html'}: 1 completions" in done.stdout, done.stderr
+
+
+def test_an_advantage_for_each_token_is_shown_by_its_mean(tmp_path):
+    record = toy.problems(1, 0, "v")[0]
+    given = [0.25, [0.5, 0.25, -0.125], [], ["</script>"], [float("nan"), 1.0], {"a": 1}]
+    rows = [sample(1, record, k, advantage=advantage) for k, advantage in enumerate(given)]
+    page, _ = viewer.build(write(tmp_path, rows, [record]))
+    shown = [s[4] for s in page["groups"][0][3]]
+    assert shown == [0.25, round(0.625 / 3, 4), None, None, None, None]
+    assert b"NaN" not in viewer.page(page)
 
 
 # ---- in a browser
 
 
 class Page:
-    """a page in headless Chromium: DevTools messages over its pipe, one JSON text each, with a zero byte after it"""
+    """A page in headless Chromium. DevTools messages go over its pipe: JSON, then a zero byte."""
 
     def __init__(self, folder):
         ours_in, theirs_out = os.pipe()
         theirs_in, ours_out = os.pipe()
 
-        flags = "headless no-sandbox disable-gpu disable-quic no-first-run disable-background-networking"
-        flags += " disable-component-update disable-sync remote-debugging-pipe"  # it reads from 3 and writes to 4
+        # It reads from 3 and writes to 4.
+        flags = "headless no-sandbox disable-gpu disable-quic no-first-run remote-debugging-pipe "
+        flags += "disable-background-networking disable-component-update disable-sync"
         wired = ["bash", "-c", f'exec "$@" 3<&{theirs_in} 4>&{theirs_out}', "bash", BROWSER]
         self.process = subprocess.Popen(
             [
@@ -347,7 +361,7 @@ class Page:
         return answer["result"]
 
     def open(self, path, width=1280, height=800, dark=False):
-        """-> seconds from asking for the page to its load event, by which time its script has drawn it"""
+        """-> seconds from asking for the page to its load event, when its script has drawn it."""
         self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width,
@@ -381,7 +395,7 @@ class Page:
                 )
 
     def faults(self):
-        """requests for anything but the page and its data URIs, errors, refusals of the page's policy"""
+        """-> (requests for anything but the page and its data, errors and refusals of its policy)."""
         urls = [
             e["params"]["request"]["url"]
             for e in self.events
@@ -410,7 +424,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """steps 1 to 6, two sources, groups of 4: in step s the first s - 1 are right (at most 4), of the rest one is cut"""
+    """Steps 1 to 6, two sources, groups of 4. In step s, s - 1 are right, then one is cut."""
     folder, records = tmp_path_factory.mktemp("runs") / "toy", toy.problems(6, 0, "v")
     rows = []
     for step, r in enumerate(records, 1):
@@ -460,7 +474,7 @@ def test_keys_step_through_training_and_filter(browser, trained):
         browser.js(PLACE) == "2 of 2"
         and browser.js("document.getElementById('source').value") == "even"
     )
-    browser.press("s", "s", "a", "o")  # odd: step 3 is the last; every source again; only this step
+    browser.press("s", "s", "a", "o")  # odd (step 3 is the last), every source, only this step
     assert browser.js(PLACE) == "1 of 1" and browser.js("document.getElementById('only').checked")
     browser.press("ArrowRight")
     assert (
@@ -487,29 +501,24 @@ def test_hostile_text_is_text(browser, trained):
         shown.replace("\ud800", "\ufffd") == expected
     )  # nothing lost, what is invisible is spelt out
     assert browser.js("document.querySelectorAll('.said *:not(span):not(mark)').length") == 0
-    assert browser.js(
-        "[...document.querySelectorAll('.said')[1].querySelectorAll('mark')].map(x => x.textContent)"
-    ) == ["Wait", "wait"]
-    assert (
-        browser.js("document.querySelectorAll('.said')[1].querySelector('.final').textContent")
-        == " 7 "
-    )
+    second = "document.querySelectorAll('.said')[1]"
+    marks = browser.js(f"[...{second}.querySelectorAll('mark')].map(x => x.textContent)")
+    assert marks == ["Wait", "wait"]
+    assert browser.js(f"{second}.querySelector('.final').textContent") == " 7 "
     assert browser.faults() == ([], [])
     blocked = browser.js(
-        "new Promise(done => { addEventListener('securitypolicyviolation', e => done(e.effectiveDirective));"
-        "const s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s) })"
+        "new Promise(done => {"
+        "addEventListener('securitypolicyviolation', e => done(e.effectiveDirective));"
+        "const s = document.createElement('script');"
+        "s.textContent = 'document.title = 1'; document.body.append(s) })"
     )
     assert blocked == "script-src-elem"  # if a script did come in, it would not run
 
 
 def test_a_picture_is_drawn_and_a_lost_one_explained(browser, trained, tmp_path):
     browser.open(trained)
-    assert (
-        browser.js(
-            "document.querySelector('.pictures img').decode().then(() => document.querySelector('.pictures img').naturalWidth)"
-        )
-        == 84
-    )
+    image = "document.querySelector('.pictures img')"
+    assert browser.js(f"{image}.decode().then(() => {image}.naturalWidth)") == 84
     record = toy.problems(1, 0, "v")[0]
     folder = write(tmp_path / "lost", [sample(1, record, 0)])
     viewer.main([str(folder)])
@@ -527,18 +536,24 @@ def luminance(colour):
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [400, 1280])
 def test_contrast_and_width(browser, trained, dark, width):
-    """WCAG 2.1 AA: 4.5 to 1 for every text in sight on the colour behind it; and nothing is wider than the window"""
+    """WCAG 2.1 AA: every text in sight has 4.5 to 1 on what is behind it. Nothing is too wide."""
     browser.open(trained, width=width, dark=dark)
     pairs = browser.js("""(() => {
-      const pen = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
-      const rgb = layers => { pen.clearRect(0, 0, 1, 1); for (const c of layers) { pen.fillStyle = c; pen.fillRect(0, 0, 1, 1) } return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3) };
-      const out = [];
-      for (const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT); walk.nextNode();) {
-        const node = walk.currentNode.parentElement;
-        if (!walk.currentNode.data.trim() || !node.checkVisibility() || node.closest('script, option, :disabled')) continue;
+      const canvas = document.createElement('canvas');
+      const pen = canvas.getContext('2d', {willReadFrequently: true});
+      const rgb = layers => {
+        pen.clearRect(0, 0, 1, 1);
+        for (const c of layers) { pen.fillStyle = c; pen.fillRect(0, 0, 1, 1) }
+        return [...pen.getImageData(0, 0, 1, 1).data].slice(0, 3);
+      };
+      const out = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+      while (walk.nextNode()) {
+        const text = walk.currentNode.data.trim(), node = walk.currentNode.parentElement;
+        if (!text || !node.checkVisibility() || node.closest('script, option, :disabled')) continue;
         const layers = [];
-        for (let at = node; at; at = at.parentElement) layers.unshift(getComputedStyle(at).backgroundColor);
-        out.push([walk.currentNode.data.trim().slice(0, 30), rgb(layers), rgb([getComputedStyle(node).color])]);
+        for (let at = node; at; at = at.parentElement)
+          layers.unshift(getComputedStyle(at).backgroundColor);
+        out.push([text.slice(0, 30), rgb(layers), rgb([getComputedStyle(node).color])]);
       }
       return out })()""")
     assert len(pairs) > 40
@@ -547,8 +562,8 @@ def test_contrast_and_width(browser, trained, dark, width):
         assert (high + 0.05) / (low + 0.05) >= 4.5, (text, colours)
     assert browser.js("document.documentElement.scrollWidth") <= width
     assert browser.js(
-        "[...document.querySelectorAll('button, input, select, [role=listbox], canvas')].every(x => x.ariaHidden || x.ariaLabel"
-        " || x.labels?.length || x.textContent.trim())"
+        "[...document.querySelectorAll('button, input, select, [role=listbox], canvas')].every("
+        "x => x.ariaHidden || x.ariaLabel || x.labels?.length || x.textContent.trim())"
     )
 
 

@@ -40,8 +40,7 @@ def resolve(config):
 
     names = config.model, config.data
     if any(name.startswith("toy:") for name in names):
-        on_main_first(lambda: [find(name) for name in names])
-        config.model, config.data = map(find, names)
+        config.model, config.data = on_main_first(lambda: [find(name) for name in names])
 
 
 def find(name: str) -> str:
