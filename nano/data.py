@@ -78,8 +78,7 @@ class Problem(NamedTuple):
 
     def __str__(self):
         where = f"{self.file}:{self.line}" if self.line else self.file
-        detail = f" ({self.detail})" if self.detail else ""
-        return f"{where}: id {self.id or '?'}: {self.kind}{detail}"
+        return f"{where}: id {self.id or '?'}: {self.kind}" + (self.detail and f" ({self.detail})")
 
 
 class Problems(list):
@@ -108,9 +107,6 @@ class BadRow(ValueError):
     """One row cannot be used: BadRow(kind, detail)."""
 
 
-# ---- images
-
-
 @contextmanager
 def opened(image: str | bytes):
     """The PIL image with its header read and its pixels not yet decoded.
@@ -124,9 +120,8 @@ def opened(image: str | bytes):
                 raise ValueError(f"{im.width} x {im.height} pixels, {limit}")
             yield im
     except Exception as error:  # Damaged bytes raise OSError, SyntaxError, struct.error and more.
-        is_file = isinstance(image, str) and os.path.isfile(image)
-        lfs = is_file and Path(image).read_bytes().startswith(LFS)
-        name = image if isinstance(image, str) else f"image of {len(image)} bytes"
+        name = f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image)
+        lfs = os.path.isfile(name) and Path(name).read_bytes().startswith(LFS)
         cause = "a git-lfs pointer; run `git lfs pull`" if lfs else error
         raise ValueError(f"{name}: {cause}") from error
 
@@ -147,19 +142,17 @@ def load_image(image: str | bytes) -> Image.Image:
         return im.convert("RGB")
 
 
-def _check_image(image: str | bytes, look_inside: bool):
-    if isinstance(image, str) and not os.path.isfile(image):
-        raise BadRow("missing image", image)
-    if look_inside:
-        try:
-            with opened(image) as im:
-                if im.format == "JPEG":  # JPEG has no checksum: decode an eighth of its size.
-                    im.draft("RGB", (1, 1))
-                    im.load()
-                else:
-                    im.verify()
-        except ValueError as error:
-            raise BadRow("broken image", str(error)) from error
+def _check_image(image: str | bytes):
+    """BadRow for a picture that is damaged or cut, as far as its file shows."""
+    try:
+        with opened(image) as im:
+            if im.format == "JPEG":  # It has no checksum: decode it at an eighth of its size.
+                im.draft("RGB", (1, 1))
+                im.load()
+            else:
+                im.verify()
+    except ValueError as error:
+        raise BadRow("broken image", str(error)) from error
 
 
 # ---- files -> rows (dicts)
@@ -170,19 +163,17 @@ def _kind(path: Path) -> str:
     with open(path, "rb") as f:
         head = f.read(4096)
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    columns = text.split(b"\n")[0].strip().split(b"\t")
-    if head.startswith(LFS):
+    if text.startswith(LFS):
         advice = "run `git lfs pull`, or download the file itself"
         raise ValueError(f"{path}: a git-lfs pointer instead of the file; {advice}")
     if not text:
         raise ValueError(f"{path}: empty file; {KNOWN}")
-    if {b"question", b"answer"} <= set(columns):
+    if {b"question", b"answer"} <= set(text.split(b"\n")[0].strip().split(b"\t")):
         return "tsv"
-    if text[:1] in b"[{":
-        return "json" if text[:1] == b"[" else "jsonl"
-    if not head.startswith(b"PAR1"):
-        raise ValueError(f"{path}: unknown kind of file, it begins with {head[:24]!r}; {KNOWN}")
-    return "parquet"
+    for start, kind in ((b"[", "json"), (b"{", "jsonl"), (b"PAR1", "parquet")):
+        if text.startswith(start):
+            return kind
+    raise ValueError(f"{path}: unknown kind of file, it begins with {head[:24]!r}; {KNOWN}")
 
 
 def _jsonl(path: Path):
@@ -353,7 +344,7 @@ def _exchanges(row: dict) -> list[dict]:
 def _images(row: dict, folder: Path) -> list[str | bytes]:
     value = row["images"] if row.get("images") is not None else row.get("image")
     images = []
-    for item in [] if value is None else value if isinstance(value, list) else [value]:
+    for item in value if isinstance(value, list) else [] if value is None else [value]:
         if isinstance(item, dict):  # Parquet has {bytes, path}.
             item = item.get("bytes") or item.get("path")
         if not isinstance(item, (str, bytes)) or not item:
@@ -387,10 +378,10 @@ def _members(folder: Path) -> dict[str, tuple[Path, str] | None]:
 
 def _from_zip(folder: Path, name: str) -> bytes | None:
     members = _members(folder)
-    ends = [end for end in _endings(os.path.normpath(name)) if end in members]
-    if not ends or not members[ends[0]]:
+    found = [members[end] for end in _endings(os.path.normpath(name)) if end in members]
+    if not found or not found[0]:
         return None
-    path, member = members[ends[0]]
+    path, member = found[0]
     try:
         with zipfile.ZipFile(path) as z:
             return z.read(member)
@@ -437,8 +428,10 @@ def stream(path: str | Path, problems: Problems, check_images: bool = True):
                     name = id if k == 1 else f"{id}-turn{k}"
                     record = _record(part, file.parent, name)
                     for image in record.images:
-                        if image not in checked:
-                            _check_image(image, check_images)
+                        if isinstance(image, str) and not os.path.isfile(image):
+                            raise BadRow("missing image", image)
+                        if check_images and image not in checked:
+                            _check_image(image)
                     checked.update(image for image in record.images if isinstance(image, str))
                     while record.id in ids:
                         copies[name] += 1
@@ -461,9 +454,6 @@ def read(path: str | Path, strict: bool = False, check_images: bool = True):
     """
     problems = Problems(strict)
     return [record for _, _, record in stream(path, problems, check_images)], problems
-
-
-# ---- records -> files
 
 
 def write_parquet(path: str | Path, records: list[Record]):

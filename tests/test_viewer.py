@@ -395,7 +395,7 @@ class Page:
                 )
 
     def faults(self):
-        """-> (requests for anything but the page and its data, errors and refusals of its policy)."""
+        """-> (requests for anything but the page and its data, errors and refused requests)."""
         urls = [
             e["params"]["request"]["url"]
             for e in self.events

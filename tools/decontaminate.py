@@ -19,7 +19,6 @@ mirrored copies are not found, nor are questions in other words or another langu
 
 import argparse
 import functools
-import hashlib
 import json
 import multiprocessing
 import os
@@ -40,9 +39,8 @@ from tqdm import tqdm
 from nano import data
 
 SIDE, BANDS = 64, 16
-# Chosen on real pictures and copies: bits; levels in any place, in colour and in grey; the worst
-# place : the mean.
-NEAR, COLOUR, WORST, SPREAD = 32, 64, 32, 15
+NEAR = 32  # Bits of the hash. These four were chosen on real pictures and copies.
+COLOUR, WORST, SPREAD = 64, 32, 15  # Levels in any place, colour and grey; worst place : mean.
 LIKE, SAME = 0.4, 0.85  # Overlaps of a like and of the same question.
 LONG, GRAM = 20, 5  # Words in a long question and in a gram of it.
 COMMON = 100  # A gram that so many evaluation questions share tells nothing.
@@ -104,20 +102,16 @@ def shingles(question: str) -> set[str]:
 
 
 def overlap(a: str, b: str) -> float:
-    """The share of the shorter question's 4-letter pieces that the longer one has.
-
-    Options added behind a question change nothing.
-    """
+    """The share of the shorter question's pieces that the longer one has, maybe with options."""
     a, b = shingles(a), shingles(b)
     return len(a & b) / min(len(a), len(b))
 
 
-def grams(question: str) -> set[bytes]:
-    """Hashes of a long question's runs of words; none of a short one's."""
+def grams(question: str) -> list[str]:
+    """A long question's runs of words, each once; a short one has none."""
     found = words(question)
     starts = range(len(found) - GRAM + 1) if len(found) >= LONG else ()
-    runs = (" ".join(found[i : i + GRAM]).encode() for i in starts)
-    return {hashlib.blake2b(run, digest_size=8).digest() for run in runs}
+    return list(dict.fromkeys(" ".join(found[i : i + GRAM]) for i in starts))
 
 
 def conflict(a: str, b: str) -> bool:
@@ -190,35 +184,30 @@ def looks_of(batch: list[tuple]) -> list[tuple]:
     """[(file, row, record)] -> [(file, row, id, problem, answer, looks, what is wrong)]"""
     rows = []
     for file, row, r in batch:
+        looks, wrong = [], ""
         try:
-            looks, wrong = [look(image) for image in r.images], ""
+            looks = [look(image) for image in r.images]
         except ValueError as error:
-            looks, wrong = [], str(error)
+            wrong = str(error)
         rows.append((file, row, r.id, r.problem, r.answer, looks, wrong))
     return rows
 
 
 def pairs_of(batch: list[tuple]) -> list[tuple]:
-    return [
-        (file, row, id, index.pairs(problem, answer, looks), wrong)
-        for file, row, id, problem, answer, looks, wrong in looks_of(batch)
-    ]
+    return [(*row[:3], index.pairs(*row[3:6]), row[6]) for row in looks_of(batch)]
 
 
 def spread(work, items, pool: ProcessPoolExecutor, name: str):
     """Results of work(batch of items) in order. Only a few batches exist at a time."""
     items, jobs = iter(items), deque()
-    bar = tqdm(desc=name, unit=" records", mininterval=1)
-    while True:
-        batch = list(islice(items, BATCH))
-        if batch:
-            jobs.append(pool.submit(work, batch))
-        if not jobs:
-            return bar.close()
-        if not batch or len(jobs) >= AHEAD:
-            results = jobs.popleft().result()
-            bar.update(len(results))
-            yield from results
+    with tqdm(desc=name, unit=" records", mininterval=1) as bar:
+        while (batch := list(islice(items, BATCH))) or jobs:
+            if batch:
+                jobs.append(pool.submit(work, batch))
+            if not batch or len(jobs) == AHEAD:
+                results = jobs.popleft().result()
+                bar.update(len(results))
+                yield from results
 
 
 # ---- the cleaned files
@@ -226,14 +215,14 @@ def spread(work, items, pool: ProcessPoolExecutor, name: str):
 
 def relocate(row: dict, old: Path, new: Path) -> dict:
     """A row whose relative picture paths are to be read from another folder."""
-
-    def move(value):
-        if isinstance(value, list):
-            return [move(v) for v in value]
-        relative = isinstance(value, str) and not os.path.isabs(value)
-        return os.path.relpath(old / value, new) if relative else value
-
-    return row | {key: move(row[key]) for key in ("image", "images") if row.get(key) is not None}
+    row = dict(row)
+    for key in {"image", "images"} & row.keys():
+        images = row[key] if isinstance(row[key], list) else [row[key]]
+        for i, image in enumerate(images := list(images)):
+            if isinstance(image, str) and not os.path.isabs(image):
+                images[i] = os.path.relpath(old / image, new)
+        row[key] = images if isinstance(row[key], list) else images[0]
+    return row
 
 
 def clean(file: Path, rows: set[int], path: Path):
@@ -258,30 +247,6 @@ def clean(file: Path, rows: set[int], path: Path):
             f.write("[\n" + ",\n".join(lines) + "\n]\n")
 
 
-# ---- the check
-
-
-def read_evals(paths: list, problems: data.Problems, pool) -> Index:
-    items = (item for path in paths for item in data.stream(path, problems, check_images=False))
-    records, looks = [], []
-    for file, row, id, problem, answer, seen, wrong in spread(looks_of, items, pool, "evaluation"):
-        records.append((file, row, id, problem, answer))
-        looks.append(seen)
-        if wrong:
-            problems.add("broken image", wrong, file, row, id)
-    return Index(records, looks)
-
-
-def write_report(pairs: list[tuple], records: list[tuple], path: Path):
-    with open(path, "w", encoding="utf-8") as f:
-        for file, row, id, n, kind, distance, share in pairs:
-            places = (file, row, id), records[n][:3]
-            train, other = ({"file": str(file), "row": row, "id": id} for file, row, id in places)
-            line = {"kind": kind, "train": train, "eval": other}
-            line |= {"distance": distance, "overlap": round(share, 3)}
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
 def check(train, against, out, drop_shared_images: bool = False, workers: int | None = None):
     """-> (counts of records and of pairs by kind, evaluation records, Problems, cleaned files).
 
@@ -289,8 +254,15 @@ def check(train, against, out, drop_shared_images: bool = False, workers: int | 
     """
     out, problems, context = Path(out), data.Problems(), multiprocessing.get_context("spawn")
     out.mkdir(parents=True, exist_ok=True)
+    records, looks = [], []
     with ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
-        index = read_evals(against, problems, pool)
+        items = (x for path in against for x in data.stream(path, problems, check_images=False))
+        for *record, seen, wrong in spread(looks_of, items, pool, "evaluation sets"):
+            records.append(tuple(record))
+            looks.append(seen)
+            if wrong:
+                problems.add("broken image", wrong, *record[:3])
+    index = Index(records, looks)
     counts, rows, bad, pairs = Counter(), defaultdict(set), defaultdict(set), []
     by_text = defaultdict(list)
     with ProcessPoolExecutor(workers or os.cpu_count(), context, start, (index,)) as pool:
@@ -307,12 +279,17 @@ def check(train, against, out, drop_shared_images: bool = False, workers: int | 
     for group in by_text.values():  # A text that goes with many pictures is a template.
         kind = "template" if len(group) > 3 else "same question"
         pairs += [(*pair[:4], kind, *pair[5:]) for pair in group]
-    write_report(pairs, index.records, out / "report.jsonl")
     removed = (*REMOVED, "image shared") if drop_shared_images else REMOVED
-    for file, row, _, _, kind, *_ in pairs:
-        counts[kind] += 1
-        if kind in removed:
-            bad[file].add(row)
+    with open(out / "report.jsonl", "w", encoding="utf-8") as f:
+        for file, row, id, n, kind, distance, share in pairs:
+            places = (file, row, id), records[n][:3]
+            ours, other = (dict(file=str(file), row=row, id=id) for file, row, id in places)
+            line = dict(kind=kind, train=ours, eval=other, distance=distance)
+            line["overlap"] = round(share, 3)
+            f.write(json.dumps(line, ensure_ascii=False) + "\n")
+            counts[kind] += 1
+            if kind in removed:
+                bad[file].add(row)
     counts["rows removed"] = sum(map(len, bad.values()))
     names, paths = Counter(file.name for file in rows), []
     for file in rows:
@@ -322,7 +299,7 @@ def check(train, against, out, drop_shared_images: bool = False, workers: int | 
             raise ValueError(f"{path} would overwrite {file}, or another of its name; {advice}")
         clean(file, rows[file] - bad[file], path)
         paths.append(path)
-    return counts, len(index.records), problems, paths
+    return counts, len(records), problems, paths
 
 
 def main(argv: list[str] | None = None):

@@ -50,13 +50,13 @@ def read_rows(path: Path) -> tuple[list[dict], list[str]]:
     for n, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
+            if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in NEEDED):
+                raise TypeError(f"no {', '.join(NEEDED)} in it")
+            rows.append(row)
         except (ValueError, RecursionError):
             wrong.append(f"{path}:{n}: not JSON (the writer was killed, or still writes?)")
-            continue
-        if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in NEEDED):
-            rows.append(row)
-        else:
-            wrong.append(f"{path}:{n}: no {', '.join(NEEDED)} in it")
+        except TypeError as error:
+            wrong.append(f"{path}:{n}: {error}")
     if not rows:
         raise ValueError(f"{path}: no rollouts in it; {wrong[0] if wrong else 'it is empty'}")
     return rows, wrong
@@ -77,12 +77,6 @@ def find_records(source: str) -> tuple[dict, str]:
     return bad | {r.id: r for r in records}, f"its id is not in {source}"
 
 
-def encode(picture, kind: str) -> str:
-    out = BytesIO()
-    picture.save(out, kind, quality=80)
-    return f"data:image/{kind};base64,{base64.b64encode(out.getvalue()).decode()}"
-
-
 def shrink(image: str | bytes, room: int) -> str:
     """A data URI of at most `room` characters. ValueError if that cannot be."""
     picture = data.load_image(image)  # It is upright, RGB, and without what else the file held.
@@ -93,8 +87,12 @@ def shrink(image: str | bytes, room: int) -> str:
         if hopeless or picture.size in sizes:
             continue
         sizes.add(picture.size)
-        # As PNG drawings are small and stay sharp, and photographs are not.
-        png, jpeg = encode(picture, "png"), encode(picture, "jpeg")
+        uris = []
+        for kind in ("png", "jpeg"):  # Drawings stay small and sharp as PNG, and photographs don't.
+            picture.save(out := BytesIO(), kind, quality=80)
+            text = base64.b64encode(out.getvalue()).decode()
+            uris.append(f"data:image/{kind};base64,{text}")
+        png, jpeg = uris
         if min(len(png), len(jpeg)) <= room:
             return png if len(png) <= min(room, 2 * len(jpeg)) else jpeg
     raise ValueError("left out: the page's budget for pictures is spent (--image-mb)")
@@ -126,13 +124,10 @@ def number(value, digits: int = 4):
 
 def match(row: dict, record: data.Record | str) -> tuple[list, str]:
     """-> (a row's pictures, why it has none). `record` may be a reason instead."""
-    if data.MARK not in row["problem"]:
-        return [], ""
-    if isinstance(record, str):
-        return [], record
-    if record.problem != row["problem"]:
-        return [], "another problem has this id now"
-    return record.images, ""
+    if data.MARK not in row["problem"] or isinstance(record, str):
+        return [], record if data.MARK in row["problem"] else ""
+    same = record.problem == row["problem"]
+    return (record.images, "") if same else ([], "another problem has this id now")
 
 
 def pack_problem(row: dict, places: list[tuple], note: str) -> tuple:

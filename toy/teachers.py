@@ -100,7 +100,7 @@ class Reasoner:
                 chain += f" Wait , let me check again . {words}"
         return f"<think> {chain} </think> {total}"
 
-    def scan(self, digits: list[int], rng: random.Random, guessed: int | None = None):
+    def scan(self, digits, rng, guessed=None):
         """-> (the words "cell digit running total , ...", total). Slips are carried on."""
         words, total = [], 0
         for i, (name, digit) in enumerate(zip(CELLS, digits)):
@@ -112,7 +112,7 @@ class Reasoner:
             words.append(f"{name} {'maybe ' * (i == guessed)}{digit} {total}")
         return f"{' , '.join(words)} . so {total} .", total
 
-    def work_out(self, digits: list[int], cell: int, left: int, rng: random.Random):
+    def work_out(self, digits: list[int], cell: int, left: int, rng):
         """The column's total less its other two digits, one by one -> (words, digit)."""
         words = f"{CELLS[cell]} is not clear . column {cell % 3 + 1} is {left}"
         for other in range(cell % 3, 9, 3):
