@@ -1,301 +1,205 @@
-"""From scored answers to numbers: what each benchmark reports, intervals, pass@k, majority votes, tables, paired comparisons.
+"""From scored answers to numbers: what each benchmark reports, intervals, pass@k, majority, tables.
 
-A row is a line of responses.jsonl (eval.py): id, sample, right, given, ...; of a benchmark also bench, tags, meta and fork_right.
-Every interval is a 95 % bootstrap over whole clusters (a question with its samples, a seed with its variants, an image with
-its questions); where all scores agree and a bootstrap has no width, it is Wilson's.
+A row is a line of responses.jsonl (eval.py): id, sample, right, given, ...; with a benchmark also
+bench, tags, meta and fork_right. Every interval is a 95 % bootstrap over whole clusters (a question
+with its samples, a seed with its variants, an image with its questions). Where all scores agree, a
+bootstrap has no width, and the interval is Wilson's.
 """
 
 import json
-import re
 from collections import Counter, defaultdict
 from math import comb
 from pathlib import Path
 
 import numpy as np
 
-# ---- what a benchmark reports -------------------------------------------------------------------------------------------
-
-NAMES = {
-    "geometry reasoning": "GEO",
-    "algebraic reasoning": "ALG",
-    "arithmetic reasoning": "ARI",
-    "logical reasoning": "LOG",
-    "numeric commonsense": "NUM",
-    "scientific reasoning": "SCI",
-    "statistical reasoning": "STA",
-    "figure question answering": "FQA",
-    "geometry problem solving": "GPS",
-    "math word problem": "MWP",
-    "textbook question answering": "TQA",
-    "visual question answering": "VQA",
-}
-TAGS = {
-    "mathvista": ("task", "skills", "source", "grade"),
-    "mathverse": ("problem_version", "subject", "subfield"),
-    "mm-math": ("difficult", "year", "knowledge"),
-    "dynamath": ("subject", "knowledge_level", "level"),
-    "mathvision": ("subject", "level"),
-    "mmstar": ("category",),
-    "chartqa": ("human_or_machine", "split"),
-    "mme": ("category",),
-    "hallusionbench": ("category", "subcategory"),
-}
-VERSIONS = (
-    "Text Dominant",
-    "Text Lite",
-    "Vision Intensive",
-    "Vision Dominant",
-    "Vision Only",
-)  # text only stands beside them
-REASONING = (
-    "code_reasoning",
-    "commonsense_reasoning",
-    "numerical_calculation",
-    "text_translation",
-)  # of MME; the rest is perception
-
-
-def tags(bench, meta):
-    """the subsets that a question belongs to, by the names of the paper's table"""
-    out = []
-    for key in TAGS[bench]:
-        values = meta.get(key)
-        values = (
-            list(values.values())
-            if isinstance(values, dict)
-            else values
-            if isinstance(values, list)
-            else [values]
-        )
-        if (
-            key == "skills" and isinstance(values[0], str) and values[0].startswith("[")
-        ):  # the TSV holds the list as text
-            values = re.findall(r"'([^']+)'", values[0])
-        for v in values:
-            v = (
-                {0: "human", 1: "augmented"}.get(v, v)
-                if key == "human_or_machine"
-                else f"level {v}"
-                if key == "level"
-                else v
-            )
-            out += [NAMES.get(str(v), str(v))] if v not in (None, "", "level None") else []
-    return list(dict.fromkeys(out))
+# The overall score of MathVerse; Text Only stands beside them.
+VERSIONS = ("Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only")
+# The subtasks of MME's cognition score; the rest is perception.
+REASONING = {"code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation"}
 
 
 def place(row):
-    """(category, set, figure, question) of a HallusionBench row, from its fields or from VLMEvalKit's index"""
-    m = row["meta"]
-    if "figure_id" in m:
-        return (
-            f"{m.get('category')}_{m.get('subcategory')}",
-            str(m.get("set_id")),
-            str(m["figure_id"]),
-            str(m.get("question_id")),
-        )
-    return (str(m.get("l2-category", m.get("category"))), *str(m["index"]).split("_")[-3:])
+    """(category, set, figure, question) of a HallusionBench row, or of VLMEvalKit's index."""
+    meta = row["meta"]
+    if "figure_id" not in meta:
+        category = meta.get("l2-category", meta.get("category"))
+        return (str(category), *str(meta["index"]).split("_")[-3:])
+    category = f"{meta.get('category')}_{meta.get('subcategory')}"
+    return (category, *(str(meta.get(key)) for key in ("set_id", "figure_id", "question_id")))
 
 
 def cluster(row):
-    """what a row's score is not independent of: its problem, seed, image or set of figures"""
-    bench, m = row.get("bench"), row.get("meta", {})
+    """What a row's score is not independent of: its problem, seed, image or set of figures."""
+    bench, meta = row.get("bench"), row.get("meta", {})
     if bench == "hallusionbench":
         return "/".join(place(row)[:2])
-    key = {
-        "mathverse": "problem_index",
-        "dynamath": "seed",
-        "mme": "question_id" if "question_id" in m else "image_path",
-    }.get(bench)
-    return str(m.get(key, row["id"]))
+    image = "question_id" if "question_id" in meta else "image_path"
+    key = {"mathverse": "problem_index", "dynamath": "seed", "mme": image}.get(bench)
+    return str(meta.get(key, row["id"]))
 
 
-def metrics(bench, rows, key="right"):
-    """rows -> {metric: [(weight, scores, clusters), ...]}: a metric is the sum of weight x mean(scores) over these groups"""
+def mean(rows, key, weight=1.0):
+    """The part of a metric that is a mean over these rows: (weight, scores, clusters)."""
+    return weight, [float(r[key]) for r in rows], [cluster(r) for r in rows]
 
-    def mean(part, weight=1.0):
-        return weight, [float(r[key]) for r in part], [cluster(r) for r in part]
 
-    def together(unit, part, weight=1.0):
-        """a unit (image, seed, figure) counts when all of its questions are right"""
-        groups = defaultdict(list)
-        for r in part:
-            groups[unit(r), r["sample"]].append(r)
-        return (
-            weight,
-            [float(all(r[key] for r in g)) for g in groups.values()],
-            [cluster(g[0]) for g in groups.values()],
-        )
+def all_right(rows, key, unit, weight=1.0):
+    """The part of a metric where a unit (image, seed, figure) counts when all of it is right."""
+    units = defaultdict(list)
+    for r in rows:
+        units[unit(r), r["sample"]].append(r)
+    scores = [float(all(r[key] for r in part)) for part in units.values()]
+    return weight, scores, [cluster(part[0]) for part in units.values()]
 
+
+def metrics(bench: str, rows: list[dict], key: str = "right") -> dict[str, list]:
+    """{metric: [(weight, scores, clusters), ...]}: a metric is the sum of weight * mean(scores)."""
     by_tag = defaultdict(list)
     for r in rows:
         for tag in r.get("tags", ()):
             by_tag[tag].append(r)
-    if bench == "mme":  # accuracy + accuracy+ of every subtask, each out of 100
-        parts = {
-            c: [mean(part, 100.0), together(cluster, part, 100.0)]
-            for c, part in sorted(by_tag.items())
+    by_tag = dict(sorted(by_tag.items()))
+    if bench == "mme":  # accuracy and accuracy+ (both questions of an image) of every subtask
+        subtasks = {
+            tag: [mean(part, key, 100.0), all_right(part, key, cluster, 100.0)]
+            for tag, part in by_tag.items()
         }
-        named = {
-            "SUM": list(parts),
-            "perception": [c for c in parts if c not in REASONING],
-            "reasoning": [c for c in parts if c in REASONING],
-        }
-        return {
-            k: [group for c in cs for group in parts[c]] for k, cs in named.items() if cs
-        } | parts
-    out = {"ALL": [mean(rows)]}
-    if bench == "mathverse" and (versions := [by_tag[v] for v in VERSIONS if by_tag.get(v)]):
-        out = {"ALL": [mean(part, 1 / len(versions)) for part in versions]}
+        sums = {"SUM": [], "perception": [], "reasoning": []}
+        for tag, parts in subtasks.items():
+            sums["SUM"] += parts
+            sums["reasoning" if tag in REASONING else "perception"] += parts
+        return {k: parts for k, parts in sums.items() if parts} | subtasks
+    found = {"ALL": [mean(rows, key)]}
+    if bench == "mathverse" and (versions := [by_tag[v] for v in VERSIONS if v in by_tag]):
+        found = {"ALL": [mean(part, key, 1 / len(versions)) for part in versions]}
     if bench == "dynamath":
-        out = {"average": [mean(rows)], "worst case": [together(cluster, rows)]}
+        found = {"average": [mean(rows, key)], "worst case": [all_right(rows, key, cluster)]}
     if bench == "hallusionbench":
-        shown = [
-            r for r in rows if not (place(r)[0].startswith("VS") and place(r)[2] == "0")
-        ]  # VS, figure 0: no figure at all
+        # Figure 0 of category VS is no figure at all.
+        figures = [r for r in rows if not (place(r)[0].startswith("VS") and place(r)[2] == "0")]
         parts = {
-            "aAcc": mean(rows),
-            "fAcc": together(lambda r: place(r)[:3], shown),
-            "qAcc": together(lambda r: (*place(r)[:2], place(r)[3]), rows),
+            "aAcc": mean(rows, key),
+            "fAcc": all_right(figures, key, lambda r: place(r)[:3]),
+            "qAcc": all_right(rows, key, lambda r: (*place(r)[:2], place(r)[3])),
         }
-        parts = {k: g for k, g in parts.items() if g[1]}
-        out = {"mean": [(1 / len(parts), *g[1:]) for g in parts.values()]} | {
-            k: [g] for k, g in parts.items()
-        }
-    return out | {tag: [mean(part)] for tag, part in sorted(by_tag.items())}
-
-
-# ---- statistics -----------------------------------------------------------------------------------------------------------
+        parts = {k: part for k, part in parts.items() if part[1]}
+        found = {"mean": [(1 / len(parts), *part[1:]) for part in parts.values()]}
+        found |= {k: [part] for k, part in parts.items()}
+    return found | {tag: [mean(part, key)] for tag, part in by_tag.items()}
 
 
 def bootstrap(scores, clusters, seed=0, draws=2000):
-    """means of resamples (draws,): clusters are drawn with replacement, what is in one stays together"""
+    """(draws,) means of resamples: clusters are drawn with replacement, each as a whole."""
     _, number = np.unique(clusters, return_inverse=True)
     total, count = np.bincount(number, scores), np.bincount(number)  # (Q,)
     picks = np.random.default_rng(seed).integers(len(total), size=(draws, len(total)))
     return total[picks].sum(1) / count[picks].sum(1)
 
 
-def wilson(right, n, z=1.959964):
-    """Wilson's 95 % interval of a proportion"""
-    centre, half = (
-        (right / n + z * z / 2 / n),
-        z * np.sqrt(right / n * (1 - right / n) / n + z * z / 4 / n / n),
-    )
-    return [
-        max(0.0, float((centre - half) / (1 + z * z / n))),
-        min(1.0, float((centre + half) / (1 + z * z / n))),
-    ]
+def wilson(right: float, n: int, z: float = 1.959964) -> list[float]:
+    """Wilson's 95 % interval of a proportion."""
+    p = right / n
+    centre = p + z * z / 2 / n
+    half = z * np.sqrt(p * (1 - p) / n + z * z / 4 / n / n)
+    low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+    return [max(0.0, float(low)), min(1.0, float(high))]
 
 
-def estimate(groups):
-    """[(weight, scores, clusters), ...] -> {value, low, high, n}; groups are drawn with one seed each, independently"""
-    value = sum(weight * np.mean(scores) for weight, scores, _ in groups)
-    spread = sum(
-        weight * bootstrap(scores, clusters, seed)
-        for seed, (weight, scores, clusters) in enumerate(groups)
-    )
+def estimate(parts: list[tuple]) -> dict[str, float]:
+    """{value, low, high, n} of a metric; each part is resampled with a seed of its own."""
+    value, spread, agree = 0.0, 0.0, True
+    for seed, (weight, scores, clusters) in enumerate(parts):
+        value += weight * np.mean(scores)
+        spread = spread + weight * bootstrap(scores, clusters, seed)
+        agree &= len(set(scores)) == 1
     low, high = np.quantile(spread, [0.025, 0.975])
-    if all(len(set(scores)) == 1 for _, scores, _ in groups):
-        n = len({c for _, _, clusters in groups for c in clusters})
-        ends = [wilson(np.mean(scores) * n, n) for _, scores, _ in groups]
-        low, high = (sum(g[0] * e[i] for g, e in zip(groups, ends)) for i in (0, 1))
-    return dict(
-        value=float(value), low=float(low), high=float(high), n=sum(len(g[1]) for g in groups)
-    )
+    if agree:
+        n = len({c for _, _, clusters in parts for c in clusters})
+        ends = [(weight, wilson(np.mean(scores) * n, n)) for weight, scores, _ in parts]
+        low, high = (sum(weight * end[i] for weight, end in ends) for i in (0, 1))
+    n = sum(len(scores) for _, scores, _ in parts)
+    return dict(value=float(value), low=float(low), high=float(high), n=n)
 
 
-def pass_at_k(n, right, k):
-    """unbiased: the chance that k of the n samples, drawn without replacement, hold a right one (Chen et al. 2021)"""
+def pass_at_k(n: int, right: int, k: int) -> float:
+    """The chance that k of n samples, drawn without replacement, hold a right one (Chen et al.)."""
     return 1 - comb(n - right, k) / comb(n, k)
 
 
-def majority(rows):
-    """is the answer that most samples of one question give right? the first of several as frequent; no answer has no vote"""
-    votes = Counter(str(r["given"]).strip().lower() for r in rows if r["given"] is not None)
-    best = votes.most_common(1)[0][0] if votes else None
-    return any(
-        r["right"]
-        for r in rows
-        if r["given"] is not None and str(r["given"]).strip().lower() == best
-    )
+def majority(rows: list[dict]) -> bool:
+    """Is the most frequent answer right? No answer has no vote; the first of several wins."""
+    votes = [(str(r["given"]).strip().lower(), r["right"]) for r in rows if r["given"] is not None]
+    counts = Counter(answer for answer, _ in votes)
+    return (max(counts, key=counts.get, default=None), True) in votes
 
 
 def by_question(rows):
     questions = defaultdict(list)
     for r in rows:
-        if not r.get("resampled"):
-            questions[r["id"]].append(r)
+        questions[r["id"]].append(r)
     return questions
 
 
-def summarize(rows):
-    """responses -> accuracy with its interval, mean length (tokens), format rate, share cut at the limit, pass@k, majority"""
-    rows = [r for r in rows if not r.get("resampled")]
-    right = np.array([float(r["right"]) for r in rows])
-    mean = lambda key: float(np.mean([r[key] for r in rows]))
-    e = estimate([(1.0, right, [cluster(r) for r in rows])])
-    out = dict(
-        n=len(rows),
-        accuracy=e["value"],
-        low=e["low"],
-        high=e["high"],
-        length=mean("length"),
-        format_rate=mean("format_ok"),
-        truncated=float(np.mean([r["finish"] == "length" for r in rows])),
-    )
+def counted(rows):
+    """The rows without the further draws, which only the rules of the paper's fork count."""
+    return [r for r in rows if not r.get("resampled")]
+
+
+def summarize(rows: list[dict]) -> dict:
+    """Accuracy with its interval, mean length in tokens, rates, and pass@k of several samples."""
+    rows = counted(rows)
+    found = estimate([mean(rows, "right")])
+    summary = dict(n=len(rows), accuracy=found["value"], low=found["low"], high=found["high"])
+    summary["length"] = float(np.mean([r["length"] for r in rows]))
+    summary["format_rate"] = float(np.mean([r["format_ok"] for r in rows]))
+    summary["truncated"] = float(np.mean([r["finish"] == "length" for r in rows]))
     questions = by_question(rows).values()
     n = min(map(len, questions))
     if n > 1:
-        ks = sorted({*(2**i for i in range(1, n.bit_length()) if 2**i <= n), n})
-        out["pass@k"] = {
-            k: float(np.mean([pass_at_k(len(q), sum(r["right"] for r in q), k) for q in questions]))
-            for k in ks
-        }
-        out["majority"] = float(np.mean([majority(q) for q in questions]))
-    return out
+        summary["pass@k"] = {}
+        for k in sorted({*(2**i for i in range(1, n.bit_length())), n}):
+            chances = [pass_at_k(len(q), sum(r["right"] for r in q), k) for q in questions]
+            summary["pass@k"][k] = float(np.mean(chances))
+        summary["majority"] = float(np.mean([majority(q) for q in questions]))
+    return summary
 
 
 def fork_rows(rows):
-    """one row per question as the paper's fork keeps it: the first of at most five draws that closes its answer"""
-    questions = defaultdict(list)
-    for r in rows:
-        questions[r["id"]].append(r)
-    return [
-        next((r for r in q[:5] if "</answer>" in r["completion"]), q[:5][-1]) | {"sample": 0}
-        for q in questions.values()
-    ]
+    """The row of a question that the paper's fork keeps: of five draws the first that is closed."""
+    kept = []
+    for draws in by_question(rows).values():
+        closed = [r for r in draws[:5] if "</answer>" in r["completion"]]
+        kept.append((closed or draws[:5][-1:])[0] | {"sample": 0})
+    return kept
 
 
-def bench_report(bench, rows, full):
-    """all that is said about one benchmark; `full`: its number of questions when complete"""
-    plain = [r for r in rows if not r.get("resampled")]
-    kept = fork_rows(rows)
-    return summarize(rows) | dict(
-        questions=len(by_question(rows)),
-        full=full,
-        strict={k: estimate(g) for k, g in metrics(bench, plain).items()},
-        fork={k: estimate(g) for k, g in metrics(bench, kept, "fork_right").items()},
-        training=float(np.mean([r["training_right"] for r in plain])),
-        undecided=dict(
-            strict=sum(not r["decided"] for r in plain),
-            fork=sum(not r["fork_decided"] for r in kept),
-        ),
-        judged=dict(
-            strict=sum("judged" in r for r in plain), fork=sum("fork_judged" in r for r in kept)
-        ),
-        resampled=sum(bool(r.get("resampled")) for r in rows),
-        interval="95 % bootstrap over clusters; Wilson where all scores agree",
-    )
+def bench_report(bench: str, rows: list[dict], full: int) -> dict:
+    """All that is said about one benchmark; `full` is its number of questions when complete."""
+    plain, kept = counted(rows), fork_rows(rows)
+    report = summarize(rows) | dict(questions=len(kept), full=full, undecided={}, judged={})
+    report["training"] = float(np.mean([r["training_right"] for r in plain]))
+    report["resampled"] = len(rows) - len(plain)
+    for how, which, part in (("strict", "", plain), ("fork", "fork_", kept)):
+        found = metrics(bench, part, f"{which}right")
+        report[how] = {metric: estimate(groups) for metric, groups in found.items()}
+        report["undecided"][how] = sum(not r[f"{which}decided"] for r in part)
+        report["judged"][how] = sum(f"{which}judged" in r for r in part)
+    return report
 
 
-# ---- tables ---------------------------------------------------------------------------------------------------------------
+def read_run(path: str | Path) -> list[dict]:
+    """The rows of a run of eval.py: its folder, or a file in the form of responses.jsonl."""
+    path = Path(path) / "responses.jsonl" if Path(path).is_dir() else Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a run of eval.py has a responses.jsonl")
+    with open(path, encoding="utf-8") as f:
+        return [json.loads(line) for line in f if line.strip()]
 
-# Table 1 and Table 2 of the paper (arXiv 2503.06749v4)
+
+# Tables 1 and 2 of the paper (arXiv 2503.06749v4): where each column comes from, and its rows.
 COLUMNS = {
-    "GEO": ("mathvista", "GEO"),
-    "ALG": ("mathvista", "ALG"),
-    "GPS": ("mathvista", "GPS"),
-    "MWP": ("mathvista", "MWP"),
+    **{task: ("mathvista", task) for task in ("GEO", "ALG", "GPS", "MWP")},
     "MathVista": ("mathvista", "ALL"),
     "MathVerse": ("mathverse", "ALL"),
     "MM-Math": ("mm-math", "ALL"),
@@ -305,182 +209,88 @@ COLUMNS = {
     "MME": ("mme", "SUM"),
     "HallBench": ("hallusionbench", "mean"),
 }
+LLAMA = [None, None, None, None, 62.7, 27.1, 26.1, None, 61.4, 83.9, 2190, 49.5]
 PAPER = {
     "Qwen2.5-VL-7B (Table 1)": [66.9, 68.7, 66.8, 76.9, 68.1, 46.7, 34.1, 50.7],
     "Vision-R1-7B (Table 1)": [80.3, 79.0, 83.2, 80.6, 73.5, 52.4, 40.2, 56.3],
     "Vision-R1-32B (Table 1)": [85.8, 82.6, 88.0, 78.5, 76.4, 62.1, 55.3, 65.6],
     "Vision-R1-72B (Table 1)": [88.3, 86.8, 89.4, 79.6, 78.2, 63.2, 59.3, 66.4],
-    "Vision-R1-LlamaV-CI-11B (Table 2)": [
-        None,
-        None,
-        None,
-        None,
-        62.7,
-        27.1,
-        26.1,
-        None,
-        61.4,
-        83.9,
-        2190,
-        49.5,
-    ],
+    "Vision-R1-LlamaV-CI-11B (Table 2)": LLAMA,
 }
 
 
-def table(reports):
-    """[(name, summary)] -> lines of a Markdown table"""
-    more = [k for k in ("pass@k", "majority") if any(k in s for _, s in reports)]
-    lines = [
-        "| | accuracy % (95 % interval) | mean length | format % | cut % | answers |"
-        + "".join(f" {k} |" for k in more)
-    ]
-    lines.append("|---" * (6 + len(more)) + "|")
+def markdown(*rows):
+    """A Markdown table from rows of cells, the header first."""
+    lines = ["|" + "".join(f" {c} |" if c != "" else " |" for c in row) for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def percent(x):
+    return f"{100 * x:.1f}"
+
+
+def cell(found, bench="", value="value"):
+    """A metric with its interval; MME's scores are points and no shares."""
+    if not found:
+        return ""
+    numbers = [found[key] * (1 if bench == "mme" else 100) for key in (value, "low", "high")]
+    return "{:.1f} ({:.1f} - {:.1f})".format(*numbers)
+
+
+def facts(s):
+    """What is said about a summary beside its accuracy, by name."""
+    found = {"mean length": f"{s['length']:.1f}", "format %": percent(s["format_rate"])}
+    found |= {"cut %": percent(s["truncated"]), "answers": s["n"]}
+    if "pass@k" in s:
+        found["pass@k"] = ", ".join(f"{k}: {percent(v)}" for k, v in s["pass@k"].items())
+        found["majority"] = percent(s["majority"])
+    return found
+
+
+def table(reports: list[tuple[str, dict]]) -> str:
+    """A Markdown table of (name, summary)."""
+    columns = dict.fromkeys(column for _, s in reports for column in facts(s))
+    rows = [["", "accuracy % (95 % interval)", *columns]]
     for name, s in reports:
-        cells = [
-            ", ".join(f"{k}: {100 * v:.1f}" for k, v in s["pass@k"].items())
-            if k == "pass@k"
-            else f"{100 * s[k]:.1f}"
-            for k in more
-            if k in s
-        ]
-        lines.append(
-            f"| {name} | {100 * s['accuracy']:.1f} ({100 * s['low']:.1f} - {100 * s['high']:.1f}) | {s['length']:.1f} | "
-            f"{100 * s['format_rate']:.1f} | {100 * s['truncated']:.1f} | {s['n']} |"
-            + "".join(f" {c} |" for c in cells)
-        )
-    return "\n".join(lines)
+        cells = [facts(s).get(column, "") for column in columns]
+        rows.append([name, cell(s, value="accuracy"), *cells])
+    return markdown(*rows)
 
 
 def paper_table(name, report):
-    """the paper's table: its own rows, ours by the strict score, ours by the rules of its evaluation"""
-    columns = {c: at for c, at in COLUMNS.items() if at[0] in report}
-    lines = ["| % | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
-    for row, values in PAPER.items():
-        cells = dict(zip(COLUMNS, values))
-        if any(cells.get(c) is not None for c in columns):
-            lines.append(
-                f"| {row} | "
-                + " | ".join("" if cells.get(c) is None else str(cells[c]) for c in columns)
-                + " |"
-            )
-    for how, words in (
-        ("strict", "strict: format required"),
-        ("fork", "the paper's rules"),
-    ):
-        cells = [report[bench][how].get(metric) for bench, metric in columns.values()]
-        lines.append(
-            f"| {name}, {words} | "
-            + " | ".join(cell(bench, e) for (bench, _), e in zip(columns.values(), cells))
-            + " |"
-        )
-    return "\n".join(lines)
+    """The paper's own rows, then ours by the strict score and by the rules of its evaluation."""
+    columns = {column: at for column, at in COLUMNS.items() if at[0] in report}
+    rows = [["%", *columns]]
+    for model, values in PAPER.items():
+        values = dict(zip(COLUMNS, values))
+        cells = ["" if values.get(c) is None else values[c] for c in columns]
+        rows += [[model, *cells]] if any(cells) else []
+    for how, words in (("strict", "strict: format required"), ("fork", "the paper's rules")):
+        cells = [cell(report[bench][how].get(metric), bench) for bench, metric in columns.values()]
+        rows.append([f"{name}, {words}", *cells])
+    return markdown(*rows)
 
 
-def cell(bench, e):
-    scale = 1 if bench == "mme" else 100
-    return (
-        ""
-        if e is None
-        else f"{scale * e['value']:.1f} ({scale * e['low']:.1f} - {scale * e['high']:.1f})"
-    )
-
-
-def bench_tables(name, report, titles):
-    """Markdown for people: the paper's table, then every benchmark with its subsets"""
+def bench_tables(name: str, report: dict, titles: dict[str, str]) -> str:
+    """Markdown for people: the paper's table, then every benchmark with its subsets."""
     text = [paper_table(name, report), ""]
     for bench, s in report.items():
+        undecided, judged = s["undecided"], s["judged"]
         text.append(
-            f"## {titles[bench]}: {s['questions']} of {s['full']} questions, {s['n']} answers\n"
+            f"## {titles[bench]}: {s['questions']} of {s['full']} questions\n\n"
+            f"{', '.join(f'{name} {value}' for name, value in facts(s).items())}; "
+            f"by the training reward {percent(s['training'])} %. "
+            f"Undecided by rule: {undecided['strict']} strict, {undecided['fork']} fork; "
+            f"judged: {judged['strict']} and {judged['fork']}; "
+            f"resampled draws: {s['resampled']}.\n"
         )
-        more = "".join(f", pass@{k} {100 * v:.1f} %" for k, v in s.get("pass@k", {}).items())
-        more += f", majority vote {100 * s['majority']:.1f} %" if "majority" in s else ""
-        text.append(
-            f"mean length {s['length']:.1f} tokens, format {100 * s['format_rate']:.1f} %, cut {100 * s['truncated']:.1f} %{more}; "
-            f"by the training reward {100 * s['training']:.1f} %. Undecided by rule: {s['undecided']['strict']} strict, {s['undecided']['fork']} "
-            f"fork; judged: {s['judged']['strict']} and {s['judged']['fork']}; resampled draws: {s['resampled']}.\n"
-        )
-        text += ["| | strict | the paper's rules | n |", "|---|---|---|---|"]
-        for metric, e in s["strict"].items():
-            text.append(
-                f"| {metric} | {cell(bench, e)} | {cell(bench, s['fork'].get(metric))} | {e['n']} |"
-            )
-        text.append("")
-    return "\n".join(
-        text
-        + [
-            "Intervals: 95 %, bootstrap over questions with all that belongs to them; Wilson's where all scores agree."
-        ]
+        rows = [["", "strict", "the paper's rules", "n"]]
+        for metric, strict in s["strict"].items():
+            fork = cell(s["fork"].get(metric), bench)
+            rows.append([metric, cell(strict, bench), fork, strict["n"]])
+        text += [markdown(*rows), ""]
+    text.append(
+        "Intervals: 95 %, bootstrap over questions with all that belongs to them; "
+        "Wilson's where all scores agree."
     )
-
-
-# ---- two runs on the same questions -----------------------------------------------------------------------------------------
-
-
-def mcnemar(only_a, only_b):
-    """exact two-sided p of McNemar's test: of the questions that just one of two gets right, so many by each"""
-    n = only_a + only_b
-    return (
-        min(1.0, 2 * sum(comb(n, i) for i in range(min(only_a, only_b) + 1)) / 2**n) if n else 1.0
-    )
-
-
-def compare(rows_a, rows_b, key="right"):
-    """paired difference of accuracy, B - A, over the questions of both: {n, a, b, difference, low, high, p, test}"""
-    a, b = by_question(rows_a), by_question(rows_b)
-    same = [id for id in a if id in b]
-    if not same:
-        raise ValueError("the two runs have no question in common")
-    x, y = (np.array([np.mean([r[key] for r in rows[id]]) for id in same]) for rows in (a, b))
-    groups = [str(cluster(a[id][0])) for id in same]
-    spread = bootstrap(y - x, groups)
-    low, high = np.quantile(spread, [0.025, 0.975])
-    if len(set(groups)) == len(groups) and {*x, *y} <= {0.0, 1.0}:
-        test, p = "McNemar, exact", mcnemar(int((x > y).sum()), int((y > x).sum()))
-    else:  # several samples, or questions that belong together
-        test, p = (
-            "paired bootstrap",
-            min(1.0, 2 * max(min(np.mean(spread <= 0), np.mean(spread >= 0)), 1 / len(spread))),
-        )
-    return dict(
-        n=len(same),
-        a=float(x.mean()),
-        b=float(y.mean()),
-        difference=float((y - x).mean()),
-        low=float(low),
-        high=float(high),
-        p=float(p),
-        test=test,
-    )
-
-
-def read_run(path):
-    path = Path(path) / "responses.jsonl" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a run of eval.py has a responses.jsonl")
-    return [json.loads(line) for line in open(path, encoding="utf-8") if line.strip()]
-
-
-def compare_runs(path_a, path_b):
-    """prints, for every benchmark that two runs share, the paired difference B - A with its interval and p"""
-    runs = [read_run(p) for p in (path_a, path_b)]
-    benches = dict.fromkeys(r.get("bench", "all") for r in runs[0])
-    lines = ["| | n | A % | B % | B - A (95 %) | p | test |", "|---|---|---|---|---|---|---|"]
-    for bench in benches:
-        a, b = ([r for r in rows if r.get("bench", "all") == bench] for rows in runs)
-        if not b:
-            continue
-        for key, words in [("right", bench), ("fork_right", f"{bench}, the paper's rules")][
-            : 1 if bench == "all" else 2
-        ]:
-            pair = (a, b) if key == "right" else (fork_rows(a), fork_rows(b))
-            pair = (
-                [[r | {"resampled": False} for r in rows] for rows in pair]
-                if key != "right"
-                else pair
-            )
-            c = compare(*pair, key)
-            lines.append(
-                f"| {words} | {c['n']} | {100 * c['a']:.1f} | {100 * c['b']:.1f} | {100 * c['difference']:+.1f} "
-                f"({100 * c['low']:+.1f} to {100 * c['high']:+.1f}) | {c['p']:.2g} | {c['test']} |"
-            )
-    print(f"A: {path_a}\nB: {path_b}\n" + "\n".join(lines))
+    return "\n".join(text)

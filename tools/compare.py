@@ -1,0 +1,74 @@
+"""Two runs of eval.py on the same questions: paired differences with a significance test.
+
+python -m tools.compare RUN_A RUN_B      two folders of eval.py, or files like responses.jsonl
+"""
+
+import sys
+from math import comb
+
+import numpy as np
+
+from benchmarks.report import (
+    bootstrap,
+    by_question,
+    cluster,
+    counted,
+    fork_rows,
+    markdown,
+    percent,
+    read_run,
+)
+from nano import run
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """The exact two-sided p of McNemar's test: so many questions are right in just one of two."""
+    n = only_a + only_b
+    tail = sum(comb(n, i) for i in range(min(only_a, only_b) + 1))
+    return min(1.0, 2 * tail / 2**n)
+
+
+def compare(rows_a: list[dict], rows_b: list[dict], key: str = "right") -> dict:
+    """The paired difference of accuracy, B - A, over the questions of both, with interval and p."""
+    a, b = by_question(rows_a), by_question(rows_b)
+    same = [id for id in a if id in b]
+    if not same:
+        raise ValueError("the two runs have no question in common")
+    x, y = (np.array([np.mean([r[key] for r in rows[id]]) for id in same]) for rows in (a, b))
+    clusters = [str(cluster(a[id][0])) for id in same]
+    spread = bootstrap(y - x, clusters)
+    low, high = np.quantile(spread, [0.025, 0.975])
+    if len(set(clusters)) == len(clusters) and {*x, *y} <= {0.0, 1.0}:
+        test, p = "McNemar, exact", mcnemar(int((x > y).sum()), int((y > x).sum()))
+    else:  # There are several samples, or questions that belong together.
+        beyond = min(np.mean(spread <= 0), np.mean(spread >= 0))
+        test, p = "paired bootstrap", min(1.0, 2 * max(beyond, 1 / len(spread)))
+    numbers = dict(a=x.mean(), b=y.mean(), difference=(y - x).mean(), low=low, high=high, p=p)
+    return dict(n=len(same), test=test) | {k: float(v) for k, v in numbers.items()}
+
+
+def compare_runs(path_a, path_b) -> str:
+    """A Markdown table: for every benchmark of both runs the difference by both rules."""
+    runs = [read_run(path) for path in (path_a, path_b)]
+    lines = [["", "n", "A %", "B %", "B - A (95 %)", "p", "test"]]
+    for bench in dict.fromkeys(r.get("bench", "all") for r in runs[0]):
+        pair = [[r for r in rows if r.get("bench", "all") == bench] for rows in runs]
+        if not pair[1]:
+            continue
+        found = {bench: compare(*map(counted, pair))}
+        if bench != "all":
+            kept = map(fork_rows, pair)
+            found[f"{bench}, the paper's rules"] = compare(*kept, "fork_right")
+        for words, c in found.items():
+            shares = [percent(c["a"]), percent(c["b"])]
+            ends = [100 * c[key] for key in ("difference", "low", "high")]
+            interval = "{:+.1f} ({:+.1f} to {:+.1f})".format(*ends)
+            lines.append([words, c["n"], *shares, interval, f"{c['p']:.2g}", c["test"]])
+    return f"A: {path_a}\nB: {path_b}\n{markdown(*lines)}"
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit("usage: python -m tools.compare RUN_A RUN_B")
+    with run.for_people():
+        print(compare_runs(*sys.argv[1:]))
