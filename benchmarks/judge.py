@@ -46,10 +46,11 @@ async def ask_all(config, jobs, journal) -> Counter:
     settings = dict(judge_url=config.judge_url, judge_model=config.judge_model, judge_tokens=16)
     settings |= dict(temperature=0, top_p=1, backoff=1, retries=4, concurrency=CALLS)
     server = Server("judge", SimpleNamespace(**settings), journal, Counter())
+    head = dict(model=config.judge_model, max_tokens=16, temperature=0)
     failed, gate = Counter(), asyncio.Semaphore(CALLS)
 
     async def one(name, prompt, more):
-        body = {**server.settings, "messages": [{"role": "user", "content": prompt}]}
+        body = {**head, "messages": [{"role": "user", "content": prompt}]}
         try:
             async with gate:
                 call = server.call("judge", json.dumps(body).encode())
@@ -85,7 +86,8 @@ def ask(config, rows: list[dict], say) -> list[tuple[int, str, bool]]:
     failed = asyncio.run(ask_all(config, jobs, journal))
     journal, verdicts = Journal(path), []
     for (i, which), name in names.items():
-        first = (journal.get(name) or {"text": ""})["text"].strip()[:1]
+        text = (journal.get(name) or {"text": ""})["text"]
+        first = text.rpartition("</think>")[2].strip()[:1]
         if first in ("0", "1"):
             verdicts.append((i, which, first == "1"))
     trouble = "".join(f"; {n} x {wrong}" for wrong, n in failed.items())

@@ -1,4 +1,4 @@
-"""eval.py: the interval against a closed form, a stopped run against an uninterrupted one."""
+"""eval.py: the interval in closed form, a stopped run against an uninterrupted one, servers."""
 
 import json
 import os
@@ -7,8 +7,7 @@ import subprocess
 import sys
 import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
-from types import SimpleNamespace
+from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 
 import numpy as np
 import pytest
@@ -18,10 +17,11 @@ from test_benchmarks import layouts
 
 import eval as evaluation
 import toy
-from benchmarks import judge as llm_judge
-from benchmarks import report
-from nano.data import write_parquet
-from nano.rollout import Rollout
+from benchmarks import judge, report, rules
+from nano.data import Record, write_parquet
+from nano.rollout import Sample
+from tools.agree import agree
+from tools.compare import compare_runs
 
 
 def run_eval(out, problem_file, ranks=1, **flags):
@@ -127,7 +127,7 @@ def test_real_problems(real, tiny, tmp_path):
     assert json.loads((tmp_path / "report.json").read_text())["all"]["n"] == 30
 
 
-# ---- benchmarks, end to end with a tiny random model ---------------------------------------------------------------------------
+# ---- benchmarks, end to end with a tiny random model
 
 
 def evaluate(out, tiny, **flags):
@@ -147,7 +147,7 @@ def test_every_benchmark_runs_end_to_end(tiny, tmp_path, real):
     out = evaluate(
         tmp_path / "out", tiny, bench=",".join(f"{k}={v}" for k, v in places.items()), limit=2
     )
-    assert set(out) == set(evaluation.benchmarks.BENCHMARKS) == set(places)
+    assert set(out) == set(rules.BENCHMARKS) == set(places)
     rows = report.read_run(tmp_path / "out")
     for name, s in out.items():
         assert (
@@ -169,9 +169,7 @@ def test_every_benchmark_runs_end_to_end(tiny, tmp_path, real):
         assert not any("</answer>" in r["completion"] for r in draws[:-1]) and [
             r["sample"] for r in draws
         ] == list(range(len(draws)))
-    text = report.bench_tables(
-        "tiny", out, {k: b.title for k, b in evaluation.benchmarks.BENCHMARKS.items()}
-    )
+    text = report.bench_tables("tiny", out, {k: b.title for k, b in rules.BENCHMARKS.items()})
     assert (
         "| Vision-R1-7B (Table 1) | 80.3 | 79.0 | 83.2 | 80.6 | 73.5 | 52.4 | 40.2 | 56.3 |" in text
     )
@@ -274,7 +272,7 @@ def test_a_killed_run_goes_on_to_the_same_report(tiny, tmp_path, real):
 )
 def test_strict_needs_the_format_and_the_papers_rules_do_not(text, format_ok, strict, fork):
     meta = dict(bench="mathvista", tags=["GEO"], question_type="multi_choice", query="long")
-    record = evaluation.data.Record(
+    record = Record(
         "mathvista-3",
         "<image>?",
         "145°",
@@ -283,8 +281,7 @@ def test_strict_needs_the_format_and_the_papers_rules_do_not(text, format_ok, st
         choices=["135°", "140°", "145°"],
         meta=meta,
     )
-    tokens = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids: text))
-    row = evaluation.answer(record, 0, Rollout([1, 2], [0, 0], "stop"), tokens)
+    row = evaluation.answer(record, 0, Sample(None, [1, 2], [0, 0], "stop", text))
     assert (
         (row["format_ok"], row["right"], row["fork_right"]) == (format_ok, strict, fork)
         and row["why"]
@@ -358,7 +355,7 @@ def test_only_the_undecided_go_to_the_judge_and_only_once(tmp_path, monkeypatch)
         out=str(tmp_path), judge_url=f"http://127.0.0.1:{server.server_port}/v1"
     )
     said = []
-    got = llm_judge.ask(config, rows, said.append)
+    got = judge.ask(config, rows, said.append)
     assert sorted(got) == [
         (1, "", True),
         (1, "fork_", True),
@@ -371,11 +368,11 @@ def test_only_the_undecided_go_to_the_judge_and_only_once(tmp_path, monkeypatch)
     )
     kept = (tmp_path / "judge.jsonl").read_text()
     assert "secret-1" not in kept and '"id": "q1"' in kept and '"which": "fork_"' in kept
-    assert sorted(llm_judge.ask(config, rows, said.append)) == sorted(got) and len(Judge.asked) == 4
+    assert sorted(judge.ask(config, rows, said.append)) == sorted(got) and len(Judge.asked) == 4
     server.shutdown()
 
 
-def test_compare_and_agree_from_the_command_line(tmp_path, capsys):
+def test_compare_and_agree(tmp_path):
     for name, n in (("a", 10), ("b", 16)):
         (tmp_path / name).mkdir()
         rows = [
@@ -385,11 +382,8 @@ def test_compare_and_agree_from_the_command_line(tmp_path, capsys):
         (tmp_path / name / "responses.jsonl").write_text(
             "".join(json.dumps(r) + "\n" for r in rows)
         )
-    report.compare_runs(tmp_path / "a", tmp_path / "b")
-    assert (
-        "| all | 20 | 50.0 | 80.0 | +30.0 (" in (out := capsys.readouterr().out)
-        and "| 0.031 | McNemar, exact |" in out
-    )
+    out = compare_runs(tmp_path / "a", tmp_path / "b")
+    assert "| all | 20 | 50.0 | 80.0 | +30.0 (" in out and "| 0.031 | McNemar, exact |" in out
     released = [
         dict(
             item_id="mathvista-3",
@@ -402,9 +396,98 @@ def test_compare_and_agree_from_the_command_line(tmp_path, capsys):
         for c in (True, False)
     ]
     (tmp_path / "released.jsonl").write_text("".join(json.dumps(r) + "\n" for r in released))
-    evaluation.agree(tmp_path / "released.jsonl")
-    out = capsys.readouterr().out
+    out = agree(tmp_path / "released.jsonl")
     assert (
         out.count("50.00% judged as officially") == 2
         and out.count("mathvista-3 (): right by us") == 2
     )
+
+
+@pytest.mark.parametrize("word", ["compare", "agree", "view"])
+def test_the_old_commands_say_where_they_went(word):
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "eval.py"), word, "x"], capture_output=True, text=True
+    )
+    tool = "viewer" if word == "view" else word
+    assert done.returncode == 2 and f"python -m tools.{tool}" in done.stderr
+
+
+# ---- a model behind an OpenAI-compatible server
+
+
+class Model(BaseHTTPRequestHandler):
+    """Every second seed gets a closed answer, the others are cut at the limit."""
+
+    asked = []
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.asked.append(body)
+        closed = body["seed"] % 2
+        text = "<think>a</think><answer>C</answer>" if closed else "<think>I see"
+        choice = dict(index=0, finish_reason="stop" if closed else "length")
+        choice["message"] = dict(role="assistant", content=text)
+        reply = dict(choices=[choice], usage=dict(prompt_tokens=9, completion_tokens=len(text)))
+        reply = json.dumps(reply).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(reply)))
+        self.end_headers()
+        self.wfile.write(reply)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_a_model_behind_a_server_needs_no_processor_and_is_scored_alike(tmp_path, real):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Model)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Model.asked.clear()
+    single_rank()
+    config = evaluation.Config(
+        model="no/such-model",
+        engine="http",
+        url=f"http://127.0.0.1:{server.server_port}/v1",
+        bench=f"mathvista={real / 'formats' / 'mathvista'}",
+        limit=8,
+        system_prompt="Think.",
+        out=str(tmp_path),
+    )
+    found = evaluation.evaluate(config, torch.device("cpu"))["mathvista"]
+    server.shutdown()
+    rows = report.read_run(tmp_path)
+    assert len(rows) == len(Model.asked) > 8 and found["questions"] == found["n"] == 8
+    for row in rows:
+        assert row["length"] == len(row["completion"]) and row["format_ok"] == (
+            row["finish"] == "stop"
+        )
+        # An open answer is drawn again, a closed one is the last.
+        closed = "</answer>" in row["completion"]
+        assert closed == ("more" not in row) or row["sample"] == 4
+    for body in Model.asked:
+        assert body["model"] == "no/such-model" and body["max_tokens"] == 16384
+        assert (body["temperature"], body["top_p"]) == (0.6, 0.95)
+        system, user = body["messages"]
+        assert system["content"] == "Think." and user["content"][0]["type"] == "image_url"
+    assert len({body["seed"] for body in Model.asked}) == len(Model.asked)
+
+
+def test_a_judge_that_wants_another_key_ends_the_run_with_one_line(tmp_path, monkeypatch):
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("JUDGE_API_KEY", "secret-1")
+    url = f"http://127.0.0.1:{server.server_port}/v1"
+    row = dict(bench="mathvista", id="q", sample=0, problem="Which?", answer="4", completion="4?")
+    row |= dict(format_ok=False, decided=True, fork_decided=False)
+    with pytest.raises(ValueError, match="wrong key.*JUDGE_API_KEY.*all answers are kept") as error:
+        judge.ask(evaluation.Config(out=str(tmp_path), judge_url=url), [row], print)
+    assert "secret-1" not in str(error.value)
+    server.shutdown()
+
+
+class Refusing(Model):
+    def do_POST(self):
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(401)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
