@@ -16,6 +16,8 @@ import json
 import zlib
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +41,7 @@ class Config:
     recipe: str = "toy"
     out: str = ""  # folder of the run; "" = named after model and data
     model: str = ""  # a Hugging Face folder or hub name; toy:all = the toy's three models
-    bench: str = ""  # benchmarks from the hub by name, or NAME=FOLDER or NAME=FILE, with commas
+    bench: str = ""  # NAME from the hub, NAME=FOLDER or NAME=FILE, with commas
     data: str = ""  # instead: problems, any format of nano/data.py, or toy:NAME
     name: str = ""  # in the table; "" = the model's folder
     strict: bool = False  # stop at the first bad record instead of reporting it
@@ -55,8 +57,8 @@ class Config:
     judge_url: str = ""  # OpenAI-compatible server for what the rules leave undecided
     judge_model: str = "gpt-4o-mini"  # the paper's
     # memory and speed
-    engine: str = "torch"  # torch: nano/rollout.py; vllm: one per rank; http: the servers at --url
-    url: str = ""  # OpenAI-compatible servers of the model, with commas
+    engine: str = "torch"  # torch; vllm: one per rank, in this process; http: servers at --url
+    url: str = ""  # of OpenAI-compatible servers, with commas
     max_rows: int = 256  # sequences that one rank decodes at a time
     vllm_memory: float = 0.9  # share of a GPU that vLLM may take: nothing else is there
     vllm_tp: int = 1  # neighbouring ranks that share one vLLM (tensor parallel)
@@ -91,7 +93,7 @@ def check(config: Config):
 
 
 def make_engine(config: Config, device):
-    """(engine, processor); a server makes tokens of a question itself: no processor is needed."""
+    """(engine, processor); a server needs no processor here."""
     if config.engine == "http":
         return HTTPEngine(config.url, config.model, config.system_prompt), None
     if config.engine == "torch":
@@ -107,7 +109,7 @@ def make_engine(config: Config, device):
 
 
 def questions(config: Config, processor) -> list[data.Record]:
-    """The records of --bench or --data whose prompts fit; what is wrong with the others is said."""
+    """The records whose prompts fit; what is wrong with the others is said."""
     records, problems = [], data.Problems(config.strict)
     if config.data:
         records, problems = data.read(config.data, strict=config.strict)
@@ -145,37 +147,29 @@ def answer(record: data.Record, number: int, sample: Sample) -> dict:
     return row
 
 
-def ask(engine, processor, config: Config, records, numbers: list[int]) -> list[list[dict]]:
+def ask(engine, encode, config: Config, records, numbers: list[int]) -> list[list[dict]]:
     """The rows of each question: its samples, then what the paper's evaluation draws once more."""
-    rows = [[] for _ in records]
-    todo, attempt = list(range(len(records))), 0
+    rows, todo, attempt = [[] for _ in records], list(range(len(records))), 0
     # Ranks that share a vLLM ask together, as long as one of them has a question.
     while run.all_max(len(todo)) if config.vllm_tp > 1 else todo:
-        some = [records[i] for i in todo]
-        if processor:
-            prompts = [packing.encode(r, processor, config.system_prompt) for r in some]
-        else:
-            prompts = [engine.prompt(record) for record in some]
+        prompts = [encode(records[i]) for i in todo]
         # A later draw is seeded by its attempt: it does not depend on who else needed one.
         seeds = [(config.seed, attempt, numbers[i]) for i in todo]
-        group_size = 1 if attempt else config.samples
         sampling = (config.max_len, seeds, config.temperature, config.top_p)
-        groups = engine.generate(prompts, group_size, *sampling)
+        groups = engine.generate(prompts, 1 if attempt else config.samples, *sampling)
+        again = []
         for i, group in zip(todo, groups):
             for sample in group:
                 row = answer(records[i], len(rows[i]), sample)
                 rows[i].append(row | ({"resampled": True} if attempt else {}))
-        attempt += 1
-        again = todo if config.bench and config.temperature > 0 else []
-        todo = [i for i in again if len(rows[i]) < DRAWS and not closed(rows[i])]
+            closed = any("</answer>" in row["completion"] for row in rows[i])
+            if config.bench and config.temperature > 0 and len(rows[i]) < DRAWS and not closed:
+                again.append(i)
+        todo, attempt = again, attempt + 1
     for group in rows:
         for left, row in enumerate(reversed(group[:-1]), 1):
             row["more"] = left  # lines of this question that follow
     return rows
-
-
-def closed(rows: list[dict]) -> bool:
-    return any("</answer>" in row["completion"] for row in rows)
 
 
 def read_responses(path: Path) -> list[dict]:
@@ -204,6 +198,8 @@ def evaluate(config: Config, device) -> dict:
     with run.for_people():
         engine, processor = make_engine(config, device)
         records = questions(config, processor)
+    encode = partial(packing.encode, processor=processor, system_prompt=config.system_prompt)
+    encode = encode if processor else engine.prompt
     order = {r.id: i for i, r in enumerate(records)}
     # With --bench a question's seed is its own, whatever else is asked.
     number = {id: zlib.crc32(id.encode()) if config.bench else i for id, i in order.items()}
@@ -217,10 +213,10 @@ def evaluate(config: Config, device) -> dict:
     for first in range(0, len(todo), config.chunk):
         some = todo[first : first + config.chunk]
         mine = some[rank::world]
-        answers = ask(engine, processor, config, mine, [number[r.id] for r in mine])
+        answers = ask(engine, encode, config, mine, [number[r.id] for r in mine])
         gathered = [None] * world
-        dist.all_gather_object(gathered, [row for group in answers for row in group])
-        new = [row for part in gathered for row in part]
+        dist.all_gather_object(gathered, list(chain(*answers)))
+        new = list(chain(*gathered))
         if rank == 0:
             with open(responses, "a") as f:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in new)
@@ -257,7 +253,7 @@ def evaluate(config: Config, device) -> dict:
 
 
 def evaluate_toy(config: Config, device) -> list[tuple[str, dict]]:
-    """The story in one table: the base asked in Zero's way, after the cold start, after PTST."""
+    """The story in one table: base (asked in Zero's way), after the cold start, after PTST."""
     lines = []
     for model_name, name in TOY_MODELS.items():
         for how, temperature in (("T=1", 1.0), ("greedy", 0.0)):
@@ -295,7 +291,6 @@ def main(config: Config):
 
 
 if __name__ == "__main__":
-    tools = ("compare RUN_A RUN_B", "agree FILE...", "viewer RUN_OR_FILE")
-    old = ("compare", "agree", "view")
-    run.moved({word: f"python -m tools.{tool}" for word, tool in zip(old, tools)})
+    tools = dict(compare="compare RUN_A RUN_B", agree="agree FILE...", view="viewer RUN_OR_FILE")
+    run.moved({word: f"python -m tools.{tool}" for word, tool in tools.items()})
     run.guard(main, run.parse_config(Config, RECIPES))
