@@ -72,11 +72,6 @@ def option_index(letter, choices):
     return k if 0 <= k < len(choices) else None
 
 
-def marked_letter(match):
-    """The letter that _MARKED found, as a capital."""
-    return next(filter(None, match.groups())).upper()
-
-
 def option_of(text, choices):
     """(number, how) of the one option that a short text names, or (None, "")."""
     text = text[-1000:]
@@ -92,7 +87,7 @@ def option_of(text, choices):
     beside = letter_text(core, strict=False)
     if beside and (k := option_index(beside[0], choices)) is not None:
         return k, "letter and text"
-    marked = {marked_letter(m) for m in _MARKED.finditer(text)}
+    marked = {m[m.lastindex].upper() for m in _MARKED.finditer(text)}
     if len(marked) == 1 and (k := option_index(marked.pop(), choices)) is not None:
         return k, "the letter"
     same = [k for k, c in enumerate(choices) if len(core) < 200 and reward_verdict(core, c)[0]]
@@ -108,7 +103,7 @@ def find_option(text: str, choices: list[str]) -> tuple[int | None, str]:
             return k, how
     marked = list(_MARKED.finditer(text[-LONGEST:]))
     if marked and len(text) > SHORT:
-        k = option_index(marked_letter(marked[-1]), choices)
+        k = option_index(marked[-1][marked[-1].lastindex].upper(), choices)
         if k is not None:
             return k, "the last letter in brackets"
     last = parts[-1].lower()

@@ -229,11 +229,7 @@ def mmmath_same(gold, given, tolerance):
 
 
 # MATH-Vision
-_FLAGS = [
-    f"{the} {rest}"
-    for rest in ("final answer is", "answer is", "correct answer is", "answer should be")
-    for the in ("the", "The")
-]
+_FLAGS = ("final answer is", "answer is", "correct answer is", "answer should be")
 _OFF = (
     r"\text \mbox \left \right ^{\circ} ^\circ {m}^3 m^3 {units} units {km} km \$ $ \! \,".split()
 )
@@ -249,7 +245,7 @@ def mathvision_extract(text):
     tail = text.split("is ")[-1].rstrip(".")
     text = tail if re.fullmatch(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*", tail) else text
     if "oxed{" not in text:
-        for flag in _FLAGS:
+        for flag in [f"{the} {rest}" for rest in _FLAGS for the in ("the", "The")]:
             if flag in text:
                 text = text.split(flag)[-1].strip().split("\n")[0].split(". ")[0]
     elif text.count("oxed{") > 1:
