@@ -23,7 +23,6 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
-from nano.http_engine import HTTPEngine
 from tqdm import tqdm
 
 import model
@@ -32,6 +31,7 @@ import toy
 from benchmarks import judge, rules
 from benchmarks.report import bench_report, bench_tables, counted, summarize, table
 from nano import data, packing, run
+from nano.http_engine import HTTPEngine
 from nano.rollout import Sample, TorchEngine
 
 
