@@ -45,10 +45,11 @@ def _parse_stage(part: str | tuple, where: str) -> Stage:
 
 def format_stages(stages: list) -> str:
     """Write stages as text, the inverse of `parse`: "4Kx16x100,8Kx8x100"."""
-    return ",".join(f"{_tokens(length)}x{group}x{steps}" for length, group, steps in stages)
+    return ",".join(f"{tokens(length)}x{group}x{steps}" for length, group, steps in stages)
 
 
-def _tokens(n: int) -> str:
+def tokens(n: int) -> str:
+    """Write 4096 as "4K"; what is no multiple of 1024 stays as it is."""
     return f"{n // 1024}K" if n and n % 1024 == 0 else str(n)
 
 
@@ -67,9 +68,8 @@ def stage_at(stages: list, step: int) -> tuple[int, Stage]:
 
 def agree(before: list, now: list, steps: int) -> bool:
     """Tell whether both schedules have the same limit and group in each of the first `steps`."""
-    if min(total_steps(before), total_steps(now)) < steps:
-        return False
-    return all(stage_at(before, step)[1][:2] == stage_at(now, step)[1][:2] for step in range(steps))
+    alike = (stage_at(before, i)[1][:2] == stage_at(now, i)[1][:2] for i in range(steps))
+    return min(total_steps(before), total_steps(now)) >= steps and all(alike)
 
 
 def token_budget(stage: tuple) -> int:
@@ -84,7 +84,7 @@ def total_tokens(stages: list) -> int:
 
 def budget_note(stages: list) -> str:
     """Return a note where L x G changes between stages, else "". Ablations do that: no error."""
-    budgets = [_tokens(token_budget(stage)) for stage in stages]
+    budgets = [tokens(token_budget(stage)) for stage in stages]
     note = f"note: L x G is {', '.join(budgets)} tokens per question; Sec. 3.4 keeps it at 64K"
     return note if len(set(budgets)) > 1 else ""
 
@@ -93,8 +93,8 @@ SCHEDULES: dict[str, list[Stage]] = {
     "vision-r1": parse("4Kx16x100,8Kx8x100"),  # Sec. 3.4, App. A; Table 5, last row
     "vision-r1-zero": parse("4Kx16x300"),  # App. A
     "vision-r1-long": parse("16Kx4x300"),  # App. A
-    "zero-ptst": parse("4Kx16x100,8Kx8x100"),  # App. A; Table 6
-    "zero-sft-ptst": parse("4Kx16x100,8Kx8x100"),  # App. A; Table 6
+    "zero-ptst": parse("4Kx16x100,8Kx8x100"),  # App. A, Table 6
+    "zero-sft-ptst": parse("4Kx16x100,8Kx8x100"),  # App. A, Table 6
     "three-stage": parse("4Kx16x100,8Kx8x100,16Kx4x100"),  # Sec. 3.4
     # Table 5, rows 1 to 5. It gives no steps: 100 per stage are ours, after Sec. 3.4.
     "table5-4kx16-4kx16": parse("4Kx16x100,4Kx16x100"),
@@ -114,7 +114,7 @@ if __name__ == "__main__":
         try:
             stages = SCHEDULES.get(word) or parse(word)
         except ValueError as error:
-            near = difflib.get_close_matches(word, SCHEDULES, n=1)
-            sys.exit(f"ptst.py: {error}" + "".join(f"; did you mean {name}?" for name in near))
-        budgets = ", ".join(_tokens(token_budget(stage)) for stage in stages)
+            near = difflib.get_close_matches(word, SCHEDULES, n=1) or SCHEDULES
+            sys.exit(f"ptst.py: {error}, or one by name: {', '.join(near)}")
+        budgets = ", ".join(tokens(token_budget(stage)) for stage in stages)
         print(f"{word:24} {format_stages(stages):29} {total_tokens(stages):25,}  {budgets}")
