@@ -50,6 +50,7 @@ BOXES = {
     "showfliers": False,
     "showmeans": True,
     "patch_artist": True,
+    "medianprops": {"color": "black"},
     "meanprops": {"marker": "o", "mfc": "white", "mec": "black"},
 }
 
