@@ -100,8 +100,7 @@ TEXT_FIELDS = (
     "vocab_size hidden_size intermediate_size "
     "num_hidden_layers num_attention_heads num_key_value_heads"
 ).split()
-# Shapes as published with the checkpoints, for machines without the hub: TEXT_FIELDS, and the
-# width of the vision tower's MLP. The tests hold them against the parameters in the files.
+# As published, for machines without the hub: TEXT_FIELDS, and the width of the vision tower's MLP.
 PUBLISHED = {
     "qwen2-vl-2b": (151936, 1536, 8960, 28, 12, 2, None),
     "qwen2.5-vl-3b": (151936, 2048, 11008, 36, 16, 2, 3420),

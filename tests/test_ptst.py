@@ -9,6 +9,7 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+from nano.run import read_log
 from ptst import (
     SCHEDULES,
     Stage,
@@ -273,7 +274,7 @@ def test_plot_right_and_wrong_chains(tmp_path, figure):
 
 def test_half_written_line_is_skipped_with_a_notice(tmp_path, capsys):
     folder = log(tmp_path / "run", [(64, 4, 3)], tail='{"step": 4, "sta')
-    assert [r["step"] for r in plot.read_log(folder)] == [1, 2, 3]
+    assert [r["step"] for r in read_log(folder)] == [1, 2, 3]
     assert "log.jsonl:4: skipped a half-written line" in capsys.readouterr().err
 
 
@@ -282,7 +283,7 @@ def test_a_step_logged_twice_counts_once(tmp_path):
     again = {"step": 2, "stage": 0, "max_len": 64, "group_size": 4, "len_mean": 7.0, "tokens": 1}
     with open(f"{folder}/log.jsonl", "a") as f:
         f.write(json.dumps(again) + "\n")
-    assert [(r["step"], r["len_mean"]) for r in plot.read_log(folder)] == [(1, 32), (2, 7), (3, 32)]
+    assert [(r["step"], r["len_mean"]) for r in read_log(folder)] == [(1, 32), (2, 7), (3, 32)]
 
 
 @pytest.mark.parametrize(
@@ -291,7 +292,7 @@ def test_a_step_logged_twice_counts_once(tmp_path):
         (None, "no such file.*grpo.py"),
         ("", "it is empty"),
         ('{"st', "it is empty"),
-        ('{"step": 1, "loss": 0.3}\n', "no len_mean.*grpo.py"),
+        ('{"step": 1, "loss": 0.3}\n', "lacks.*grpo.py"),
     ],
 )
 def test_plot_of_no_log(tmp_path, text, words):

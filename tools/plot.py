@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import json
 import math
-import sys
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +20,7 @@ import matplotlib.pyplot as plt
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
 import ptst
-from nano.run import for_people
+from nano.run import for_people, read_log
 
 # Okabe and Ito's colours can be told apart by colour-blind eyes too.
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
@@ -61,24 +60,6 @@ class Curve(NamedTuple):
     at: dict[str, list]  # horizontal axis -> where each step stands on it
     colour: str
     style: str
-
-
-def read_log(run: str) -> list[dict]:
-    """Read the steps of RUN/log.jsonl in order; of a step logged twice, by a resume, the last."""
-    path = Path(run) / "log.jsonl"
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; RUN is the folder that grpo.py wrote with --out")
-    steps = {}
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line)
-        except ValueError:  # The run is writing this line just now, or was killed at it.
-            print(f"{path}:{number}: skipped a half-written line", file=sys.stderr)
-            continue
-        steps[row.get("step")] = row
-    if not steps:
-        raise ValueError(f"{path}: it is empty; has the first step ended?")
-    return [steps[step] for step in sorted(steps)]
 
 
 def read_chains(run: str) -> tuple[list, list]:
@@ -189,8 +170,6 @@ def plot(runs: list[str], out: str = "") -> Path:
     for i, (name, run) in enumerate(zip(names, runs)):
         if not (Path(run) / "responses.jsonl").is_file():  # An evaluation has no steps.
             log = read_log(run)
-            if "len_mean" not in log[-1]:
-                raise ValueError(f"{run}: its log has no len_mean; is it a run of grpo.py?")
             sampled = list(accumulate(row["tokens"] for row in log))
             at = {"step": [row["step"] for row in log], "tokens sampled": sampled}
             style = ["-", "--", ":"][i // len(COLOURS) % 3]
