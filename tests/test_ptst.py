@@ -219,7 +219,7 @@ def test_plot_several_runs(tmp_path):
 
 @pytest.fixture
 def figure(monkeypatch):
-    """plot's figure, which it would have closed: figure() gives the axes by title and x label"""
+    """A call that gives the axes of the last figure of `plot`, by title and x label."""
     kept = []
     monkeypatch.setattr("matplotlib.pyplot.close", kept.append)
     return lambda: {(ax.get_title(loc="left"), ax.get_xlabel()): ax for ax in kept[-1].axes}
