@@ -6,10 +6,9 @@
     python -m tools.ablate --map [scale,lr,again]   where PTST beats Long: grids of settings
 
 A limit of 96 tokens stands for 4K: it is about CI's mean length, as in the paper (3,566). All rows
-train the same number of steps, but for those with a third stage or with equal tokens. They share
-all but their stages and their start. The learning rate was chosen on Long (NOTES.md).
-A row is a chain of commands of the four stages, which anybody can give by hand. What rows share
-(cold start, SFT, a first stage) runs once, and a killed run goes on with the same command.
+train equally many steps, but for those with a third stage or with equal tokens. The learning rate
+was chosen on Long (NOTES.md). A row is a chain of commands of the four stages, which anybody can
+give by hand; what rows share runs once, and a killed run goes on with the same command.
 """
 
 import argparse
@@ -47,17 +46,15 @@ ENVIRONMENT = os.environ | THREADS | dict(PYTHONPATH=str(HERE))
 
 @dataclass
 class Setting:
-    """What all arms of an ablation share."""
+    """What all arms of an ablation share: they differ in their stages and their start alone."""
 
     steps: int = 60  # of a stage; the paper has 100
     questions: int = 8  # per step
-    lr: float = 3e-5  # chosen on Long, not on an arm with stages
-    # A smudged cell is in this share of the RL and test problems: there, thinking longer pays. The
-    # problems of the cold start keep the default.
-    hard: float = 0.5
+    lr: float = 3e-5
+    hard: float = 0.5  # share of RL and test problems with a smudged cell: there, thinking pays
     again: float = toy.Reasoner.again  # how readily the reasoner of the cold start looks again
     scale: int = 96  # the limit that stands for 4K
-    cold: int = 10_000  # problems for the cold start
+    cold: int = 10_000  # problems for the cold start; they keep the default of `hard`
     test: int = 2_000  # held-out problems, the same for all rows and seeds
 
 
@@ -129,13 +126,12 @@ TABLES = {
 QUICK = ("zero", "ci", "long", "vision-r1")
 EVALS = (("t1", 1.0), ("greedy", 0.0))  # name, temperature
 ARMS = ("long", "vision-r1")
-MAP = {"scale": (64, 96, 128), "lr": (1e-5, 3e-5, 1e-4), "again": (0.3, Setting.again, 0.75)}
-LEVERS = {
-    "scale": "first limit of PTST (tokens)",
-    "lr": "learning rate",
-    "again": "strength of overthinking",
+MAP = {  # lever: (its name in the picture, its values around the tables' setting)
+    "scale": ("first limit of PTST (tokens)", (64, Setting.scale, 128)),
+    "lr": ("learning rate", (1e-5, Setting.lr, 1e-4)),
+    "again": ("strength of overthinking", (0.3, Setting.again, 0.75)),
 }
-MAP_HARD = (0.1, 0.5, 0.9)
+MAP_HARD = (0.1, Setting.hard, 0.9)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -204,7 +200,7 @@ class Plan:
         self.tasks.setdefault(out, Task(out, command, needs, parent))
         return out
 
-    def stage(self, script: str, out: Path, switches: str = "", parent=None, **flags) -> Path:
+    def stage(self, script: str, out: Path, flags: dict, switches: str = "", parent=None) -> Path:
         words = [script, "--recipe", "toy", "--out", out, *switches.split()]
         for name, value in flags.items():
             words += [f"--{name}", value]
@@ -221,59 +217,47 @@ class Plan:
             return "toy:base"
         pseudo = kind == "pseudo"
         teachers = f"toy:teachers?again={self.setting.again}"
-        bridged = self.stage(
-            "cold_start.py",
-            self.root / f"cold-{'pseudo' if pseudo else 'chains'}{self.of_start}",
-            "--pseudo_cot_only --min_chars 5" if pseudo else "",
-            data=self.problems("cold", self.setting.cold, Setting.hard),
-            mllm_url=teachers,
-            reasoner_url=teachers,
-        )
+        drawn = self.problems("cold", self.setting.cold, Setting.hard)
+        bridged = self.root / f"cold-{'pseudo' if pseudo else 'chains'}{self.of_start}"
+        switches = "--pseudo_cot_only --min_chars 5" if pseudo else ""
+        flags = dict(data=drawn, mllm_url=teachers, reasoner_url=teachers)
+        self.stage("cold_start.py", bridged, flags, switches)
         # The filter drops four in ten chains but no pseudo-CoT, of which three epochs are as many
         # steps as five epochs of the chains.
         switches = {"answers": "--drop_chains", "pseudo": "--epochs 3"}.get(kind, "")
         out = self.root / f"seed-{seed}" / f"sft-{kind}{self.of_start}"
-        self.stage("sft.py", out, switches, data=bridged / "cold.jsonl", seed=seed)
+        self.stage("sft.py", out, dict(data=bridged / "cold.jsonl", seed=seed), switches)
         return str(out / "final")
 
     def grpo(self, kind: str, stages: tuple, seed: int) -> Path:
         """Plan a run of these stages. It goes on from a run of those that another row shares."""
         before, text = shared(kind, stages), stages_text(stages, self.setting)
+        parent = self.grpo(kind, before, seed) if before else None
+        drawn = self.problems("rl", 6000, self.setting.hard)
+        flags = dict(model=self.start(kind, seed), data=drawn, stages=text, seed=seed)
+        flags |= dict(questions=self.setting.questions, lr=self.setting.lr)
+        flags |= dict(save_every=self.setting.steps, keep=1)
+        if kind in ("base", "answers"):  # R1-Zero's reward and system prompt
+            flags |= dict(format_weight=1, system_prompt=toy.ZERO_PROMPT)
         name = f"rl-{kind}-{text.replace(',', '-')}{self.of_run}"
-        zero = dict(format_weight=1, system_prompt=toy.ZERO_PROMPT)
-        return self.stage(
-            "grpo.py",
-            self.root / f"seed-{seed}" / name,
-            "--no_preflight --keep 1",
-            self.grpo(kind, before, seed) if before else None,
-            model=self.start(kind, seed),
-            data=self.problems("rl", 6000, self.setting.hard),
-            stages=text,
-            questions=self.setting.questions,
-            lr=self.setting.lr,
-            seed=seed,
-            save_every=self.setting.steps,
-            **(zero if kind in ("base", "answers") else {}),
-        )
+        out = self.root / f"seed-{seed}" / name
+        return self.stage("grpo.py", out, flags, "--no_preflight", parent)
 
     def row(self, row: str, seed: int, evals: tuple) -> dict:
         """Plan a row -> {"rl": folder or None, name of each evaluation: folder}."""
         kind, stages = ROWS[row]
         rl = self.grpo(kind, stages, seed) if stages else None
-        name = f"eval-{rl.name if rl else kind + self.of_run}"
-        folders = {"rl": rl}
+        model = str(rl / "final") if rl else self.start(kind, seed)
+        drawn = self.problems("test", self.setting.test, self.setting.hard)
+        prompt = toy.ZERO_PROMPT if kind in ("base", "answers") else ""
+        flags = dict(model=model, data=drawn, limit=0, system_prompt=prompt)
+        flags |= dict(max_len=4 * self.setting.scale)
+        folder = self.root if row == "base" else self.root / f"seed-{seed}"
+        runs = {"rl": rl}
         for how, temperature in evals:
-            folders[how] = self.stage(
-                "eval.py",
-                self.root / ("" if row == "base" else f"seed-{seed}") / f"{name}-{how}",
-                model=rl / "final" if rl else self.start(kind, seed),
-                data=self.problems("test", self.setting.test, self.setting.hard),
-                limit=0,
-                temperature=temperature,
-                max_len=4 * self.setting.scale,
-                system_prompt=toy.ZERO_PROMPT if kind in ("base", "answers") else "",
-            )
-        return folders
+            out = folder / f"eval-{rl.name if rl else kind + self.of_run}-{how}"
+            runs[how] = self.stage("eval.py", out, flags | dict(temperature=temperature))
+        return runs
 
 
 def plan(rows: Iterable, seeds: list[int], root: str | Path, setting: Setting, evals=EVALS):
@@ -303,15 +287,10 @@ def begin(task: Task) -> subprocess.Popen:
             shutil.copy(task.parent / name, task.out / name)
         shutil.copytree(task.parent / "checkpoints", task.out / "copying", dirs_exist_ok=True)
         (task.out / "copying").rename(task.out / "checkpoints")  # It is never there by half.
+    command = [sys.executable, HERE / task.command[0], *task.command[1:]]
     with open(task.out / "output.txt", "a") as output:
-        return subprocess.Popen(
-            [sys.executable, HERE / task.command[0], *task.command[1:]],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=ENVIRONMENT,
-            preexec_fn=end_with_us,
-        )
+        pipes = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
+        return subprocess.Popen(command, **pipes, env=ENVIRONMENT, preexec_fn=end_with_us)
 
 
 def end(task: Task, status: int, wall: float, cpu: float) -> None:
@@ -376,8 +355,8 @@ def interval(values: Iterable[float]) -> tuple[float, float]:
     values = list(values)
     if len(values) == 1:
         return float(values[0]), math.nan
-    deviation = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return float(np.mean(values)), T_975[min(len(values) - 1, 15) - 1] * deviation
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(np.mean(values)), T_975[min(len(values) - 1, 15) - 1] * error
 
 
 def percent(values: Iterable[float], sign: str = "") -> str:
@@ -386,13 +365,11 @@ def percent(values: Iterable[float], sign: str = "") -> str:
 
 
 def difference(pairs: list[tuple]) -> str:
-    """Compare arrays of right answers to the same questions, a pair per seed.
-
-    With one seed the interval is over questions (q).
-    """
+    """Compare right answers to the same questions, a pair of arrays (N,) per seed."""
     between = [a - b for a, b in pairs]
     if len(between) != 1:
         return percent([each.mean() for each in between], "+") if between else ""
+    # With one seed the interval is over questions (q).
     half = 1.96 * between[0].std(ddof=1) / math.sqrt(len(between[0]))
     return f"{100 * between[0].mean():+.1f} ± {100 * half:.1f} q"
 
@@ -554,7 +531,9 @@ def draw_figure(runs: dict, root: Path) -> None:
 
 def draw_map(levers: list[str], seeds: list[int], jobs: int, root: Path) -> None:
     """Compare PTST with Long for each lever against the share of hard problems -> map.md, .png."""
-    cells = [(lever, value, hard) for lever in levers for value in MAP[lever] for hard in MAP_HARD]
+    cells = [
+        (lever, value, hard) for lever in levers for value in MAP[lever][1] for hard in MAP_HARD
+    ]
     runs, tasks, between = {}, {}, {}
     for lever, value, hard in cells:
         setting = replace(Setting(), **{lever: value, "hard": hard})
@@ -574,14 +553,13 @@ def draw_map(levers: list[str], seeds: list[int], jobs: int, root: Path) -> None
     (root / "map.md").write_text(text)
     points = {cell: float(words.split()[0]) for cell, words in between.items()}
     most = max(4, *map(abs, points.values()))  # one scale for all levers
-    size = (4.2 * len(levers), 3.6)
-    fig, axes = plt.subplots(
-        1, len(levers), figsize=size, dpi=160, layout="constrained", squeeze=False
-    )
+    look = dict(figsize=(4.2 * len(levers), 3.6), dpi=160, layout="constrained")
+    fig, axes = plt.subplots(1, len(levers), squeeze=False, **look)
     for ax, lever in zip(axes[0], levers):
-        grid = [[points[lever, value, hard] for hard in MAP_HARD] for value in MAP[lever]]
+        label, values = MAP[lever]
+        grid = [[points[lever, value, hard] for hard in MAP_HARD] for value in values]
         ax.imshow(grid, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
-        for i, value in enumerate(MAP[lever]):
+        for i, value in enumerate(values):
             for j, hard in enumerate(MAP_HARD):
                 mean, _, half, *_ = between[lever, value, hard].split()
                 sure = abs(float(mean)) > float(half)  # The interval leaves 0 out.
@@ -589,9 +567,9 @@ def draw_map(levers: list[str], seeds: list[int], jobs: int, root: Path) -> None
                 colour = "white" if abs(float(mean)) > 0.7 * most else "black"
                 ax.text(j, i, f"{mean}\n± {half}", color=colour, **style)
         ax.set_xticks(range(len(MAP_HARD)), [f"{hard:.0%}" for hard in MAP_HARD])
-        ax.set_yticks(range(len(MAP[lever])), [f"{value:g}" for value in MAP[lever]])
+        ax.set_yticks(range(len(values)), [f"{value:g}" for value in values])
         ax.set_xlabel("RL and test problems with a smudged cell")
-        ax.set_ylabel(LEVERS[lever])
+        ax.set_ylabel(label)
     title = "PTST minus Long, points of accuracy at T=1 (blue: PTST ahead; bold: 0 is outside)"
     fig.suptitle(textwrap.fill(title, 50 * len(levers)), fontsize=11)
     fig.savefig(root / "map.png")
