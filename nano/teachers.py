@@ -1,216 +1,129 @@
-"""The teachers of cold_start.py: OpenAI-compatible chat servers over HTTP, with a journal of every finished call.
-
-Journal     append-only file of calls; after a crash what is in it is not asked again
-Server      one chat server: retries with back-off, pauses while it is down, and tells apart what went wrong
-Line        one kept connection to a server next door
-"""
+"""The teachers of cold_start.py: OpenAI-compatible servers, and a journal of finished calls."""
 
 import asyncio
+import base64
 import errno
 import hashlib
 import json
 import os
 import random
 import re
-import time
+from pathlib import Path
 from urllib.parse import urlsplit
+from urllib.request import getproxies, proxy_bypass
+
+import aiohttp
+
+MAX_ANSWER = 64 * 2**20  # bytes; a chain of 16,384 tokens takes about 64 KB
+IMAGE_KINDS = {b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}  # else PNG
+STATUSES = dict.fromkeys((401, 403), "wrong key") | dict.fromkeys((400, 422), "bad request")
+STATUSES |= dict.fromkeys((429, 502, 503, 504), "busy or down")
+STATUSES |= {404: "unknown model", 413: "context overflow"}
+TOO_LONG = re.compile(r"(?i)context.{0,40}(length|window)|max\w*.{0,20}(length|len\b)|too long")
+STOPS = ("wrong key", "unknown model", "out of quota", "bad certificate")  # end the whole run
 
 
 class Reject(Exception):
-    """one record is left out; `again`: through no fault of its own, a later run tries it once more"""
+    """One record is left out. `again`: it is not its own fault, and a later run tries it again."""
 
-    def __init__(self, step, rule, evidence, again=False):
+    def __init__(self, step: str, rule: str, evidence: str, again: bool = False):
         self.step, self.rule, self.evidence, self.again = step, rule, evidence, again
 
 
-class Stop(Exception):
-    """the run ends here with this message for a person; the journal keeps what is finished"""
+class Stop(ValueError):
+    """The run ends with this message for a person; the journal keeps what is finished."""
 
 
 class Journal:
-    """every finished call, one line each, written at once; what earlier runs wrote is found by key, and read when needed"""
+    """Every finished call as one line, written at once. Calls of earlier runs are found by key."""
 
-    def __init__(self, path):
-        self.file, self.reader, self.places, self.end = (
-            open(path, "ab", buffering=0),
-            open(path, "rb"),
-            {},
-            0,
-        )
+    def __init__(self, path: str | Path):
+        self.file = open(path, "ab", buffering=0)
+        self.reader = open(path, "rb")
+        self.places: dict[str, int] = {}  # key -> where its line starts, for earlier runs' calls
+        self.end = 0  # of the last whole line
         for line in self.reader:
             if not line.endswith(b"}\n"):
-                break  # killed in the middle of this line: the call is made again
-            self.places[line[9:41].decode()] = self.end
+                break  # A run was killed in the middle of this line: the call is made again.
+            self.places[line[9:41].decode()] = self.end  # The line begins with {"key": "
             self.end += len(line)
         self.file.truncate(self.end)
 
-    def get(self, key):
-        if key in self.places:
-            self.reader.seek(self.places[key])
-            return json.loads(self.reader.readline())
+    def get(self, key: str) -> dict | None:
+        if key not in self.places:
+            return None
+        self.reader.seek(self.places[key])
+        return json.loads(self.reader.readline())
 
-    def add(self, key, reply):
+    def add(self, key: str, reply: dict) -> None:
         line = json.dumps({"key": key, **reply}).encode() + b"\n"
         try:
             if self.file.write(line) != len(line):
                 raise OSError(errno.ENOSPC, "no space left on device")
         except OSError:
-            self.file.truncate(self.end)  # not half a line
+            self.file.truncate(self.end)  # Half a line must not stay.
             raise
         self.end += len(line)
 
 
-class Down(Exception):
-    """nobody answers at the server's address: no record's fault"""
+def image_part(path: str) -> str:
+    """A picture, as it is, as a part of a message's content (JSON); raises Reject without one."""
+    try:
+        image = Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise Reject("input", "missing image", str(error)) from error
+    url = f"data:image/{image_kind(image)};base64,{base64.b64encode(image).decode()}"
+    return f'{{"type": "image_url", "image_url": {{"url": "{url}"}}}}, '
 
 
-class Line(asyncio.Protocol):
-    """one kept HTTP/1.1 connection, one request at a time -> (status, headers, body); ConnectionError or ValueError when cut or malformed"""
+def image_kind(image: bytes) -> str:
+    return next((kind for magic, kind in IMAGE_KINDS.items() if image.startswith(magic)), "png")
 
-    def connection_made(self, transport):
-        self.transport, self.open, self.answer = transport, True, None
 
-    def ask(self, request):
-        self.answer, self.buffer, self.head, self.asked_at = (
-            asyncio.get_running_loop().create_future(),
-            bytearray(),
-            None,
-            time.monotonic(),
-        )
-        self.transport.write(request)
-        return self.answer
-
-    def watch(self, timeout):
-        """cuts the connection when an answer is late: one timer for all its questions, where one for each costs 4 % of a call"""
-        rest = self.asked_at + timeout - time.monotonic()
-        if rest <= 0 and not self.answer.done():
-            self.transport.abort()
-        elif self.open:
-            asyncio.get_running_loop().call_later(
-                rest if rest > 0 else timeout, self.watch, timeout
-            )
-
-    def data_received(self, data):
-        if self.answer is None or self.answer.done():
-            return self.transport.abort()  # nobody asked
-        self.buffer += data
-        try:
-            if self.head is None and (end := self.buffer.find(b"\r\n\r\n")) >= 0:
-                first, *lines = self.buffer[:end].decode("latin-1").split("\r\n")
-                self.head = (
-                    int(first.split()[1]),
-                    {
-                        name.lower(): value.strip()
-                        for name, _, value in (line.partition(":") for line in lines)
-                    },
-                )
-                del self.buffer[: end + 4]
-            if self.head and (body := self.body(self.head[1])) is not None:
-                self.answer.set_result((*self.head, body))
-        except (ValueError, IndexError) as e:
-            self.answer.set_exception(ValueError(f"no HTTP: {e}"))
-            self.transport.abort()
-
-    def body(self, headers):
-        """the body when it is complete; None before"""
-        if "content-length" in headers:
-            size = int(headers["content-length"])
-            return bytes(self.buffer[:size]) if len(self.buffer) >= size else None
-        if headers.get("transfer-encoding", "").lower() == "chunked" and self.buffer.endswith(
-            b"0\r\n\r\n"
-        ):
-            parts, at = [], 0
-            while (end := self.buffer.find(b"\r\n", at)) >= 0:
-                size = int(self.buffer[at:end].split(b";")[0], 16)
-                if not size:
-                    return b"".join(parts)
-                parts.append(self.buffer[end + 2 : end + 2 + size])
-                at = end + 4 + size
-
-    def connection_lost(self, error):
-        self.open = False
-        if self.answer and not self.answer.done():
-            endless = (
-                self.head and not {"content-length", "transfer-encoding"} & self.head[1].keys()
-            )  # such a body ends with the connection
-            self.answer.set_result(
-                (*self.head, bytes(self.buffer))
-            ) if endless and not error else self.answer.set_exception(
-                ConnectionError(
-                    f"the connection was cut after {len(self.buffer)} bytes of the answer"
-                )
-            )
+def open_session(timeout: float) -> aiohttp.ClientSession:
+    """The connections to all servers, within an event loop; `timeout`: seconds for one answer."""
+    connector = aiohttp.TCPConnector(limit=0)  # The caller says how many calls run at a time.
+    limits = aiohttp.ClientTimeout(total=timeout, sock_connect=60)
+    return aiohttp.ClientSession(connector=connector, timeout=limits)
 
 
 class Server:
-    """an OpenAI-compatible chat server. https:// goes through the openai package. http:// (vLLM or SGLang next door) goes over `Line`: a call costs
-    the package 3 to 4 ms of CPU, 1.2 of them before a byte is sent, which ends at some 300 calls a second; over Line it is 0.1 (NOTES.md)"""
+    """An OpenAI-compatible chat server; its `session` must be set before the first question."""
 
-    official = ("https",)
-
-    def __init__(self, name, config, journal, tally):
+    def __init__(self, name: str, config, journal: Journal, tally: dict):
         self.name, self.config, self.journal, self.tally = name, config, journal, tally
-        self.url, self.model = getattr(config, f"{name}_url"), getattr(config, f"{name}_model")
-        settings = {
-            "max_tokens": getattr(config, f"{name}_tokens"),
-            "temperature": config.temperature,
-            "top_p": config.top_p,
-        }
-        self.head = json.dumps({"model": self.model, **settings})[
-            :-1
-        ].encode()  # the body of every request begins with it
-        self.key = (
-            os.environ.get(f"{name.upper()}_API_KEY") or os.environ.get("OPENAI_API_KEY") or "EMPTY"
-        )
-        self.pause, self.down_until, self.given_up, self.answers, self.idle, self.at = (
-            0.0,
-            0.0,
-            0,
-            0,
-            [],
-            urlsplit(self.url.rstrip("/")),
-        )
-        if (
-            self.at.scheme not in ("http", "https")
-            or not self.at.hostname
-            or self.at.username
-            or not self.model
-        ):
+        self.url = getattr(config, f"{name}_url").rstrip("/")
+        model, at = getattr(config, f"{name}_model"), urlsplit(self.url)
+        if at.scheme not in ("http", "https") or not at.hostname or at.username or not model:
             raise Stop(
-                f"--{name}-url and --{name}-model are needed: a URL like http://host:8000/v1 (no key in it) and the model's name there"
+                f"--{name}_url and --{name}_model are needed: "
+                "like http://host:8000/v1 (no key in it), and the model's name there"
             )
-        self.request = f"POST {self.at.path}/chat/completions HTTP/1.1\r\nHost: {self.at.netloc}\r\nAuthorization: Bearer {self.key}\r\nContent-Type: application/json".encode()
-        if self.at.scheme in self.official:
-            import openai
+        self.label = f"{name} at {self.url}, model {model}"
+        settings = {"model": model, "max_tokens": getattr(config, f"{name}_tokens")}
+        settings |= {"temperature": config.temperature, "top_p": config.top_p}
+        self.head = json.dumps(settings)[:-1]  # Every request begins with it.
+        self.key_name = f"{name.upper()}_API_KEY"
+        self.key = os.environ.get(self.key_name) or os.environ.get("OPENAI_API_KEY") or "EMPTY"
+        self.headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        # aiohttp's trust_env would look the proxy up at every call, and fail on a key in ~/.netrc.
+        direct = at.hostname in ("localhost", "127.0.0.1", "::1") or proxy_bypass(at.hostname)
+        self.proxy = None if direct else getproxies().get(at.scheme)
+        self.given_up, self.trouble = 0, ""  # records in a row; what went wrong last
 
-            self.client, self.post = (
-                openai.AsyncOpenAI(
-                    base_url=self.url, api_key=self.key, max_retries=0, timeout=config.timeout
-                ),
-                self.post_official,
-            )
-
-    async def ask(self, record, step, prompt, seen=b"", digests=b""):
-        """the reply {text, finish, in, out} to a prompt, from the journal when it is there; raises Reject, Stop
-
-        `seen`: pictures as parts of the request's JSON, each with a comma behind it; `digests` stands for them in the journal's key."""
-        text = json.dumps(prompt).encode()
-        key = hashlib.blake2b(
-            b"\0".join([record.id.encode(), step.encode(), self.head, text, digests]),
-            digest_size=16,
-        ).hexdigest()
-        reply = self.journal.get(key)
-        self.tally["calls" if reply is None else "from_journal"] += 1
-        if reply is None:
-            content = b'[%s{"type": "text", "text": %s}]' % (seen, text) if seen else text
-            self.tally["in_flight"] += 1
-            try:
-                reply = await self.call(
-                    step,
-                    b'%s, "messages": [{"role": "user", "content": %s}]}' % (self.head, content),
-                )
-            finally:
-                self.tally["in_flight"] -= 1
+    async def ask(self, id: str, step: str, prompt: str, images: str = "") -> dict:
+        """The reply {text, finish, in, out} for record `id`, from the journal if it is there."""
+        text = json.dumps(prompt)
+        digest = hashlib.sha256(images.encode()).digest() if images else b""
+        key = "\0".join([id, step, self.head, text, ""]).encode() + digest
+        key = hashlib.blake2b(key, digest_size=16).hexdigest()
+        if reply := self.journal.get(key):
+            self.tally["from_journal"] += 1
+        else:
+            self.tally["calls"] += 1
+            content = f'[{images}{{"type": "text", "text": {text}}}]' if images else text
+            body = f'{self.head}, "messages": [{{"role": "user", "content": {content}}}]}}'
+            reply = await self.call(step, body.encode())
             self.journal.add(key, reply)
         self.tally[f"{self.name}_in"] += reply["in"]
         self.tally[f"{self.name}_out"] += reply["out"]
@@ -218,144 +131,78 @@ class Server:
             raise Reject(step, "context overflow", reply["text"])
         return reply
 
-    async def call(self, step, body):
-        """one answer, however long it takes. busy or down: wait for ever; failed too often: the record is given up"""
+    async def call(self, step: str, body: bytes) -> dict:
+        """One answer; a server that is busy or down is waited for without end.
+
+        Too many failed answers end the record (Reject), too many such records in a row the run.
+        """
         failures, wait = 0, self.config.backoff
         while True:
-            while (rest := self.down_until - time.monotonic()) > 0:
-                await asyncio.sleep(rest + random.random() * wait / 10)
-            headers, answers, asked_at = {}, self.answers, time.monotonic()
-            try:
-                status, headers, raw = await self.post(body)
-                kind, text = verdict(status, raw)
-                if kind == "ok":
-                    reply, self.pause, self.given_up, self.tally["trouble"] = (
-                        parse_reply(raw),
-                        0.0,
-                        0,
-                        "",
-                    )
-                    self.answers += 1
-                    return reply
-            except Down as e:
-                kind, text = "down", str(e)
-            except (OSError, ValueError) as e:  # malformed, cut, or cut by us after the timeout
-                kind, text = (
-                    "failed",
-                    f"{type(e).__name__}: {e} ({time.monotonic() - asked_at:.1f} s after the question)",
-                )
-            text = text.replace(self.key, "***")[:300]
-            self.tally["trouble"] = f"{self.name} {kind}: {text[:80]}"
-            if kind in ("wrong key", "unknown model", "out of quota"):
-                hint = (
-                    f"set {self.name.upper()}_API_KEY" if kind == "wrong key" else text
-                )  # servers echo a wrong key
-                raise Stop(f"{self.name} at {self.url}, model {self.model!r}: {kind}: {hint}")
+            kind, reply, retry_after = await self.attempt(body)
+            if kind == "ok":
+                self.given_up, self.trouble = 0, ""
+                return reply
+            text = reply.replace(self.key, "***")[:300]  # Servers echo a wrong key.
+            self.trouble = f"{self.name} {kind}: {text[:80]}"
             if kind == "context overflow":
                 return {"text": text, "finish": kind, "in": 0, "out": 0}
+            if kind in STOPS:
+                hint = f"set {self.key_name}" if kind == "wrong key" else text
+                raise Stop(f"{self.label}: {kind}: {hint}")
             failures += kind == "failed"
             if kind == "bad request" or failures > self.config.retries:
                 self.given_up += 1
-                if self.given_up > max(4, self.config.concurrency):
-                    raise Stop(
-                        f"{self.name} at {self.url}: {self.given_up} records in a row had to be given up, the last with {kind}: {text}"
-                    )
-                raise Reject(step, "no answer", f"{kind}: {text}", again=True)
-            asked = headers.get("retry-after", "")
-            asked = float(asked) if re.fullmatch(r"\d+(\.\d+)?", asked) else 0.0
-            if (
-                kind == "down" and answers == self.answers
-            ):  # and nobody else had an answer meanwhile: the whole run waits
-                if time.monotonic() >= self.down_until:
-                    self.pause = min(2 * self.pause or self.config.backoff, 60)
-                    self.down_until = time.monotonic() + max(asked, self.pause)
-            else:
-                await asyncio.sleep(asked or wait * (0.5 + random.random()))
-                wait = min(2 * wait, 60)
+                if self.given_up <= max(4, self.config.concurrency):
+                    raise Reject(step, "no answer", f"{kind}: {text}", again=True)
+                lost = f"{self.given_up} records in a row were given up, the last with {kind}"
+                raise Stop(f"{self.label}: {lost}: {text}")
+            await asyncio.sleep(retry_after or wait * (0.5 + random.random()))
+            wait = min(2 * wait, 60)
 
-    async def post(self, body):
-        """-> (status, headers, body) over a connection that is kept"""
-        line, loop, keep = None, asyncio.get_running_loop(), False
-        while self.idle and (line is None or not line.open):
-            line = self.idle.pop()
+    async def attempt(self, body: bytes) -> tuple[str, dict | str, float]:
+        """-> (what the answer means, the reply or what went wrong, seconds that we should wait)"""
+        url, how = f"{self.url}/chat/completions", {"headers": self.headers, "proxy": self.proxy}
         try:
-            if line is None or not line.open:
-                _, line = await loop.create_connection(Line, self.at.hostname, self.at.port or 80)
-                loop.call_later(self.config.timeout, line.watch, self.config.timeout)
-        except OSError as e:
-            raise Down(str(e)) from e
-        try:
-            status, headers, raw = await line.ask(
-                b"%s\r\nContent-Length: %d\r\n\r\n%s" % (self.request, len(body), body)
-            )
-            keep = (
-                headers.get("connection", "").lower() != "close"
-            )  # after a timeout or a cut we do not come here
-            return status, headers, raw
-        finally:
-            self.idle.append(line) if keep else line.transport.close()
-
-    async def post_official(self, body):
-        """the same through the openai package, which knows certificates and proxies"""
-        import openai
-
-        try:
-            answer = (
-                await self.client.chat.completions.with_raw_response.create(**json.loads(body))
-            ).http_response
-        except openai.APIStatusError as e:
-            answer = e.response
-        except openai.APIConnectionError as e:  # a timeout too
-            raise (Down if type(e.__cause__).__name__ == "ConnectError" else ConnectionError)(
-                str(e.__cause__ or e)
-            ) from e
-        return answer.status_code, answer.headers, answer.content
+            async with self.session.post(url, data=body, allow_redirects=False, **how) as answer:
+                raw = bytearray()
+                async for piece in answer.content.iter_any():
+                    raw += piece
+                    if len(raw) > MAX_ANSWER:
+                        raise ValueError(f"an answer of more than {MAX_ANSWER:,} bytes")
+        except aiohttp.ClientConnectorCertificateError as error:
+            return "bad certificate", f"{error}; SSL_CERT_FILE can name those to trust", 0.0
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            return "busy or down", str(error), 0.0
+        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+            return "failed", f"{type(error).__name__}: {error}", 0.0
+        if answer.status == 200:
+            return *parse_reply(raw), 0.0
+        asked = re.fullmatch(r"\d+(\.\d+)?", answer.headers.get("Retry-After", ""))
+        return *meaning(answer.status, raw), float(asked[0]) if asked else 0.0
 
 
-def verdict(status, raw):
-    """-> (what an HTTP answer means, its text)"""
-    if status == 200:
-        return "ok", ""
+def meaning(status: int, raw: bytes) -> tuple[str, str]:
+    """-> (what an HTTP status other than 200 means, its text)"""
     text = f"status {status} {raw[:500].decode('utf-8', 'replace')}"
-    kind = {
-        401: "wrong key",
-        403: "wrong key",
-        404: "unknown model",
-        413: "context overflow",
-        429: "busy",
-        502: "down",
-        503: "down",
-        504: "down",
-    }
     if status == 429 and re.search("insufficient_quota|billing", text):
         return "out of quota", text
-    if status in (400, 422):
-        return (
-            "context overflow"
-            if re.search(
-                r"(?i)context.{0,40}(length|window)|max\w*.{0,20}(length|len\b)|too long", text
-            )
-            else "bad request"
-        ), text
-    return kind.get(status, "failed"), text
+    if status in (400, 422) and TOO_LONG.search(text):
+        return "context overflow", text
+    return STATUSES.get(status, "failed"), text
 
 
-def parse_reply(raw):
-    """a chat completion -> {text, finish, in, out}; reasoning_content becomes <think> tags. ValueError when malformed"""
+def parse_reply(raw: bytes) -> tuple[str, dict | str]:
+    """A chat completion -> ("ok", {text, finish, in, out}) or ("failed", why)"""
     try:
-        reply = json.loads(raw)
-        message, usage = reply["choices"][0]["message"], reply.get("usage") or {}
-        text, thought = (
-            message.get("content") or "",
-            message.get("reasoning_content") or message.get("reasoning"),
-        )
-        return {
-            "text": f"<think>{thought}</think>{text}"
-            if thought and "</think>" not in text
-            else text,
-            "finish": reply["choices"][0].get("finish_reason"),
-            "in": int(usage.get("prompt_tokens") or 0),
-            "out": int(usage.get("completion_tokens") or 0),
-        }
-    except (KeyError, IndexError, TypeError, AttributeError, ValueError) as e:
-        raise ValueError(f"malformed answer ({e!r}): {raw[:80]!r}") from e
+        answer = json.loads(raw)
+        choice, usage = answer["choices"][0], answer.get("usage") or {}
+        message, text = choice["message"], choice["message"].get("content") or ""
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        if thought and "</think>" not in text:
+            text = f"<think>{thought}</think>{text}"
+        reply = {"text": text, "finish": choice.get("finish_reason")}
+        reply["in"] = int(usage.get("prompt_tokens") or 0)
+        reply["out"] = int(usage.get("completion_tokens") or 0)
+        return "ok", reply
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        return "failed", f"malformed answer ({error!r}): {bytes(raw[:80])!r}"
