@@ -80,8 +80,7 @@ RECIPES = {
         reasoner_model="deepseek-ai/DeepSeek-R1",
     ),
 }
-# Settings that change nothing in the data.
-HOW_ONLY = "out fresh strict mllm_url reasoner_url concurrency timeout retries backoff".split()
+HOW_ONLY = ("strict", "mllm_url", "reasoner_url", "concurrency", "timeout", "retries", "backoff")
 
 # ---- Prompts. The wording is ours; the paper shows what goes into each call (Fig. 2).
 
@@ -104,7 +103,6 @@ DRAFT = """
 
 A draft caption and reasoning shows which details matter:
 {pseudo_cot}"""
-
 REASON = """An image is given to you in words. Follow the image description, think step by step, \
 and answer the question directly.
 End with one line: Final Answer: <answer>
@@ -204,12 +202,12 @@ def claim(config: Config):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Stop(f"another cold_start.py writes to {out}; give this one another --out") from None
-    for name in ("config.json", "journal.jsonl", "log.jsonl") if config.fresh else ():
-        (out / name).unlink(missing_ok=True)
     path = out / "config.json"
+    for old in (path, out / "journal.jsonl", out / "log.jsonl") if config.fresh else ():
+        old.unlink(missing_ok=True)
     before = json.loads(path.read_text()) if path.exists() else settings
     for name, value in settings.items():
-        if name not in HOW_ONLY and before.get(name) != value:
+        if name not in ("recipe", "out", "fresh", *HOW_ONLY) and before.get(name) != value:
             print(
                 f"{out}: {name} was {before.get(name)!r} and is {value!r} now. Files are replaced, "
                 "equal calls are not repeated (--fresh repeats them, another --out keeps the files)"
@@ -329,8 +327,8 @@ async def work_all(config: Config, records, mllm: Server, reasoner: Server, outp
     """All workers at once; every two seconds the log gets a row and the progress bar is moved."""
     todo, start, cpu = iter(enumerate(records)), time.monotonic(), time.process_time()
     bar = tqdm(total=len(records), unit=" records", desc="bridging")
-    async with open_session(config.timeout) as session:
-        mllm.session = reasoner.session = session
+    async with open_session(config.timeout) as mllm.session:
+        reasoner.session = mllm.session
         workers = [work(config, todo, mllm, reasoner, output) for _ in range(config.concurrency)]
         workers = asyncio.gather(*workers)
         while not workers.done():
@@ -350,24 +348,23 @@ async def work_all(config: Config, records, mllm: Server, reasoner: Server, outp
 def main(config: Config) -> None:
     if not config.data:
         raise Stop("--data is needed: problems with images and answers (formats: nano/data.py)")
-    out = Path(config.out)
     with claim(config):
         if "toy:" in config.data + config.mllm_url + config.reasoner_url:
             import toy  # It brings torch, and nothing else here needs it.
 
             for name in ("data", "mllm_url", "reasoner_url"):
                 setattr(config, name, toy.find(getattr(config, name)))
-        journal, tally = Journal(out / "journal.jsonl"), Counter(calls=0, from_journal=0)
+        journal, tally = Journal(f"{config.out}/journal.jsonl"), Counter(calls=0, from_journal=0)
         mllm, reasoner = (Server(name, config, journal, tally) for name in ("mllm", "reasoner"))
 
-        output = Output(out)
+        output = Output(Path(config.out))
         records = load(config, output)
         asyncio.run(work_all(config, records, mllm, reasoner, output))
         output.close()
 
         print(output.funnel())
-        kept, calls, known = output.kept.total(), tally["calls"], tally["from_journal"]
-        print(f"{kept:,} records in {out}/cold.jsonl; {calls:,} calls, {known:,} from the journal")
+        calls = f"{tally['calls']:,} calls, {tally['from_journal']:,} from the journal"
+        print(f"{output.kept.total():,} records in {config.out}/cold.jsonl; {calls}")
         if output.again:
             print(f"{output.again} had no answer from a server; the same command tries them again")
 

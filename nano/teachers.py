@@ -1,4 +1,4 @@
-"""The teachers of cold_start.py: OpenAI-compatible servers, and a journal of finished calls."""
+"""The teachers of cold_start.py: OpenAI-compatible servers, a journal of finished calls."""
 
 import asyncio
 import base64
@@ -24,7 +24,7 @@ STOPS = ("wrong key", "unknown model", "out of quota", "bad certificate")  # end
 
 
 class Reject(Exception):
-    """One record is left out. `again`: it is not its own fault, and a later run tries it again."""
+    """One record is left out; `again`: not by its own fault, and a later run tries again."""
 
     def __init__(self, step: str, rule: str, evidence: str, again: bool = False):
         self.step, self.rule, self.evidence, self.again = step, rule, evidence, again
@@ -35,16 +35,15 @@ class Stop(ValueError):
 
 
 class Journal:
-    """Every finished call as one line, written at once. Calls of earlier runs are found by key."""
+    """Every finished call as one line, written at once; earlier runs' calls are found by key."""
 
     def __init__(self, path: str | Path):
         self.file = open(path, "ab", buffering=0)
         self.reader = open(path, "rb")
-        self.places: dict[str, int] = {}  # key -> where its line starts, for earlier runs' calls
-        self.end = 0  # of the last whole line
+        self.places, self.end = {}, 0  # key -> where its line starts; where the last one ends
         for line in self.reader:
             if not line.endswith(b"}\n"):
-                break  # A run was killed in the middle of this line: the call is made again.
+                break  # A run was killed within this line: the call is made again.
             self.places[line[9:41].decode()] = self.end  # The line begins with {"key": "
             self.end += len(line)
         self.file.truncate(self.end)
@@ -67,7 +66,7 @@ class Journal:
 
 
 def image_part(path: str) -> str:
-    """A picture, as it is, as a part of a message's content (JSON); raises Reject without one."""
+    """A picture, as it is, as a part of a message (JSON); raises Reject when it is missing."""
     try:
         image = Path(path).read_bytes()
     except FileNotFoundError as error:
@@ -81,14 +80,14 @@ def image_kind(image: bytes) -> str:
 
 
 def open_session(timeout: float) -> aiohttp.ClientSession:
-    """The connections to all servers, within an event loop; `timeout`: seconds for one answer."""
-    connector = aiohttp.TCPConnector(limit=0)  # The caller says how many calls run at a time.
+    """The connections to all servers; `timeout`: seconds for one answer."""
+    connector = aiohttp.TCPConnector(limit=0)  # The caller limits the calls.
     limits = aiohttp.ClientTimeout(total=timeout, sock_connect=60)
     return aiohttp.ClientSession(connector=connector, timeout=limits)
 
 
 class Server:
-    """An OpenAI-compatible chat server; its `session` must be set before the first question."""
+    """An OpenAI-compatible chat server; `session` must be set before the first question."""
 
     def __init__(self, name: str, config, journal: Journal, tally: dict):
         self.name, self.config, self.journal, self.tally = name, config, journal, tally
@@ -96,8 +95,8 @@ class Server:
         model, at = getattr(config, f"{name}_model"), urlsplit(self.url)
         if at.scheme not in ("http", "https") or not at.hostname or at.username or not model:
             raise Stop(
-                f"--{name}_url and --{name}_model are needed: "
-                "like http://host:8000/v1 (no key in it), and the model's name there"
+                f"--{name}_url and --{name}_model are needed: like http://host:8000/v1 "
+                "(no key in it), and the model's name"
             )
         self.label = f"{name} at {self.url}, model {model}"
         settings = {"model": model, "max_tokens": getattr(config, f"{name}_tokens")}
@@ -106,7 +105,7 @@ class Server:
         self.key_name = f"{name.upper()}_API_KEY"
         self.key = os.environ.get(self.key_name) or os.environ.get("OPENAI_API_KEY") or "EMPTY"
         self.headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-        # aiohttp's trust_env would look the proxy up at every call, and fail on a key in ~/.netrc.
+        # aiohttp's trust_env would look it up at every call, and stumble over ~/.netrc.
         direct = at.hostname in ("localhost", "127.0.0.1", "::1") or proxy_bypass(at.hostname)
         self.proxy = None if direct else getproxies().get(at.scheme)
         self.given_up, self.trouble = 0, ""  # records in a row; what went wrong last
@@ -132,10 +131,8 @@ class Server:
         return reply
 
     async def call(self, step: str, body: bytes) -> dict:
-        """One answer; a server that is busy or down is waited for without end.
-
-        Too many failed answers end the record (Reject), too many such records in a row the run.
-        """
+        """One answer. A server that is busy or down is waited for without end; too many failed
+        answers end the record (Reject), and too many such records in a row end the run (Stop)."""
         failures, wait = 0, self.config.backoff
         while True:
             kind, reply, retry_after = await self.attempt(body)
@@ -154,13 +151,13 @@ class Server:
                 self.given_up += 1
                 if self.given_up <= max(4, self.config.concurrency):
                     raise Reject(step, "no answer", f"{kind}: {text}", again=True)
-                lost = f"{self.given_up} records in a row were given up, the last with {kind}"
-                raise Stop(f"{self.label}: {lost}: {text}")
+                lost = f"{self.given_up} records in a row were given up"
+                raise Stop(f"{self.label}: {lost}; {kind}: {text}")
             await asyncio.sleep(retry_after or wait * (0.5 + random.random()))
             wait = min(2 * wait, 60)
 
     async def attempt(self, body: bytes) -> tuple[str, dict | str, float]:
-        """-> (what the answer means, the reply or what went wrong, seconds that we should wait)"""
+        """-> (what the answer means, the reply or what went wrong, seconds to wait)"""
         url, how = f"{self.url}/chat/completions", {"headers": self.headers, "proxy": self.proxy}
         try:
             async with self.session.post(url, data=body, allow_redirects=False, **how) as answer:
@@ -170,7 +167,7 @@ class Server:
                     if len(raw) > MAX_ANSWER:
                         raise ValueError(f"an answer of more than {MAX_ANSWER:,} bytes")
         except aiohttp.ClientConnectorCertificateError as error:
-            return "bad certificate", f"{error}; SSL_CERT_FILE can name those to trust", 0.0
+            return "bad certificate", f"{error} (trusted: SSL_CERT_FILE)", 0.0
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
             return "busy or down", str(error), 0.0
         except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
@@ -192,7 +189,7 @@ def meaning(status: int, raw: bytes) -> tuple[str, str]:
 
 
 def parse_reply(raw: bytes) -> tuple[str, dict | str]:
-    """A chat completion -> ("ok", {text, finish, in, out}) or ("failed", why)"""
+    """A completion -> ("ok", {text, finish, in, out}) or ("failed", why)"""
     try:
         answer = json.loads(raw)
         choice, usage = answer["choices"][0], answer.get("usage") or {}

@@ -230,7 +230,7 @@ def contents(out):
 
 def test_run_writes_the_released_look_and_reads_back(tmp_path, serve):
     problems(tmp_path, 20)
-    cold_start.make(config(tmp_path, serve()))
+    cold_start.main(config(tmp_path, serve()))
     out = tmp_path / "out"
     kept, rejected = rows(out / "cold.jsonl"), rows(out / "rejected.jsonl")
     assert [r["id"] for r in rejected] == ["p/0", "p/5", "p/10", "p/15"] and len(
@@ -290,7 +290,7 @@ def test_llava_sources_get_their_own_file_and_byte_images_are_kept_as_they_are(t
             for i, s in [(1, "LLaVA-CoT/chartqa"), (2, "geo3k")]
         ],
     )
-    cold_start.make(config(tmp_path, serve(), data=str(tmp_path / "problems.parquet")))
+    cold_start.main(config(tmp_path, serve(), data=str(tmp_path / "problems.parquet")))
     [ours] = read(tmp_path / "out" / "vision_r1_llava_cot_full.json")[0]
     assert (
         ours.id == "x 1"
@@ -317,7 +317,7 @@ def test_llava_sources_get_their_own_file_and_byte_images_are_kept_as_they_are(t
 def test_prompts_of_the_steps_and_ablations(tmp_path, serve, flags, steps):
     problems(tmp_path, 2)
     server = serve()
-    cold_start.make(config(tmp_path, server, concurrency=1, min_chars=1, **flags))
+    cold_start.main(config(tmp_path, server, concurrency=1, min_chars=1, **flags))
     found = []
     for head, body in server.requests[-len(steps) :]:  # the second record: "1 red plus 1 blue"
         content = body["messages"][0]["content"]
@@ -366,7 +366,7 @@ def test_toy_recipe(tmp_path):
             "out": str(tmp_path / "out"),
         }
     )
-    cold_start.make(toy)
+    cold_start.main(toy)
     kept = rows(tmp_path / "out" / "cold.jsonl")
     assert 10 < len(kept) < 60 and len(kept) + len(rows(tmp_path / "out" / "rejected.jsonl")) == 60
     for row in kept:
@@ -378,17 +378,17 @@ def test_toy_recipe(tmp_path):
 def test_a_finished_run_says_so_and_other_settings_reuse_its_calls(tmp_path, serve, capsys):
     problems(tmp_path, 6)
     server = serve()
-    cold_start.make(config(tmp_path, server))
+    cold_start.main(config(tmp_path, server))
     before = len(server.requests)
-    cold_start.make(config(tmp_path, server, concurrency=3))
+    cold_start.main(config(tmp_path, server, concurrency=3))
     assert "is finished" in capsys.readouterr().out and len(server.requests) == before
-    cold_start.make(config(tmp_path, server, max_chars=10))  # another filter: no new call
+    cold_start.main(config(tmp_path, server, max_chars=10))  # another filter: no new call
     assert len(server.requests) == before and {
         r["rule"] for r in rows(tmp_path / "out" / "rejected.jsonl")
     } == {"wrong answer", "too long"}
-    cold_start.make(config(tmp_path, server, temperature=0.0))
+    cold_start.main(config(tmp_path, server, temperature=0.0))
     assert len(server.requests) == 2 * before
-    cold_start.make(config(tmp_path, server, fresh=True))
+    cold_start.main(config(tmp_path, server, fresh=True))
     assert len(server.requests) == 3 * before
 
 
@@ -400,7 +400,7 @@ def test_records_that_cannot_be_bridged_are_accounted_for(tmp_path, serve):
             Record("seen", "<image>What is 1 red plus 1 blue?", "2", [png("red")]),
         ],
     )
-    cold_start.make(config(tmp_path, serve()))
+    cold_start.main(config(tmp_path, serve()))
     assert [(r["id"], r["step"], r["rule"]) for r in rows(tmp_path / "out" / "rejected.jsonl")] == [
         ("text", "input", "no image")
     ]
@@ -448,7 +448,7 @@ def test_real_problems_and_a_model_that_talks_garbage(tmp_path, serve, file):
             {},
         )
 
-    cold_start.make(
+    cold_start.main(
         config(
             tmp_path,
             serve(script=script),
@@ -496,7 +496,7 @@ def test_reasoning_is_found_wherever_the_server_puts_it(tmp_path, serve, message
         tmp_path / "problems.parquet",
         [Record("a", "<image>What is 1 red plus 2 blue?", "3", [png("red")])],
     )
-    cold_start.make(
+    cold_start.main(
         config(
             tmp_path,
             serve(
@@ -793,7 +793,7 @@ def test_what_stops_the_run(tmp_path, serve, monkeypatch, status, text, says):
     problems(tmp_path, 20)
     server = serve(script=status_script(status, text))
     with pytest.raises(Stop, match=says) as stop:
-        cold_start.make(config(tmp_path, server, retries=1, concurrency=4))
+        cold_start.main(config(tmp_path, server, retries=1, concurrency=4))
     assert "Bearer sk-secret" in server.requests[0][0]
     assert "sk-secret" not in str(stop.value) + "".join(
         p.read_text() for p in (tmp_path / "out").iterdir() if p.is_file()
@@ -806,9 +806,9 @@ def test_the_official_client_of_https_servers_does_the_same(tmp_path, serve, mon
     monkeypatch.setattr(cold_start.Server, "official", ("http",))  # without TLS here
     monkeypatch.setenv("REASONER_API_KEY", "sk-other")
     problems(tmp_path, 15)
-    cold_start.make(config(tmp_path, serve(), out=str(tmp_path / "calm")))
+    cold_start.main(config(tmp_path, serve(), out=str(tmp_path / "calm")))
     server = serve(faults=0.2, seed=3)
-    cold_start.make(config(tmp_path, server, retries=20))
+    cold_start.main(config(tmp_path, server, retries=20))
     assert contents(tmp_path / "out") == contents(tmp_path / "calm")
     assert {body["model"]: "Bearer sk-other" in head for head, body in server.requests} == {
         "sees": False,
@@ -816,7 +816,7 @@ def test_the_official_client_of_https_servers_does_the_same(tmp_path, serve, mon
     }
     for status, says in ((401, "wrong key"), (404, "unknown model")):
         with pytest.raises(Stop, match=says):
-            cold_start.make(
+            cold_start.main(
                 config(
                     tmp_path, serve(script=status_script(status)), out=str(tmp_path / str(status))
                 )
@@ -825,7 +825,7 @@ def test_the_official_client_of_https_servers_does_the_same(tmp_path, serve, mon
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     threading.Timer(0.5, lambda: serve(port=port)).start()
-    cold_start.make(
+    cold_start.main(
         config(tmp_path, f"http://127.0.0.1:{port}/v1", retries=1, out=str(tmp_path / "down"))
     )
     assert contents(tmp_path / "down") == contents(tmp_path / "calm")
@@ -849,7 +849,7 @@ def test_context_overflow_is_the_records_own_fault(tmp_path, serve):
             else (200, answer(body), {})
         )
     )
-    cold_start.make(config(tmp_path, server))
+    cold_start.main(config(tmp_path, server))
     assert ("p/3", "chain", "context overflow") in [
         (r["id"], r["step"], r["rule"]) for r in rows(tmp_path / "out" / "rejected.jsonl")
     ]
@@ -864,13 +864,13 @@ def test_a_record_that_always_fails_is_given_up_and_tried_again_next_time(tmp_pa
             (500, {}, {}) if broken[0] and "What is 3 red" in str(body) else (200, answer(body), {})
         )
     )
-    cold_start.make(config(tmp_path, server, retries=2))
+    cold_start.main(config(tmp_path, server, retries=2))
     assert ("p/3", "no answer") in [
         (r["id"], r["rule"]) for r in rows(tmp_path / "out" / "rejected.jsonl")
     ]
     assert sum("What is 3 red" in str(b) for _, b in server.requests) == 3  # once, and two retries
     broken[0], before = False, len(server.requests)
-    cold_start.make(config(tmp_path, server, retries=2))
+    cold_start.main(config(tmp_path, server, retries=2))
     assert len(server.requests) == before + 3 and "p/3" in [
         r["id"] for r in rows(tmp_path / "out" / "cold.jsonl")
     ]
@@ -881,7 +881,7 @@ def test_a_record_that_always_fails_is_given_up_and_tried_again_next_time(tmp_pa
 
 def test_data_and_servers_must_be_named(tmp_path):
     with pytest.raises(Stop, match="--data is needed"):
-        cold_start.make(
+        cold_start.main(
             Config(
                 recipe="vision-r1-cold", out=str(tmp_path / "out"), mllm_url="http://localhost:1/v1"
             )
@@ -889,10 +889,10 @@ def test_data_and_servers_must_be_named(tmp_path):
     problems(tmp_path, 1)
     for url in ("", "localhost:8000", "http://user:secret@host/v1"):
         with pytest.raises(Stop, match="--mllm-url and --mllm-model are needed"):
-            cold_start.make(config(tmp_path, url))
+            cold_start.main(config(tmp_path, url))
     (tmp_path / "problems.parquet").write_text("what is this\n")
     with pytest.raises(Stop, match="problems.parquet"):
-        cold_start.make(config(tmp_path, "toy:teachers"))
+        cold_start.main(config(tmp_path, "toy:teachers"))
 
 
 def test_retry_after_is_honoured(tmp_path, serve):
@@ -903,7 +903,7 @@ def test_retry_after_is_honoured(tmp_path, serve):
         times.append(time.monotonic())
         return (429, {}, {"Retry-After": "0.6"}) if len(times) == 1 else (200, answer(body), {})
 
-    cold_start.make(config(tmp_path, serve(script=script)))
+    cold_start.main(config(tmp_path, serve(script=script)))
     assert times[1] - times[0] >= 0.6
 
 
@@ -957,7 +957,7 @@ def test_a_server_that_is_down_pauses_the_run(tmp_path, serve):
         port = s.getsockname()[1]
     threading.Timer(0.7, lambda: serve(port=port)).start()
     start = time.monotonic()
-    cold_start.make(config(tmp_path, f"http://127.0.0.1:{port}/v1", retries=0))
+    cold_start.main(config(tmp_path, f"http://127.0.0.1:{port}/v1", retries=0))
     assert time.monotonic() - start > 0.6
     assert {r["rule"] for r in rows(tmp_path / "out" / "rejected.jsonl")} == {
         "wrong answer"
@@ -979,7 +979,7 @@ for line in sys.stdin:
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), f)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        cold_start.guarded(cold_start.make, cold_start.Config(**settings))
+        cold_start.guarded(cold_start.Config(**settings))
         sys.exit(0)
     print(pid, flush=True)
     print(os.waitpid(pid, 0)[1], flush=True)
@@ -1006,7 +1006,7 @@ def test_faults_and_kill_9_leave_the_same_bytes_and_repeat_no_finished_call(tmp_
     """20 % of 429, 500, timeouts, cut connections and malformed JSON, and SIGKILL at 5 random moments"""
     n = 150
     problems(tmp_path, n)
-    cold_start.make(config(tmp_path, serve(), out=str(tmp_path / "calm")))
+    cold_start.main(config(tmp_path, serve(), out=str(tmp_path / "calm")))
     server = serve(latency=0.02, faults=0.2, seed=1)
     settings = vars(config(tmp_path, server, retries=20))
     journal, kills, rng = tmp_path / "out" / "journal.jsonl", 0, random.Random(2)
@@ -1063,10 +1063,10 @@ def test_one_writer_per_output(tmp_path, serve):
     )
     holder.stdout.readline()
     with pytest.raises(Stop, match="another cold_start.py"):
-        cold_start.make(config(tmp_path, serve()))
+        cold_start.main(config(tmp_path, serve()))
     holder.kill()
     holder.wait()
-    cold_start.make(config(tmp_path, serve()))
+    cold_start.main(config(tmp_path, serve()))
 
 
 def test_a_full_disk_stops_cleanly_and_the_run_goes_on_later(tmp_path, serve, fork):
@@ -1088,7 +1088,7 @@ def test_many_in_flight_and_bounded(tmp_path, serve):
     """100 calls at a time, and the last step of early records beside the first of late ones (how fast: bench/cold_start.py)"""
     problems(tmp_path, 300)
     server = serve(latency=0.05)
-    cold_start.make(config(tmp_path, server, concurrency=100, timeout=30))
+    cold_start.main(config(tmp_path, server, concurrency=100, timeout=30))
     assert server.most == 100
     models = [body["model"] for _, body in server.requests]
     assert len(models) == 900 and models.index("thinks") < 400 < 899 - models[::-1].index("sees")
@@ -1183,7 +1183,7 @@ def test_two_real_vllm_servers(tmp_path, vllm_servers, monkeypatch):
         timeout=300,
         backoff=0.5,
     )
-    cold_start.make(
+    cold_start.main(
         config(tmp_path, mllm, **settings)
     )  # servers that are not up yet are waited for
     rejected = rows(tmp_path / "out" / "rejected.jsonl")
@@ -1210,7 +1210,7 @@ def test_two_real_vllm_servers(tmp_path, vllm_servers, monkeypatch):
     ):
         monkeypatch.setenv("OPENAI_API_KEY", wrong.pop("key", "sk-tiny"))
         with pytest.raises(Stop, match=says):
-            cold_start.make(config(tmp_path, mllm, out=str(tmp_path / says), **settings | wrong))
+            cold_start.main(config(tmp_path, mllm, out=str(tmp_path / says), **settings | wrong))
 
 
 # ---- stats

@@ -1,0 +1,89 @@
+"""Table 4: how often the words of self-reflection occur in the responses of a data set.
+
+  python -m tools.stats FILE...      JSONL or JSON with `response`, `conversations` or `messages`
+
+Counted are whole words in any case. Lengths and duplicates of each file stand beside them, and the
+paper's three data sets; the lengths are drawn in stats.png.
+"""
+
+import hashlib
+import json
+import re
+import sys
+from collections import Counter
+from collections.abc import Iterator
+
+from matplotlib.figure import Figure
+
+from nano.words import WORDS
+
+TABLE_4 = {  # records, then the count of each word
+    "LLaVA-CoT": (100_000, 2300, 1, 183, 251, 8332),
+    "Mulberry": (260_000, 1122, 0, 8784, 68, 26421),
+    "Vision-R1-cold": (200_000, 585_719, 75_853, 26_697, 188_187, 100_148),
+}
+ROLES = ("gpt", "assistant")  # who answers
+FOUND = re.compile(rf"\b(?:{'|'.join(WORDS)})\b", re.IGNORECASE)
+
+
+def responses(path: str) -> Iterator[str]:
+    """The assistant's side of each row; the pictures are not needed."""
+    with open(path, encoding="utf-8") as file:
+        is_list = file.read(1) == "["
+        file.seek(0)
+        for row in json.load(file) if is_list else map(json.loads, file):
+            alone = [{"from": "gpt", "value": row.get("response")}]
+            turns = row.get("conversations") or row.get("messages") or alone
+            theirs = [turn for turn in turns if turn.get("from", turn.get("role")) in ROLES]
+            yield "\n".join(turn.get("value", turn.get("content")) or "" for turn in theirs)
+
+
+def column(path: str) -> tuple[dict[str, str], list[int]]:
+    """-> (the file's column of the table, the words in each response)"""
+    counts, records_with, texts, lengths = Counter(), Counter(), set(), []
+    for text in filter(None, responses(path)):
+        found = Counter(word.capitalize() for word in FOUND.findall(text))
+        counts.update(found)
+        records_with.update(found.keys())
+        texts.add(hashlib.md5(text.encode()).digest())
+        lengths.append(len(text.split()))
+    if not lengths:
+        raise ValueError(f"{path}: no responses in it (response, conversations or messages)")
+    n, by_length = len(lengths), sorted(lengths)
+    cells = word_cells(n, [counts[word] for word in WORDS])
+    cells |= {f"records with {word}": f"{records_with[word] / n:.1%}" for word in WORDS}
+    cells |= {"words: mean": f"{sum(lengths) / n:.0f}", "words: median": f"{by_length[n // 2]}"}
+    cells |= {"words: 95 %": f"{by_length[int(0.95 * n)]}", "duplicates": f"{n - len(texts):,}"}
+    return cells, lengths
+
+
+def word_cells(n: int, counts: list[int]) -> dict[str, str]:
+    cells = {"records": f"{n:,}"} | {word: f"{count:,}" for word, count in zip(WORDS, counts)}
+    return cells | {f"{word} per record": f"{count / n:.3f}" for word, count in zip(WORDS, counts)}
+
+
+def main(files: list[str]) -> None:
+    names = [file if len(file) < 32 else "..." + file[-29:] for file in files]
+    columns, lengths = zip(*map(column, files))
+    columns = dict(zip(names, columns))
+    for name, (n, *counts) in TABLE_4.items():
+        columns[f"Table 4: {name}"] = word_cells(n, counts)
+    print(" " * 28 + "".join(f"  {name}" for name in columns))
+    for head in columns[names[0]]:
+        cells = [f"{cells.get(head, ''):>{len(name) + 2}}" for name, cells in columns.items()]
+        print(f"{head:<28}" + "".join(cells))
+    figure = Figure(figsize=(7, 3), layout="constrained")
+    axes = figure.add_subplot(xlabel="words in a response")
+    axes.hist(lengths, bins=40, density=True, label=names)
+    axes.legend()
+    figure.savefig("stats.png", dpi=120)
+    print("lengths: stats.png")
+
+
+if __name__ == "__main__":
+    if not sys.argv[1:] or sys.argv[1].startswith("-"):
+        sys.exit(__doc__)
+    try:
+        main(sys.argv[1:])
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"stopped: {error}")
