@@ -1,9 +1,12 @@
-"""Benchmark of cold_start.py's throughput: python bench/cold_start.py [--records 2000 20000] [--concurrency 256] [--latency 0.05] [--image-kb 8]
+"""How fast is cold_start.py against a server that answers at once?
 
-Runs the whole of cold_start.py, as a process of its own, against a lean server (another process) that answers every call after
-`latency` seconds. Ideal = calls x latency / concurrency. Prints the time of the calls (from the first to the last record, as the
-run's own log has it), its ratio to the ideal, CPU time per call of client and server, the time of the whole command with its
-imports and plots, and the highest resident memory: it must not grow with the number of records.
+  python bench/cold_start.py [--records 2000 20000] [--concurrency 256] [--latency 0.05]
+
+The whole of cold_start.py runs, as a process of its own, against a lean server (another process)
+that answers every call after `latency` seconds. Ideal = calls x latency / concurrency. Printed are
+the time of the calls (from the first to the last record, as the run's own log has it), its ratio to
+the ideal (the bar is 2.0), CPU time per call of client and server, the time of the whole command
+with its imports, and the highest resident memory: it must not grow with the number of records.
 """
 
 import argparse
@@ -23,15 +26,19 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 THOUGHT = (
-    "Okay, let's see. The description says that there are {a} red balls on the left and {b} blue ones on the right of the table. "
-    "I am asked for {a} plus {b}. First I take {a}, then I go on counting by {b}, which gives {c}. Wait, let me check that the other way "
-    "round: {b} and then {a} more, which is {c} again. Hmm, could any ball be hidden behind another one? Row {a} shows them all in front. "
-    "Alternatively, I could take {b} from {c}, and then {a} are left, as they should be. "
+    "Okay, let's see. The description says that there are {a} red balls on the left and {b} blue "
+    "ones on the right of the table. I am asked for {a} plus {b}. First I take {a}, then I go on "
+    "counting by {b}, which gives {c}. Wait, let me check that the other way round: {b} and then "
+    "{a} more, which is {c} again. Hmm, could any ball be hidden behind another one? Row {a} shows "
+    "them all in front. Alternatively, I could take {b} from {c}, and then {a} are left, as they "
+    "should be. "
 )
 
 
 class Teacher(asyncio.Protocol):
-    """keep-alive HTTP/1.1 and two answers, as little work as python allows: it shares the machine with what is measured"""
+    """Keep-alive HTTP/1.1 and two answers, with as little work as Python allows.
+
+    It shares the machine with what is measured."""
 
     def connection_made(self, transport):
         self.transport, self.buffer, self.need = transport, bytearray(), 0
@@ -49,18 +56,10 @@ class Teacher(asyncio.Protocol):
                     + THOUGHT.format(a=a, b=b, c=a + b) * 4
                     + f"</think>\nFinal Answer: {a + b + (a % 10 == 0)}"
                 )
-            raw = json.dumps(
-                {
-                    "choices": [
-                        {
-                            "index": 0,
-                            "finish_reason": "stop",
-                            "message": {"role": "assistant", "content": text},
-                        }
-                    ],
-                    "usage": {"prompt_tokens": 900, "completion_tokens": 400},
-                }
-            ).encode()
+            choice = {"index": 0, "finish_reason": "stop"}
+            choice["message"] = {"role": "assistant", "content": text}
+            usage = {"prompt_tokens": 900, "completion_tokens": 400}
+            raw = json.dumps({"choices": [choice], "usage": usage}).encode()
             self.buffer.clear()
             self.need = 0
             asyncio.get_running_loop().call_later(
@@ -78,7 +77,7 @@ async def serve(latency):
 
 
 def problems(path, n, kb):
-    """n records with pictures of noise, of which one in ten gets a wrong answer"""
+    """n records with pictures of noise; one in ten gets a wrong answer from the reasoner"""
     from PIL import Image
 
     from nano.data import Record, write_parquet
@@ -88,76 +87,54 @@ def problems(path, n, kb):
         out = io.BytesIO()
         Image.effect_noise((side, side), 60).save(out, "PNG")
         pictures.append(out.getvalue())
-    write_parquet(
-        path,
-        [
-            Record(
-                f"p{i}",
-                f"<image>What is {i} plus {i % 7}?",
-                str(i + i % 7),
-                [pictures[i % 50]],
-                "mulberry",
-            )
-            for i in range(n)
-        ],
-    )
+    records = []
+    for i in range(n):
+        question, answer = f"<image>What is {i} plus {i % 7}?", str(i + i % 7)
+        records.append(Record(f"p{i}", question, answer, [pictures[i % 50]], "mulberry"))
+    write_parquet(path, records)
     return sum(map(len, pictures)) / 50 / 1024
 
 
+def seconds_of(pid):
+    """CPU seconds of a process so far"""
+    ticks = Path(f"/proc/{pid}/stat").read_text().split()[13:15]
+    return sum(map(int, ticks)) / os.sysconf("SC_CLK_TCK")
+
+
+def measure(args, n, folder, server, url):
+    data, out = f"{folder}/{n}.parquet", Path(folder) / str(n)
+    kb = problems(data, n, args.image_kb)
+    before, served = resource.getrusage(resource.RUSAGE_CHILDREN), seconds_of(server.pid)
+    began = time.monotonic()
+    command = [sys.executable, str(ROOT / "cold_start.py"), "--recipe", "vision-r1-cold"]
+    command += ["--data", data, "--out", str(out), "--concurrency", str(args.concurrency)]
+    command += ["--mllm_url", url, "--mllm_model", "sees"]
+    command += ["--reasoner_url", url, "--reasoner_model", "thinks"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    subprocess.run(command, check=True, **quiet)
+    wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
+    log = [json.loads(line) for line in open(out / "log.jsonl")][-1]
+    calls, ideal = log["calls"], log["calls"] * args.latency / args.concurrency
+    assert calls == 3 * n and log["kept"] == n - -(-n // 10), log
+    client, served = 1e6 * log["cpu"] / calls, 1e6 * (seconds_of(server.pid) - served) / calls
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    print(
+        f"{n:,} records ({kb:.0f} KB a picture), {calls:,} calls: {log['seconds']:.2f} s, "
+        f"ideal {ideal:.2f} s, ratio {log['seconds'] / ideal:.2f}; CPU per call: "
+        f"client {client:.0f} us, server {served:.0f} us; whole command {wall:.1f} s, "
+        f"CPU {cpu:.1f} s; peak memory so far {after.ru_maxrss / 1024:.0f} MB",
+        flush=True,
+    )
+
+
 def main(args):
-    server = subprocess.Popen(
-        [sys.executable, __file__, "--serve", str(args.latency)], stdout=subprocess.PIPE, text=True
-    )
+    command = [sys.executable, __file__, "--serve", str(args.latency)]
+    server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
-    ticks = lambda: (
-        sum(map(int, Path(f"/proc/{server.pid}/stat").read_text().split()[13:15]))
-        / os.sysconf("SC_CLK_TCK")
-    )
     try:
         with tempfile.TemporaryDirectory() as folder:
             for n in args.records:
-                data, out = f"{folder}/{n}.parquet", Path(folder) / str(n)
-                kb, before, served, began = (
-                    problems(data, n, args.image_kb),
-                    resource.getrusage(resource.RUSAGE_CHILDREN),
-                    ticks(),
-                    time.monotonic(),
-                )
-                subprocess.run(
-                    [
-                        sys.executable,
-                        str(ROOT / "cold_start.py"),
-                        "--recipe",
-                        "vision-r1-cold",
-                        "--data",
-                        data,
-                        "--out",
-                        str(out),
-                        "--mllm_url",
-                        url,
-                        "--mllm_model",
-                        "sees",
-                        "--reasoner_url",
-                        url,
-                        "--reasoner_model",
-                        "thinks",
-                        "--concurrency",
-                        str(args.concurrency),
-                    ],
-                    check=True,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                )
-                wall, after = time.monotonic() - began, resource.getrusage(resource.RUSAGE_CHILDREN)
-                log = [json.loads(line) for line in open(out / "log.jsonl")][-1]
-                calls, ideal = log["calls"], log["calls"] * args.latency / args.concurrency
-                assert calls == 3 * n and log["kept"] == n - -(-n // 10), log
-                print(
-                    f"{n:,} records ({kb:.0f} KB a picture), {calls:,} calls: {log['seconds']:.2f} s, ideal {ideal:.2f} s, ratio {log['seconds'] / ideal:.2f}; "
-                    f"CPU per call: client {1e6 * log.get('cpu', 0) / calls:.0f} us, server {1e6 * (ticks() - served) / calls:.0f} us; "
-                    f"whole command {wall:.1f} s, CPU {after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime:.1f} s; peak memory so far {after.ru_maxrss / 1024:.0f} MB",
-                    flush=True,
-                )
+                measure(args, n, folder, server, url)
     finally:
         server.terminate()
 

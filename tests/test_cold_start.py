@@ -1,14 +1,20 @@
-"""cold_start.py against scripted teachers and a small OpenAI-compatible server on 127.0.0.1 that can misbehave on demand."""
+"""cold_start.py against scripted teachers and a small OpenAI-compatible server on 127.0.0.1.
+
+The server can misbehave on demand.
+"""
 
 import asyncio
+import base64
 import importlib.util
 import io
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -21,11 +27,17 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import cold_start
-from cold_start import Config, Reject, Stop
+from cold_start import Config
+from nano import chains
 from nano.data import Record, read, write_parquet
+from nano.teachers import Journal, Reject, Server, Stop, open_session
+from tools import stats
 
 SAMPLES = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "formats"
-CHAIN = "Okay, let's see. The description says there are {a} red and {b} blue balls. Wait, I count again. So {a} plus {b} makes {total}."
+CHAIN = (
+    "Okay, let's see. The description says there are {a} red and {b} blue balls. Wait, I count "
+    "again. So {a} plus {b} makes {total}."
+)
 
 
 # ---- a server: adds two numbers, and fails as often and in the ways that it is told
@@ -65,9 +77,11 @@ def answer(body):
 
 
 class Teachers:
-    """the server, in a thread of its own; `script(body) -> (status, object or bytes, headers)` replaces the scripted answers"""
+    """The server, in a thread of its own.
 
-    def __init__(self, latency=0.0, faults=0.0, script=None, seed=0, port=0):
+    `script(body) -> (status, object or bytes, headers)` replaces the scripted answers."""
+
+    def __init__(self, latency=0.0, faults=0.0, script=None, seed=0, port=0, tls=None):
         self.latency, self.faults, self.script, self.random, self.requests, self.most, self.now = (
             latency,
             faults,
@@ -80,7 +94,9 @@ class Teachers:
         self.loop, ready = asyncio.new_event_loop(), threading.Event()
 
         async def start():
-            server = await asyncio.start_server(self.serve, "127.0.0.1", port, backlog=1024)
+            server = await asyncio.start_server(
+                self.serve, "127.0.0.1", port, backlog=1024, ssl=tls
+            )
             self.port = server.sockets[0].getsockname()[1]
             ready.set()
 
@@ -240,7 +256,8 @@ def test_run_writes_the_released_look_and_reads_back(tmp_path, serve):
         1
     ]["evidence"] == "'11', the truth is '10'"
     assert kept[0]["response"] == (
-        "<think>Okay, let's see. The image shows there are 1 red and 1 blue balls. Wait, I count again. So 1 plus 1 makes 2.</think>\n"
+        "<think>Okay, let's see. The image shows there are 1 red and 1 blue balls. Wait, I count "
+        "again. So 1 plus 1 makes 2.</think>\n"
         "<answer>Final Answer:2</answer>"
     )
     ours, bad = read(out / "cold.jsonl")
@@ -375,21 +392,70 @@ def test_toy_recipe(tmp_path):
         ].endswith(f"</think> <answer> {row['answer']} </answer>")
 
 
-def test_a_finished_run_says_so_and_other_settings_reuse_its_calls(tmp_path, serve, capsys):
+def test_a_finished_run_makes_no_call_and_other_settings_reuse_its_calls(tmp_path, serve, capsys):
     problems(tmp_path, 6)
     server = serve()
     cold_start.main(config(tmp_path, server))
-    before = len(server.requests)
+    before, files = len(server.requests), contents(tmp_path / "out")
+    capsys.readouterr()
     cold_start.main(config(tmp_path, server, concurrency=3))
-    assert "is finished" in capsys.readouterr().out and len(server.requests) == before
+    said = capsys.readouterr().out
+    assert "0 calls, 18 from the journal" in said and " was " not in said
+    assert len(server.requests) == before and contents(tmp_path / "out") == files
     cold_start.main(config(tmp_path, server, max_chars=10))  # another filter: no new call
-    assert len(server.requests) == before and {
-        r["rule"] for r in rows(tmp_path / "out" / "rejected.jsonl")
-    } == {"wrong answer", "too long"}
+    said = capsys.readouterr().out
+    assert "max_chars was 50000 and is 10 now" in said and "--fresh" in said and "--out" in said
+    assert len(server.requests) == before
+    rejected = rows(tmp_path / "out" / "rejected.jsonl")
+    assert {r["rule"] for r in rejected} == {"wrong answer", "too long"}
     cold_start.main(config(tmp_path, server, temperature=0.0))
     assert len(server.requests) == 2 * before
     cold_start.main(config(tmp_path, server, fresh=True))
     assert len(server.requests) == 3 * before
+
+
+def test_the_calls_of_runs_by_earlier_versions_are_found(tmp_path, serve):
+    """the keys were printed by the version that wrote them first: a finished run must go on"""
+    gif = (
+        b"GIF89a\x01\x00\x01\x00\x80\x00\x00\x00\x00\x00\xff\xff\xff,\x00\x00\x00\x00\x01\x00\x01"
+        b"\x00\x00\x02\x02D\x01\x00;"
+    )
+    record = Record("p/1", "<image>What is 1 red plus 2 blue, in é?", "3", [gif], "mulberry")
+    write_parquet(tmp_path / "problems.parquet", [record])
+    server = serve()
+    cold_start.main(config(tmp_path, server))
+    assert [r["key"] for r in rows(tmp_path / "out" / "journal.jsonl")] == [
+        "a96473f8d85581c8616d82bf0097fb1d",
+        "1843702dff164aec770b849b85151276",
+        "949fdb11546f21d280670524419e3726",
+    ]
+    [kept] = rows(tmp_path / "out" / "cold.jsonl")
+    assert kept["images"] == ["images/p_1-e08bb000.gif"]
+    url = server.requests[0][1]["messages"][0]["content"][0]["image_url"]["url"]
+    kind, data = url.split(";base64,")
+    assert kind == "data:image/gif" and base64.b64decode(data) == gif
+
+
+def test_requests_carry_the_settings_of_the_model_cards(tmp_path, serve):
+    """DeepSeek-R1's model card: temperature .6, top-p .95; 16,384 tokens as in the SFT config"""
+    problems(tmp_path, 1)
+    server = serve()
+    cold_start.main(config(tmp_path, server))
+    found = {
+        (b["model"], b["temperature"], b["top_p"], b["max_tokens"]) for _, b in server.requests
+    }
+    assert found == {("sees", 0.6, 0.95, 4096), ("thinks", 0.6, 0.95, 16384)}
+
+
+def test_pictures_of_two_records_never_share_a_file(tmp_path, serve):
+    """ "a" with two pictures and "a-1" with one: both would be called a-1.png"""
+    red, green, blue = (png(color) for color in ("red", "green", "blue"))
+    question = "<image>What is 1 red plus 1 blue?"
+    both = Record("a", "<image>" + question, "2", [red, green])
+    write_parquet(tmp_path / "problems.parquet", [both, Record("a-1", question, "2", [blue])])
+    cold_start.main(config(tmp_path, serve()))
+    kept = [r.images for r in read(tmp_path / "out" / "cold.jsonl")[0]]
+    assert [[Path(i).read_bytes() for i in images] for images in kept] == [[red, green], [blue]]
 
 
 def test_records_that_cannot_be_bridged_are_accounted_for(tmp_path, serve):
@@ -514,51 +580,77 @@ def test_reasoning_is_found_wherever_the_server_puts_it(tmp_path, serve, message
     )
 
 
+OK_BODY = json.dumps(completion("hé")).encode()
+OK_HEAD = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(OK_BODY)
+REST = OK_BODY[5:]
+CHUNKS = b"5\r\n%s\r\n%x;x=y\r\n%s\r\n0\r\n\r\n" % (OK_BODY[:5], len(REST), REST)
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
 @pytest.mark.parametrize(
     "raw, expected",
     [
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", (200, b"hello")),
-        (b"HTTP/1.1 503 Busy Now\r\ncontent-length:0\r\n\r\n", (503, b"")),
-        (b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\nhello", (200, b"hello")),  # ends with the connection
-        (
-            b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n3\r\nhe0\r\nC;x=y\r\n\r\n0\r\n\r\n12345\r\n0\r\n\r\n",
-            (200, b"he0\r\n0\r\n\r\n12345"),
-        ),  # what looks like the end
-        (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello", ConnectionError),
-        (b"HTTP/1.1 200", ConnectionError),
-        (b"", ConnectionError),
-        (b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nhe", ConnectionError),
-        (b"what is this\r\n\r\n", ValueError),
-        (b"\r\n\r\n", ValueError),
-        (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n", ValueError),
+        (OK_HEAD + OK_BODY, "ok"),
+        (b"HTTP/1.1 200 OK\r\nServer: x\r\n\r\n" + OK_BODY, "ok"),  # ends with the connection
+        (CHUNKED + CHUNKS, "ok"),
+        (b"HTTP/1.1 503 Busy Now\r\ncontent-length:0\r\n\r\n", "busy or down"),
+        (b"HTTP/1.1 302 X\r\nLocation: /\r\nContent-Length: 0\r\n\r\n", "failed"),
+        (OK_HEAD + OK_BODY[:-1], "failed"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\n\r\nhello", "failed"),
+        (b"HTTP/1.1 200", "failed"),
+        (b"", "failed"),
+        (CHUNKED + CHUNKS[:-5], "failed"),
+        (b"what is this\r\n\r\n", "failed"),
+        (b"\r\n\r\n", "failed"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n", "failed"),
     ],
 )
 @pytest.mark.parametrize("piece", [1, 7, 1000])
-def test_answers_in_pieces(raw, expected, piece):
-    from nano.teachers import Line
-
+def test_answers_in_pieces(tmp_path, raw, expected, piece):
     async def serve_raw(reader, writer):
         await reader.readuntil(b"?")
         for i in range(0, len(raw), piece):
             writer.write(raw[i : i + piece])
-            await asyncio.sleep(0.0005)
+            await asyncio.sleep(0.0002)
         writer.close()
 
     async def talk():
-        server = await asyncio.start_server(serve_raw, "127.0.0.1", 0)
-        _, line = await asyncio.get_running_loop().create_connection(
-            Line, "127.0.0.1", server.sockets[0].getsockname()[1]
-        )
-        try:
-            status, _, body = await asyncio.wait_for(line.ask(b"?"), 20)
-            return status, body
-        except (ConnectionError, ValueError) as e:
-            return type(e)
-        finally:
-            line.transport.close()
-            server.close()
+        tcp = await asyncio.start_server(serve_raw, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{tcp.sockets[0].getsockname()[1]}/v1"
+        server = Server("mllm", config(tmp_path, url), None, {})
+        async with open_session(20) as server.session, tcp:
+            return await server.attempt(b"?")
 
-    assert asyncio.run(talk()) == expected
+    kind, reply, _ = asyncio.run(talk())
+    assert kind == expected, reply
+    if kind == "ok":
+        assert reply == {"text": "hé", "finish": "stop", "in": 10, "out": 20}
+
+
+def test_an_endless_answer_is_cut_and_counts_as_failed(tmp_path, monkeypatch):
+    monkeypatch.setattr("nano.teachers.MAX_ANSWER", 100_000)
+    sent = 0
+
+    async def serve_without_end(reader, writer):
+        nonlocal sent
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        try:
+            while sent < 100_000_000:
+                writer.write(b"x" * 10_000)
+                sent += 10_000
+                await writer.drain()
+        except OSError:
+            pass
+
+    async def talk():
+        tcp = await asyncio.start_server(serve_without_end, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{tcp.sockets[0].getsockname()[1]}/v1"
+        server = Server("mllm", config(tmp_path, url), None, {})
+        async with open_session(20) as server.session, tcp:
+            return await server.attempt(b"?")
+
+    kind, text, _ = asyncio.run(talk())
+    assert kind == "failed" and "more than 100,000 bytes" in text and sent < 50_000_000
 
 
 @pytest.mark.parametrize(
@@ -609,31 +701,37 @@ def test_final_answer(text, expected):
     ],
 )
 def test_word_replacement(before, after):
-    assert cold_start.as_seen(before) == after
+    assert chains.as_seen(before) == after
 
 
 def test_the_guards_before_patterns_change_nothing():
-    """random sentences from the words that matter, against the plain patterns over the whole text"""
+    """random sentences of the words that matter, against the plain patterns over the whole text"""
     words = (
-        "the a this image figure description descriptions Description described DESCRIBED says read reading detailed caption The is not cannot can't see view any no without missing "
-        "data provided given information to solve doesn't mention unable to of in . , user as İ ’ diagram was were another note"
+        "the a this image figure description descriptions Description described DESCRIBED says "
+        "read reading detailed caption The is not cannot can't see view any no without missing "
+        "data provided given information to solve doesn't mention unable to of in . , user as İ ’ "
+        "diagram was were another note"
     ).split()
     rng = random.Random(0)
+
+    def substitute(pattern, new, text):
+        def said(match):
+            return match.expand(new[:1].upper() + new[1:] if match[0][0].isupper() else new)
+
+        return pattern.sub(said, text)
+
     for _ in range(3000):
         text = plain = " ".join(rng.choices(words, k=rng.randint(3, 25)))
-        for _, pattern, new in cold_start.REPLACEMENTS:
-            plain = pattern.sub(
-                lambda m: m.expand(new[:1].upper() + new[1:] if m[0][0].isupper() else new), plain
-            )
-        assert cold_start.as_seen(text) == plain
-        assert bool(cold_start.blind(text, "")) == bool(
-            re.search(cold_start.BLIND.pattern, text.replace("’", "'"), re.I)
-        ), text
+        for pattern, new in chains.REPLACEMENTS:
+            plain = substitute(pattern, new, plain)
+        assert chains.as_seen(text) == plain
+        blind = re.search(chains.BLIND.pattern, text.replace("’", "'"), re.I)
+        assert bool(chains.blind(text, "")) == bool(blind), text
 
 
 def test_every_replacement_rule_is_used_by_a_test_line():
     lines = next(m for m in test_word_replacement.pytestmark if m.name == "parametrize").args[1]
-    for guard, pattern, new in cold_start.REPLACEMENTS:
+    for pattern, _ in chains.REPLACEMENTS:
         assert any(pattern.search(before) for before, _ in lines), pattern.pattern
 
 
@@ -752,10 +850,10 @@ def test_filters_of_the_chain(rule, arguments):
 def test_filters_of_every_step(rule, reply):
     reply = {"finish": "stop", "question": "Find x.", **reply}
     if rule is None:
-        assert cold_start.checked("chain", reply, reply["question"]) == reply["text"].strip()
+        assert chains.checked("chain", reply, reply["question"]) == reply["text"].strip()
         return
     with pytest.raises(Reject) as reject:
-        cold_start.checked("chain", reply, reply["question"])
+        chains.checked("chain", reply, reply["question"])
     assert (reject.value.step, reject.value.rule) == ("chain", rule) and reject.value.evidence
 
 
@@ -764,9 +862,7 @@ def test_real_prose_is_no_loop():
     if not path.exists():
         pytest.skip("no sample of model responses beside this checkout")
     assert not [
-        r
-        for r in rows(path)
-        if any(cold_start.looping(v) for v in r.values() if isinstance(v, str))
+        r for r in rows(path) if any(chains.looping(v) for v in r.values() if isinstance(v, str))
     ]
 
 
@@ -801,34 +897,57 @@ def test_what_stops_the_run(tmp_path, serve, monkeypatch, status, text, says):
     assert not (tmp_path / "out" / "cold.jsonl").exists()
 
 
-def test_the_official_client_of_https_servers_does_the_same(tmp_path, serve, monkeypatch):
-    pytest.importorskip("openai")
-    monkeypatch.setattr(cold_start.Server, "official", ("http",))  # without TLS here
+def test_each_server_gets_its_own_key(tmp_path, serve, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-general")
     monkeypatch.setenv("REASONER_API_KEY", "sk-other")
-    problems(tmp_path, 15)
-    cold_start.main(config(tmp_path, serve(), out=str(tmp_path / "calm")))
-    server = serve(faults=0.2, seed=3)
-    cold_start.main(config(tmp_path, server, retries=20))
-    assert contents(tmp_path / "out") == contents(tmp_path / "calm")
-    assert {body["model"]: "Bearer sk-other" in head for head, body in server.requests} == {
-        "sees": False,
-        "thinks": True,
-    }
-    for status, says in ((401, "wrong key"), (404, "unknown model")):
-        with pytest.raises(Stop, match=says):
-            cold_start.main(
-                config(
-                    tmp_path, serve(script=status_script(status)), out=str(tmp_path / str(status))
-                )
-            )
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    threading.Timer(0.5, lambda: serve(port=port)).start()
-    cold_start.main(
-        config(tmp_path, f"http://127.0.0.1:{port}/v1", retries=1, out=str(tmp_path / "down"))
-    )
-    assert contents(tmp_path / "down") == contents(tmp_path / "calm")
+    problems(tmp_path, 2)
+    server = serve()
+    cold_start.main(config(tmp_path, server))
+    keys = {body["model"]: re.search("Bearer (.*)\r", head)[1] for head, body in server.requests}
+    assert keys == {"sees": "sk-general", "thinks": "sk-other"}
+
+
+def test_a_proxy_is_taken_from_the_environment(tmp_path, serve, monkeypatch):
+    for name in ("http_proxy", "HTTP_PROXY", "no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    proxy = serve()
+    monkeypatch.setenv("http_proxy", f"http://127.0.0.1:{proxy.port}")
+    problems(tmp_path, 2)
+    cold_start.main(config(tmp_path, "http://teachers.invalid:81/v1"))
+    wanted = "POST http://teachers.invalid:81/v1/chat/completions HTTP/1.1"
+    assert len(proxy.requests) == 6 and {h.split("\r\n")[0] for h, _ in proxy.requests} == {wanted}
+    direct = serve()  # this machine's own servers are not asked through it
+    cold_start.main(config(tmp_path, direct, out=str(tmp_path / "direct")))
+    assert len(direct.requests) == 6 and len(proxy.requests) == 6
+
+
+def test_https_is_spoken_and_a_certificate_that_nobody_trusts_stops_the_run(tmp_path, serve):
+    """in processes of their own: SSL_CERT_FILE is read when Python's certificates are loaded"""
+    if not shutil.which("openssl"):
+        pytest.skip("no openssl here to make a certificate")
+    key, certificate = tmp_path / "key.pem", tmp_path / "cert.pem"
+    command = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -addext"
+    files = ["-keyout", str(key), "-out", str(certificate)]
+    command = [*command.split(), "subjectAltName=DNS:localhost", *files]
+    subprocess.run(command, check=True, capture_output=True)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(certificate, key)
+    server = serve(tls=tls)
+    problems(tmp_path, 6)
+    settings = vars(config(tmp_path, f"https://localhost:{server.port}/v1", timeout=20))
+    code = f"import cold_start; cold_start.guarded(cold_start.Config(**{settings!r}))"
+    root = str(Path(cold_start.__file__).parent)
+
+    def run(**more):
+        env = os.environ | more
+        command = [sys.executable, "-c", code]
+        return subprocess.run(command, env=env, cwd=root, capture_output=True, text=True)
+
+    done = run()
+    assert done.returncode == 1 and "bad certificate" in done.stderr.splitlines()[-1], done.stderr
+    done = run(SSL_CERT_FILE=str(certificate))
+    assert done.returncode == 0 and len(server.requests) == 18, done.stderr
+    assert len(rows(tmp_path / "out" / "cold.jsonl")) == 4
 
 
 def test_context_overflow_is_the_records_own_fault(tmp_path, serve):
@@ -837,7 +956,7 @@ def test_context_overflow_is_the_records_own_fault(tmp_path, serve):
         400,
         {
             "error": {
-                "message": "This model's maximum context length is 4096 tokens. However, you requested 5000"
+                "message": "This model's maximum context length is 4096 tokens. You requested 5000"
             }
         },
         {},
@@ -853,7 +972,9 @@ def test_context_overflow_is_the_records_own_fault(tmp_path, serve):
     assert ("p/3", "chain", "context overflow") in [
         (r["id"], r["step"], r["rule"]) for r in rows(tmp_path / "out" / "rejected.jsonl")
     ]
-    assert (tmp_path / "out" / "done.json").exists()
+    before = len(server.requests)
+    cold_start.main(config(tmp_path, server))
+    assert len(server.requests) == before  # it is not asked again
 
 
 def test_a_record_that_always_fails_is_given_up_and_tried_again_next_time(tmp_path, serve):
@@ -888,10 +1009,10 @@ def test_data_and_servers_must_be_named(tmp_path):
         )
     problems(tmp_path, 1)
     for url in ("", "localhost:8000", "http://user:secret@host/v1"):
-        with pytest.raises(Stop, match="--mllm-url and --mllm-model are needed"):
+        with pytest.raises(Stop, match="--mllm_url and --mllm_model are needed"):
             cold_start.main(config(tmp_path, url))
     (tmp_path / "problems.parquet").write_text("what is this\n")
-    with pytest.raises(Stop, match="problems.parquet"):
+    with pytest.raises(ValueError, match="problems.parquet"):
         cold_start.main(config(tmp_path, "toy:teachers"))
 
 
@@ -908,43 +1029,35 @@ def test_retry_after_is_honoured(tmp_path, serve):
 
 
 def test_a_kept_connection_gives_every_question_its_own_time(tmp_path):
-    """answers after 0.1 s pass a timeout of 0.25 s however long the connection lives, idle times included; a late one does not"""
-    from nano.teachers import Server
-
+    """Answers after 0.1 s pass a timeout of 0.25 s however long the connection lives, idle times
+    included; a late one does not."""
     connections = []
 
     async def serve_slowly(reader, writer):
         connections.append(writer)
-        while head := await reader.readuntil(b"\r\n\r\n"):
-            await asyncio.sleep(
-                float(
-                    await reader.readexactly(
-                        int(head.lower().split(b"content-length:")[1].split()[0])
-                    )
-                )
-            )
-            writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+        try:
+            while head := await reader.readuntil(b"\r\n\r\n"):
+                length = int(head.lower().split(b"content-length:")[1].split()[0])
+                await asyncio.sleep(float(await reader.readexactly(length)))
+                writer.write(OK_HEAD + OK_BODY)
+        except (EOFError, OSError):
+            pass
 
     async def talk():
         tcp = await asyncio.start_server(serve_slowly, "127.0.0.1", 0)
-        server = Server(
-            "mllm",
-            config(
-                tmp_path, f"http://127.0.0.1:{tcp.sockets[0].getsockname()[1]}/v1", timeout=0.25
-            ),
-            None,
-            {},
-        )
-        for delay in (b"0.1", b"0.1", b"0.1", b"0", b"0.1"):
-            assert (await server.post(delay))[2] == b"ok"
-            await asyncio.sleep(0.4 if delay == b"0" else 0)
-        assert len(connections) == 1
-        for delay in (b"9", b"9"):  # on the kept connection, and on a new one
-            start = time.monotonic()
-            with pytest.raises(ConnectionError):
-                await server.post(delay)
-            assert 0.24 < time.monotonic() - start < 2
-        assert (await server.post(b"0"))[2] == b"ok" and len(connections) == 3
+        url = f"http://127.0.0.1:{tcp.sockets[0].getsockname()[1]}/v1"
+        server = Server("mllm", config(tmp_path, url), None, {})
+        async with open_session(0.25) as server.session:
+            for delay in (b"0.1", b"0.1", b"0.1", b"0", b"0.1"):
+                assert (await server.attempt(delay))[0] == "ok"
+                await asyncio.sleep(0.4 if delay == b"0" else 0)
+            assert len(connections) == 1
+            for delay in (b"9", b"9"):  # on the kept connection, and on a new one
+                start = time.monotonic()
+                kind, text, _ = await server.attempt(delay)
+                assert kind == "failed" and "Timeout" in text
+                assert 0.24 < time.monotonic() - start < 2
+            assert (await server.attempt(b"0"))[0] == "ok" and len(connections) == 3
         tcp.close()
 
     asyncio.run(talk())
@@ -966,7 +1079,9 @@ def test_a_server_that_is_down_pauses_the_run(tmp_path, serve):
 
 @pytest.fixture(scope="module")
 def fork():
-    """start(settings, limit=0) -> (pid, finish); a process that has imported cold_start forks each run: the imports take seconds"""
+    """start(settings, limit=0) -> (pid, finish)
+
+    A process that has imported cold_start forks each run: the imports take seconds."""
     code = f"""
 import json, os, resource, sys
 sys.path.insert(0, {str(Path(cold_start.__file__).parent)!r})
@@ -1003,7 +1118,7 @@ for line in sys.stdin:
 
 
 def test_faults_and_kill_9_leave_the_same_bytes_and_repeat_no_finished_call(tmp_path, serve, fork):
-    """20 % of 429, 500, timeouts, cut connections and malformed JSON, and SIGKILL at 5 random moments"""
+    """20 % of 429, 500, timeouts, cuts and malformed JSON, and SIGKILL at 5 random moments"""
     n = 150
     problems(tmp_path, n)
     cold_start.main(config(tmp_path, serve(), out=str(tmp_path / "calm")))
@@ -1034,12 +1149,12 @@ def test_faults_and_kill_9_leave_the_same_bytes_and_repeat_no_finished_call(tmp_
 
 
 def test_half_a_journal_line_is_dropped(tmp_path):
-    journal = cold_start.Journal(tmp_path / "j")
+    journal = Journal(tmp_path / "j")
     journal.add("a" * 32, {"text": "één", "in": 1})
     journal.add("b" * 32, {"text": "two\nlines"})
     with open(tmp_path / "j", "ab") as f:
         f.write(b'{"key": "' + b"c" * 32 + b'", "text": "hal')
-    journal = cold_start.Journal(tmp_path / "j")
+    journal = Journal(tmp_path / "j")
     assert (
         journal.get("a" * 32)["text"] == "één"
         and journal.get("b" * 32)["text"] == "two\nlines"
@@ -1056,7 +1171,8 @@ def test_one_writer_per_output(tmp_path, serve):
         [
             sys.executable,
             "-c",
-            "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True); time.sleep(30)",
+            "import fcntl, sys, time; f = open(sys.argv[1], 'w'); fcntl.flock(f, fcntl.LOCK_EX)\n"
+            "print(1, flush=True); time.sleep(30)",
             str(tmp_path / "out" / "lock"),
         ],
         stdout=subprocess.PIPE,
@@ -1085,7 +1201,9 @@ def test_a_full_disk_stops_cleanly_and_the_run_goes_on_later(tmp_path, serve, fo
 
 
 def test_many_in_flight_and_bounded(tmp_path, serve):
-    """100 calls at a time, and the last step of early records beside the first of late ones (how fast: bench/cold_start.py)"""
+    """100 calls at a time, and the last step of early records beside the first of late ones
+
+    (how fast: bench/cold_start.py)"""
     problems(tmp_path, 300)
     server = serve(latency=0.05)
     cold_start.main(config(tmp_path, server, concurrency=100, timeout=30))
@@ -1099,7 +1217,7 @@ def test_many_in_flight_and_bounded(tmp_path, serve):
 
 @pytest.fixture(scope="module")
 def vllm_servers(tmp_path_factory):
-    """two vLLM servers with tiny random checkpoints, one that gets pictures and one that does not -> their URLs"""
+    """two vLLM servers with tiny random checkpoints, one of which gets pictures -> their URLs"""
     if not importlib.util.find_spec("vllm"):
         pytest.skip(
             "vLLM is not installed: bash tests/run.sh --vllm makes an environment that has it"
@@ -1164,7 +1282,9 @@ def vllm_servers(tmp_path_factory):
 
 @pytest.mark.vllm
 def test_two_real_vllm_servers(tmp_path, vllm_servers, monkeypatch):
-    """all steps run, and the garbage of random weights is filtered with reasons; a too long question and a wrong name or key are told apart"""
+    """All steps run, and the garbage of random weights is filtered with reasons.
+
+    A too long question and a wrong name or key are told apart."""
     monkeypatch.setenv("OPENAI_API_KEY", "sk-tiny")
     records = [
         Record(f"p{i}", f"<image>What is {i} red plus {i} blue?", str(2 * i), [png((i * 20, 0, 0))])
@@ -1221,7 +1341,7 @@ def test_stats_on_the_released_layouts(tmp_path, monkeypatch, capsys):
     if not files:
         pytest.skip("no format samples beside this checkout")
     monkeypatch.chdir(tmp_path)
-    cold_start.stats([str(f) for f in files])
+    stats.main([str(f) for f in files])
     table = {line[:28].strip(): line[28:].split() for line in capsys.readouterr().out.splitlines()}
     assert table["records"][:2] == ["3", "6"] and table["Wait"] == [
         "6",
@@ -1258,7 +1378,7 @@ def test_stats_counts_words_lengths_and_duplicates(tmp_path, monkeypatch, capsys
             ]
         )
     )
-    cold_start.stats(["a.jsonl", "b.json"])
+    stats.main(["a.jsonl", "b.json"])
     table = {line[:28].strip(): line[28:].split() for line in capsys.readouterr().out.splitlines()}
     assert [table[w][0] for w in ("Wait", "Hmm", "Mistake", "Alternatively", "Check")] == [
         "2",
@@ -1273,5 +1393,17 @@ def test_stats_counts_words_lengths_and_duplicates(tmp_path, monkeypatch, capsys
         and table["words: median"] == ["5", "3"]
     )
     Path("c.jsonl").write_text("{}\n")
-    with pytest.raises(Stop, match="no responses"):
-        cold_start.stats(["c.jsonl"])
+    with pytest.raises(ValueError, match="no responses"):
+        stats.main(["c.jsonl"])
+
+
+def test_an_old_command_says_where_it_went():
+    command = [sys.executable, str(Path(cold_start.__file__)), "stats", "a.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and "python -m tools.stats" in done.stderr
+
+
+def test_it_needs_no_torch_before_it_starts():
+    code = "import cold_start, sys; sys.exit('torch' in sys.modules)"
+    root = str(Path(cold_start.__file__).parent)
+    assert not subprocess.run([sys.executable, "-c", code], cwd=root, timeout=120).returncode
