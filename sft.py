@@ -117,7 +117,7 @@ def sft_loss(logprobs: torch.Tensor, tokens: int) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(steps: Steps, policy, device, told: set) -> dict:
-    """Held-out records: mean loss per response token, and the share that the model finds likeliest.
+    """Held-out records: mean loss of response tokens, share of them that the model finds likeliest.
 
     Every rank takes part, with or without records of its own.
     """
@@ -145,7 +145,7 @@ def report(problems: data.Problems, told: set, strict: bool):
 
 
 def model_flops(shape, sequences: list, freeze_vision: bool) -> float:
-    """What these sequences cost, forward and backward; 0 for a model that budget.py cannot count."""
+    """What these sequences cost, forward and backward; 0 for a model of unknown shape."""
     if shape is None:
         return 0.0
     grids = [grid for prompt, _ in sequences for grid in prompt.image_grid.tolist()]
@@ -196,8 +196,8 @@ def main(config: Config):
     # ---- data
     file = out / "records.pkl"
     with run.for_people():
-        run.on_main_first(lambda: shelve(config, file))
-    records, held = Shelf(file, held=False), Shelf(file, held=True)
+        spans, held_spans = run.on_main_first(lambda: shelve(config, file))
+    records, held = Shelf(file, spans), Shelf(file, held_spans)
 
     # ---- model
     library = model
@@ -232,9 +232,8 @@ def main(config: Config):
         f"recipe {config.recipe or '(none)'}: {len(records)} records, {len(held)} held out; "
         f"{config.epochs} epochs of {steps.per_epoch} steps"
     )
-    run.say(
-        f"{world} rank(s) on {device.type}; out {out}{f'; resumed after step {start}' * bool(start)}"
-    )
+    resumed = f"; resumed after step {start}" if start else ""
+    run.say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
 
     # ---- training
     bar = tqdm(total=total, initial=start, desc="sft", disable=None if run.is_main() else True)
@@ -294,7 +293,6 @@ def main(config: Config):
     # ---- result
     if run.is_main():
         file.unlink()
-        file.with_suffix(".npz").unlink()
     model.export(policy, processor, out / "final")
     ended = "nothing left to do" if start == total else "done"
     run.say(f"{ended}: the model is in {out / 'final'}")

@@ -1,8 +1,8 @@
 """From records with a response to what each rank computes in each step of sft.py.
 
-`shelve` puts the records into a file of the run's folder, which every rank maps into memory: no
-process ever holds them all. `Steps` makes what a rank computes in step k, `ahead` has it made before
-it is needed, `batches` cuts it into micro-batches.
+`shelve` writes the records into one file, which every rank maps into memory: no process ever holds
+them all. `Steps` makes what a rank computes in step k, `ahead` has it made before it is needed,
+`batches` cuts it into micro-batches.
 """
 
 import os
@@ -24,15 +24,17 @@ def shuffled(n: int, seed: int) -> list[int]:
     return torch.randperm(n, generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def shelve(config, file: Path):
-    """Pickle all records that have a response into `file`, and report the others.
+def shelve(config, file: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Pickles the records that have a response into `file`, and reports the others.
 
-    An index beside it says where each record ends and which are held out. One rank does it for all:
-    the pictures of a parquet file are more than the ranks of a machine could hold.
+    Returns where they lie: (begin, end) of each one to train on, and of each one held out. One rank
+    does it for all: the pictures of a parquet file are more than the ranks of a host could hold.
     """
-    problems, ends, pictures, sources = data.Problems(config.strict), [0], [], []
+    paths = [path for path in (config.data, config.eval_data) if path]
+    problems, ends, pictures, counts = data.Problems(config.strict), [0], [], []
     with open(file, "wb") as f:
-        for path in filter(None, (config.data, config.eval_data)):
+        for path in paths:
+            before = len(pictures)
             for source, row, record in data.stream(path, problems, check_images=False):
                 if not record.response:
                     problems.add("no response", "", source, row, record.id)
@@ -40,46 +42,44 @@ def shelve(config, file: Path):
                 f.write(pickle.dumps(record))
                 ends.append(f.tell())
                 pictures.append({hash(image) for image in record.images})
-                sources.append(path)
+            counts.append(len(pictures) - before)
     if problems:
         run.say(problems.summary())
-    for path in (config.data, config.eval_data):
-        if path and path not in sources:
-            raise ValueError(f"{path}: no record with a response in it; cold_start.py makes them")
-    n = sources.count(config.data)
-    holdout = 0 if config.eval_data else config.holdout
-    held = hold_out(pictures[:n], holdout, config.seed)
+    if 0 in counts:
+        path = paths[counts.index(0)]
+        raise ValueError(f"{path}: no record with a response in it; cold_start.py makes them")
+    n = counts[0]
+    held = hold_out(pictures[:n], 0 if config.eval_data else config.holdout, config.seed)
     if all(held):
-        raise ValueError(f"--holdout {holdout} leaves none of {n} records to train on")
-    held += [True] * (len(sources) - n)  # those of eval_data
-    np.savez(file.with_suffix(".npz"), ends=np.array(ends), held=np.array(held))
+        raise ValueError(f"--holdout {config.holdout} leaves none of {n} records to train on")
+    held = np.array(held + [True] * (len(pictures) - n))  # all of eval_data
+    spans = np.stack([ends[:-1], ends[1:]], 1)
+    return spans[~held], spans[held]
 
 
 def hold_out(pictures: list[set], count: int, seed: int) -> list[bool]:
-    """Draw `count` records, and hold out all that share a picture with them."""
+    """Draws `count` records, and holds out all that share a picture with them."""
     drawn = set(shuffled(len(pictures), seed)[:count])
     seen = set().union(*(pictures[i] for i in drawn))
     return [i in drawn or not seen.isdisjoint(own) for i, own in enumerate(pictures)]
 
 
 class Shelf:
-    """The records of a file that are held out, or the others, read when they are asked for.
+    """Some records of a file of `shelve`, read when they are asked for.
 
     Forked workers share the file's pages. They would copy lists of objects, since Python changes an
     object's count of references when it looks at it.
     """
 
-    def __init__(self, file: Path, held: bool):
-        index = np.load(file.with_suffix(".npz"))
-        self.ends, self.block = index["ends"], np.memmap(file, np.uint8, "r")
-        self.which = np.nonzero(index["held"] == held)[0]
+    def __init__(self, file: Path, spans: np.ndarray):
+        self.bytes, self.spans = np.memmap(file, np.uint8, "r"), spans
 
     def __len__(self):
-        return len(self.which)
+        return len(self.spans)
 
     def __getitem__(self, i):
-        i = self.which[i]
-        return pickle.loads(self.block[self.ends[i] : self.ends[i + 1]])  # these bytes are our own
+        begin, end = self.spans[i]
+        return pickle.loads(self.bytes[begin:end])  # we wrote them ourselves
 
 
 def kind(processor):
@@ -154,13 +154,13 @@ class Steps(Dataset):
 
 
 def close_locks(worker):
-    """A worker must not keep the lock on the run's folder when its rank has died."""
+    """A worker must not hold the lock on the run's folder longer than its rank lives."""
     for lock in run.locks:
         lock.close()
 
 
 def ahead(steps: Steps, start: int, workers: int):
-    """Yield the items of `steps` from `start` on, made before they are needed."""
+    """Yields the items of `steps` from `start` on, made before they are needed."""
     if workers:
         # A tokenizer's threads do not survive a fork, and each tensor of a worker is an open file.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -1,4 +1,4 @@
-"""nano/generic.py: tiny random models of four families, against transformers' own loss and gradients."""
+"""nano/generic.py: tiny random models of four families against transformers' loss and gradients."""
 
 import json
 import os
@@ -9,8 +9,8 @@ import pytest
 import torch
 from conftest import ROOT, single_rank
 from safetensors.torch import load_file
-# from test_sft import chains, log_of, run_sft  # noqa: F401 (chains is a fixture)
-from transformers import AutoConfig, AutoModelForImageTextToText, Qwen2_5_VLConfig
+from test_sft import chains, log_of, run_sft  # noqa: F401 (chains is a fixture)
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor
 from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
 from transformers.models.gemma3.processing_gemma3 import Gemma3Processor
 from transformers.models.got_ocr2.image_processing_pil_got_ocr2 import GotOcr2ImageProcessorPil
@@ -19,12 +19,11 @@ from transformers.models.mllama.image_processing_pil_mllama import MllamaImagePr
 from transformers.models.mllama.processing_mllama import MllamaProcessor
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from transformers.models.qwen3_vl.processing_qwen3_vl import Qwen3VLProcessor
-from transformers.video_processing_utils import BaseVideoProcessor
 
 import model
 import toy
 from nano import generic
-from nano.data import Record, load_image
+from nano.data import BadRow, Record, load_image
 
 FAMILIES = ("mllama", "internvl", "gemma3", "qwen3_5")
 ANSWER = "<think> I add them one by one . </think> <answer> 7 </answer>"
@@ -75,7 +74,7 @@ def save(path, tok, image_processor, processor_class, **settings):
 
 
 def mllama(path):
-    """4 text layers, 2 of which look at images of up to 4 tiles; laid out as the released folder is"""
+    """4 text layers, 2 of which look at images of up to 4 tiles"""
     start = "<|start_header_id|>{}<|end_header_id|>\n\n"
     tok = tokenizer(
         template("<|image|>", "{{ bos_token }}", start, "<|eot_id|>"),
@@ -235,6 +234,20 @@ def loss_of_transformers(hf, processor, record):
     return hf(**inputs, labels=labels).loss
 
 
+def gradients(policy):
+    """name -> whole gradient, of the parameters that have one"""
+    named = [(model.clean_name(n), p.grad) for n, p in policy.hf.named_parameters()]
+    return {name: model.full(grad) for name, grad in named if grad is not None}
+
+
+def assert_close(want, mine):
+    """to 1e-4 of each tensor's largest entry; where all is noise, to 1e-7 of the largest of all"""
+    largest = max(grad.abs().max() for grad in want.values())
+    for name, grad in mine.items():
+        other = want.get(name, torch.zeros_like(grad))
+        assert (other - grad).abs().max() <= 1e-4 * other.abs().max() + 1e-7 * largest, name
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_loss_and_gradients_are_those_of_transformers(family, folder, pictures):
     """one image, two, none; the text alone runs every layer and is still the text alone"""
@@ -243,21 +256,159 @@ def test_loss_and_gradients_are_those_of_transformers(family, folder, pictures):
     policy = model.load_sharded(folder(family), "cpu", wrap=generic.wrap)
     processor = generic.Processor(folder(family))
     assert {len(record.images) for record in pictures} == {0, 1, 2}
-    policy.train(), hf.train()
+    hf.train()
+    policy.train()
     for record, sequence in zip(pictures, encode(pictures, processor)):
         logprobs, _ = policy(generic.pack([sequence]))
         loss = loss_of_transformers(hf, processor, record)
         assert -logprobs.mean().item() == pytest.approx(loss.item(), abs=1e-5), record.id
         loss.backward()
         (-logprobs.mean()).backward()
-    theirs = dict(hf.named_parameters())
-    assert theirs.keys() == {name for name, _ in policy.hf.named_parameters()}
-    largest = max(p.grad.abs().max() for p in theirs.values() if p.grad is not None)
-    for name, p in policy.hf.named_parameters():
-        want, mine = theirs[name].grad, model.full(p.grad)
-        if mine is None:  # e.g. SigLIP's pooling head, which Gemma has and does not use
-            assert want is None, name
-            continue
-        assert (want - mine).abs().max() <= 1e-4 * want.abs().max() + 1e-7 * largest, name
-    tower = {name for name, p in hf.get_encoder(modality="image").named_parameters()}
-    assert any(theirs[n].grad.abs().max() > 0 for n in theirs if n.split(".", 2)[2] in tower)
+    theirs = {n: p.grad for n, p in hf.named_parameters() if p.grad is not None}
+    mine = gradients(policy)
+    assert theirs.keys() == mine.keys()
+    assert_close(theirs, mine)
+    tower = dict(hf.get_encoder(modality="image").named_parameters(prefix="tower"))
+    assert any(p.grad is not None and p.grad.abs().max() > 0 for p in tower.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_text_alone_gives_the_vision_tower_a_gradient_of_zero(family, folder, pictures):
+    """so that a rank with a text takes part where the other ranks have images"""
+    single_rank()
+    policy = model.load_sharded(folder(family), "cpu", wrap=generic.wrap)
+    (sequence,) = encode(pictures[-1:], generic.Processor(folder(family)))
+    policy(generic.pack([sequence]))[0].sum().backward()
+    found = [p.grad for p in policy.visual.parameters() if p.grad is not None]
+    assert found and not any(model.full(grad).any() for grad in found)
+
+
+SCRIPT = """
+import sys
+import torch
+import torch.distributed as dist
+sys.path.insert(0, {root!r})
+import model
+from nano import generic, run
+from test_generic import gradients
+run.start_ranks()
+policy = model.load_sharded({folder!r}, "cpu", wrap=generic.wrap, activation_checkpointing=True)
+sequences = torch.load({file!r}, weights_only=False)
+for sequence in sequences[dist.get_rank() :: dist.get_world_size()]:
+    (policy(generic.pack([sequence]))[0].sum() * dist.get_world_size()).backward()
+found = gradients(policy)
+if run.is_main():
+    torch.save(found, {file!r})
+dist.barrier()
+"""
+
+
+@pytest.mark.parametrize("family", ["mllama", "gemma3"])
+def test_two_ranks_give_the_gradients_of_one(family, folder, pictures, tmp_path):
+    """one rank has a text alone, the other two images; one has nothing at the end"""
+    single_rank()
+    processor = generic.Processor(folder(family))
+    sequences = [*encode(pictures[1:], processor), generic.blank(processor)]
+    policy = model.load_sharded(folder(family), "cpu", wrap=generic.wrap)
+    for sequence in sequences:
+        policy(generic.pack([sequence]))[0].sum().backward()
+    file, script = tmp_path / "sequences.pt", tmp_path / "script.py"
+    torch.save(sequences, file)
+    script.write_text(SCRIPT.format(root=str(ROOT), folder=str(folder(family)), file=str(file)))
+    launch = ["torch.distributed.run", "--standalone", "--nproc_per_node=2", str(script)]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "tests")}
+    done = subprocess.run(
+        [sys.executable, "-m", *launch], env=env, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    want, mine = gradients(policy), torch.load(file)
+    assert want.keys() == mine.keys()
+    assert_close(want, mine)
+
+
+@pytest.mark.filterwarnings("ignore:.*hidden_state. is deprecated")
+@pytest.mark.parametrize("family", FAMILIES)
+def test_checkpointing_and_a_frozen_tower_change_no_gradient(family, folder, pictures):
+    single_rank()
+    sequences, found = encode(pictures[-3:], generic.Processor(folder(family))), []
+    for knobs in ({}, {"activation_checkpointing": True}, {"freeze_vision": True}):
+        policy = model.load_sharded(folder(family), "cpu", wrap=generic.wrap, **knobs)
+        for sequence in sequences:
+            policy(generic.pack([sequence]))[0].sum().backward()
+        found.append(gradients(policy))
+        tower = {id(p) for p in policy.visual.parameters()}
+        inside = {model.clean_name(n) for n, p in policy.hf.named_parameters() if id(p) in tower}
+    assert found[0].keys() == found[1].keys() and found[0].keys() - inside == found[2].keys()
+    for other in found[1:]:
+        assert_close(found[0], other)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_transformers_reads_the_export_with_its_processor(family, folder, pictures, tmp_path):
+    single_rank()
+    policy = model.load_sharded(folder(family), "cpu", wrap=generic.wrap)
+    model.export(policy, generic.Processor(folder(family)), tmp_path)
+    hf, info = AutoModelForImageTextToText.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    before, after = (load_file(d / "model.safetensors") for d in (folder(family), tmp_path))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert {f.name for f in folder(family).iterdir()} == {f.name for f in tmp_path.iterdir()}
+    read = AutoProcessor.from_pretrained if family in ("mllama", "gemma3") else generic.Processor
+    processor = read(tmp_path)
+    if family in ("mllama", "gemma3"):  # transformers wants torchvision for the others' videos
+        assert type(processor) is type(generic.Processor(folder(family)).whole).__base__
+    else:
+        inputs = generic.encode(pictures[0], processor).inputs
+        want = generic.encode(pictures[0], generic.Processor(folder(family))).inputs
+        assert all(torch.equal(want[name], inputs[name]) for name in want)
+
+
+@pytest.mark.filterwarnings("ignore:.*hidden_state. is deprecated")
+def test_sft_trains_table_2s_llama(folder, chains, tmp_path):  # noqa: F811
+    """two ranks, one of them without held-out records; the loss falls, the result can be read"""
+    flags = dict(ranks=2, epochs=1, lr=3e-3, holdout=1, freeze_vision=False)
+    run_sft(tmp_path, chains, model=folder("mllama"), **flags)
+    rows = log_of(tmp_path)
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.5 and 0 <= rows[-1]["eval_accuracy"] <= 1
+    hf, info = AutoModelForImageTextToText.from_pretrained(
+        tmp_path / "final", output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+
+
+def test_a_text_that_holds_image_tokens_is_reported(folder, pictures):
+    for family in FAMILIES:
+        processor = generic.Processor(folder(family))
+        assert processor.image_marks
+        for mark in processor.image_marks:
+            record = Record("a", f"What is {mark} ?", "1", [])
+            with pytest.raises(BadRow, match="1 image tokens in the text, 0 images"):
+                generic.encode(record, processor)
+
+
+def test_only_packable_models_enter_the_packed_path(folder, tiny):
+    """linear attention would mix packed sequences; without the guard this model loads and trains"""
+    single_rank()
+    assert generic.packed_refusal(AutoConfig.from_pretrained(tiny)) == ""
+    for load in (model.load, lambda path: model.load_sharded(path, "cpu")):
+        with pytest.raises(ValueError, match="linear_attention layers .* grpo.py does not"):
+            load(folder("qwen3_5"))
+        with pytest.raises(ValueError, match="mllama: only qwen2_vl, .* grpo.py does not"):
+            load(folder("mllama"))
+    config = AutoConfig.from_pretrained(tiny)
+    config.text_config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
+    assert "sliding_attention" in generic.packed_refusal(config)
+
+
+def test_what_cannot_be_trained_right_is_refused(folder):
+    single_rank()
+    config = AutoConfig.from_pretrained(folder("gemma3"))
+    config.text_config.final_logit_softcapping = 30.0
+    hf = AutoModelForImageTextToText.from_config(config)
+    with pytest.raises(ValueError, match="changed by final_logit_softcapping"):
+        generic.wrap(hf, folder("gemma3"))
+    hf.config.text_config.final_logit_softcapping = None
+    hf.lm_head.bias = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="product with one matrix"):
+        generic.wrap(hf, folder("gemma3"))

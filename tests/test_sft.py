@@ -1,4 +1,4 @@
-"""sft.py: its loss against transformers, its schedule against transformers, its runs against each other."""
+"""sft.py: its loss and its schedule against transformers, its runs against each other."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from transformers import AutoModelForImageTextToText, get_cosine_schedule_with_w
 import model
 import sft
 import toy
-from nano import data, run, steps
+from nano import data, packing, run, steps
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +86,8 @@ def run_here(out, chains, **flags):
     """the same in this process, on one rank: quicker, since nothing is imported again"""
     if dist.is_initialized():
         dist.destroy_process_group()
+    while run.locks:
+        run.locks.pop().close()
     sft.main(run.parse_config(sft.Config, sft.RECIPES, command(out, chains, **flags)[2:]))
 
 
@@ -114,7 +116,7 @@ def one_rank(tmp_path_factory, chains):
 
 
 def test_first_loss_is_that_of_transformers_one_by_one(one_rank, chains):
-    """labels of the prompt masked with -100, no packing, transformers' own forward; mean over response tokens"""
+    """no packing, transformers' own forward; mean over response tokens"""
     records, _ = data.read(chains)
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(0)).tolist()
     loss, _, count = one_by_one(ROOT / "toy" / "base", [records[i] for i in order[:8]])
@@ -137,7 +139,7 @@ def test_the_schedule_is_the_cosine_of_transformers():
     optimizer.step()
     theirs = get_cosine_schedule_with_warmup(optimizer, 10, 100)
     for step in range(99):
-        theirs.step()  # theirs starts at 0, so that the first update is lost; ours is one warm-up step ahead
+        theirs.step()  # it starts at a rate of 0; ours is one warm-up step ahead
         if step < 9:
             assert sft.learning_rate(step, 100, config) == pytest.approx(
                 optimizer.param_groups[0]["lr"]
@@ -157,6 +159,33 @@ def test_two_ranks_are_one_rank(one_rank, chains, tmp_path):
         )
     a, b = weights_of(one_rank), weights_of(tmp_path)
     assert max((a[k] - b[k]).abs().max().item() for k in a) < 1e-5
+
+
+def test_only_how_may_change_on_resume(one_rank, chains, tmp_path):
+    out = shutil.copytree(one_rank, tmp_path / "out")
+    for changed in ({"lr": 2e-4}, {"epochs": 3}, {"weight_decay": 0.1}):
+        name = next(iter(changed))
+        with pytest.raises(SystemExit, match=f"holds a run with {name} = "):
+            run_here(out, chains, **changed)
+    run_here(out, chains, micro_tokens=300, save_every=7)  # nothing is left to do
+    assert log_of(out) == log_of(one_rank)
+
+
+def test_files_without_a_record_to_train_on_are_named(chains, tmp_path):
+    empty = tmp_path / "empty.jsonl"
+    empty.write_text(json.dumps(dict(id="a", problem="1 + 1", answer="2")) + "\n")
+    for flags in (dict(data=empty), dict(eval_data=empty)):
+        with pytest.raises(SystemExit, match="empty.jsonl: no record with a response"):
+            run_here(tmp_path / "out", chains, **flags)
+    with pytest.raises(SystemExit, match="holdout 50 leaves none of 50 records"):
+        run_here(tmp_path / "other", chains, holdout=50)
+
+
+def test_held_out_records_of_a_file_of_their_own(chains, tmp_path):
+    config = sft.Config(data=str(chains), eval_data=str(chains), holdout=7)
+    spans, held = steps.shelve(config, tmp_path / "records.pkl")
+    both = [steps.Shelf(tmp_path / "records.pkl", which) for which in (spans, held)]
+    assert [[r.id for r in shelf] for shelf in both] == [[r.id for r in data.read(chains)[0]]] * 2
 
 
 def test_killed_in_mid_epoch_and_resumed_is_uninterrupted(one_rank, chains, tmp_path):
@@ -184,8 +213,8 @@ def test_killed_in_mid_epoch_and_resumed_is_uninterrupted(one_rank, chains, tmp_
 
 
 def one_by_one(folder, records):
-    """mean loss per response token and share of first choices, by transformers' own forward on each sequence alone"""
-    processor = model.Processor(folder)
+    """loss per response token, share of first choices: transformers' forward on each alone"""
+    processor = packing.Processor(folder)
     hf = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
     total, right, count = 0.0, 0, 0
     for record in records:
@@ -252,7 +281,8 @@ def real_chains(real, tmp_path_factory):
     path = tmp_path_factory.mktemp("real") / "data.jsonl"
     with open(path, "w") as f:
         for r in found:
-            response = f"<think>\nI look at the picture. It says {r.answer}.\n</think>\n<answer>{r.answer}</answer>"
+            chain = f"<think>\nI look at the picture. It says {r.answer}.\n</think>\n"
+            response = f"{chain}<answer>{r.answer}</answer>"
             images = [str(pathlib.Path(i).resolve()) for i in r.images]
             f.write(json.dumps(vars(r) | {"images": images, "response": response}) + "\n")
     return path
@@ -273,9 +303,8 @@ def test_packed_loss_is_the_unpacked_loss(real_chains, tiny):
     )
     loss = {}
     for micro_tokens in (16384, 1000, 1):  # a row of 1 token holds no two sequences
-        parts = list(
-            steps.batches(sequences, processor, sft.Config(micro_tokens=micro_tokens), 128, "cpu")
-        )
+        config = sft.Config(micro_tokens=micro_tokens)
+        parts = list(steps.batches(sequences, steps.Steps([], processor, config, 128), "cpu"))
         with torch.no_grad():
             logprobs = torch.cat([policy(batch)[0] for batch in parts])
         loss[micro_tokens] = -logprobs.double().mean().item()
@@ -291,7 +320,7 @@ def test_questions_about_one_picture_are_held_out_together():
 
 
 def test_answers_without_chains(tiny):
-    processor = model.Processor(tiny)
+    processor = packing.Processor(tiny)
     record = data.Record(
         "a", "x", "B", [], response="<think>\nWait, B.\n</think>\n<answer>Final Answer:B</answer>"
     )
@@ -300,7 +329,7 @@ def test_answers_without_chains(tiny):
 
 
 def test_vision_r1_cold_as_downloaded_trains(real, tiny, tmp_path):
-    """both files with their folders of pictures; one picture is not there, another cut short; two ranks with workers"""
+    """both files; one picture is not there, another cut short; two ranks with workers"""
     cold = shutil.copytree(
         real / "formats" / "vision_r1_cold", tmp_path / "cold", copy_function=shutil.copy
     )
@@ -327,7 +356,7 @@ def test_strict_stops_at_the_first_bad_picture(chains, tmp_path):
 
 
 def test_overlong_and_broken_records_are_reported_and_left_out(tiny, pictures):
-    processor, problems = model.Processor(tiny), data.Problems()
+    processor, problems = packing.Processor(tiny), data.Problems()
     for r in pictures:
         r.response = "<think> a </think> <answer> 1 </answer>"
     pictures[0].images = [pictures[0].images[0][:200]]
