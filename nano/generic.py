@@ -14,7 +14,6 @@ from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
 from nano import packing
@@ -165,10 +164,12 @@ class Policy(nn.Module):
     def visual(self):
         return self.hf.get_encoder(modality="image")
 
-    def blocks(self):
-        """The trained ones of the layers that repeat."""
-        layers = [m for m in self.hf.modules() if isinstance(m, GradientCheckpointingLayer)]
-        return [m for m in layers if any(p.requires_grad for p in m.parameters())]
+    def blocks(self) -> list[nn.Module]:
+        """The repeated layers that are trained: the outermost lists of modules hold them."""
+        lists = [m for m in self.hf.modules() if isinstance(m, nn.ModuleList)]
+        inner = {m for blocks in lists for block in blocks for m in block.modules()}
+        blocks = [block for blocks in lists if blocks not in inner for block in blocks]
+        return [block for block in blocks if any(p.requires_grad for p in block.parameters())]
 
     def hidden(self, batch):  # -> (N, H)
         self.sees = batch.sees

@@ -331,11 +331,14 @@ def test_two_ranks_give_the_gradients_of_one(family, folder, pictures, tmp_path)
 def test_checkpointing_and_a_frozen_tower_change_no_gradient(family, folder, pictures):
     single_rank()
     sequences, found = encode(pictures[-3:], generic.Processor(folder(family))), []
+    vision_layers = 3 if family == "mllama" else 2  # one of Llama's three is global
     for knobs in ({}, {"activation_checkpointing": True}, {"freeze_vision": True}):
         policy = model.load_sharded(folder(family), "cpu", wrap=generic.wrap, **knobs)
         for sequence in sequences:
             policy(generic.pack([sequence]))[0].sum().backward()
         found.append(gradients(policy))
+        layers = {"mllama": 4}.get(family, 2) + (0 if "freeze_vision" in knobs else vision_layers)
+        assert len(policy.blocks()) == layers
         tower = {id(p) for p in policy.visual.parameters()}
         inside = {model.clean_name(n) for n, p in policy.hf.named_parameters() if id(p) in tower}
     assert found[0].keys() == found[1].keys() and found[0].keys() - inside == found[2].keys()
