@@ -29,7 +29,12 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
-from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForImageTextToText,
+    PreTrainedModel,
+)
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
@@ -269,10 +274,13 @@ def load_sharded(
     policy.to_empty(device="cpu" if offload else device)
     if freeze_vision:
         policy.visual.to_empty(device=device)
-    for module in hf.modules():  # what no checkpoint holds: the rotary embeddings' frequencies
-        if module._buffers:
-            module.to(device)
-            hf._init_weights(module)
+    # What no checkpoint holds: the rotary embeddings' frequencies, say. The outer model comes first,
+    # since a model inside it knows better how to fill its own buffers.
+    for part in [m for m in hf.modules() if isinstance(m, PreTrainedModel)]:
+        for module in part.modules():
+            if module._buffers:
+                module.to(device)
+                part._init_weights(module)
     policy.banned = processor.banned_ids(hf.get_output_embeddings().weight.shape[0]).to(device)
     read_weights(policy, folder)
     return policy

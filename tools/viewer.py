@@ -19,8 +19,8 @@ import sys
 from io import BytesIO
 from pathlib import Path
 
-from cold_start import WORDS
 from nano import data
+from nano.words import WORDS
 
 HERE = Path(__file__).resolve().parent
 FILES = ("samples.jsonl", "responses.jsonl")  # Of grpo.py and of eval.py.
