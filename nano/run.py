@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -152,14 +153,13 @@ def lost_ranks(wait: float = 3.0) -> str:
     reasons = []
     for rank in range(dist.get_world_size()):
         if not store.check([f"end/{rank}"]):
-            host = store.get(f"host/{rank}").decode() if store.check([f"host/{rank}"]) else "?"
+            host = store.get(f"host/{rank}").decode()
             reasons.append(f"rank {rank} on {host} is silent (killed, frozen or cut off)")
         elif reason := store.get(f"end/{rank}").decode():
             reasons.append(f"rank {rank} failed ({reason})")
-    why = "; ".join(reasons) or "a connection broke"
     return (
-        f"stopping rank {dist.get_rank()}: {why}. Run the same command again, also with another "
-        "number of ranks: it goes on from what was last saved."
+        f"stopping rank {dist.get_rank()}: {'; '.join(reasons) or 'a connection broke'}. Run the "
+        "same command again, also with other ranks: it goes on from what was last saved."
     )
 
 
@@ -193,20 +193,16 @@ def on_main_first(act: Callable):
     return outcome[0]
 
 
-def _reduce(values: list[float], op) -> list[float]:
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    total = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(total, op=op)
-    return total.tolist()
-
-
-def all_sum(values: dict[str, float]) -> dict[str, float]:
+def all_sum(values: dict[str, float], op=dist.ReduceOp.SUM) -> dict[str, float]:
     """Sums each value over the ranks, in float64."""
-    return dict(zip(values, _reduce(list(values.values()), dist.ReduceOp.SUM)))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+    dist.all_reduce(total, op=op)
+    return dict(zip(values, total.tolist()))
 
 
 def all_max(value: float) -> float:
-    return _reduce([value], dist.ReduceOp.MAX)[0]
+    return all_sum({"value": value}, dist.ReduceOp.MAX)["value"]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -234,10 +230,8 @@ def one_writer(out: Path):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         lock.seek(0)
-        owner = lock.read().strip()
-        raise SystemExit(
-            f"{out}: another run (process {owner}) is writing to this folder; stop it first"
-        ) from error
+        owner = f"another run (process {lock.read().strip()})"
+        raise SystemExit(f"{out}: {owner} is writing to this folder; stop it first") from error
     lock.truncate(0)
     lock.write(f"{os.getpid()} on {socket.gethostname()}\n")
     lock.flush()
@@ -280,16 +274,14 @@ def claim(config, how_only: tuple[str, ...]) -> dict:
 
 def must_share(out: Path):
     """Several hosts must all see the run's folder: NFS, Lustre or the like."""
-    wrote = [(socket.gethostname(), (out / ".lock").read_text()) if is_main() else None]
-    dist.broadcast_object_list(wrote, src=0)
-    host, text = wrote[0]
+    text = on_main_first((out / ".lock").read_text)
     for _ in range(10):  # a network file system may take some seconds to show a new file elsewhere
         with suppress(OSError):
             if (out / ".lock").read_text() == text:
                 return
         time.sleep(1)
     raise SystemExit(
-        f"{socket.gethostname()} does not see what {host} wrote into {out.absolute()}: "
+        f"{socket.gethostname()} does not see what rank 0 wrote into {out.absolute()}: "
         "with several hosts --out must be a folder that all of them share, under the same path"
     )
 
@@ -298,17 +290,17 @@ def start_over(out: Path):
     """Removes what an earlier run left, and nothing else."""
     for name in ("checkpoints", "final"):
         shutil.rmtree(out / name, ignore_errors=True)
-    files = ("log.jsonl", "samples.jsonl", "responses.jsonl", "report.json")
-    for name in (*files, "command.txt", "config.json"):
+    for (
+        name
+    ) in "log.jsonl samples.jsonl responses.jsonl report.json command.txt config.json".split():
         (out / name).unlink(missing_ok=True)
 
 
 def command_line() -> str:
     launcher = ["python"]
     if "RANK" in os.environ:
-        nodes = os.environ.get("GROUP_WORLD_SIZE", "1")
-        launcher = ["torchrun", *([f"--nnodes={nodes}"] if nodes != "1" else [])]
-        launcher.append(f"--nproc_per_node={os.environ['LOCAL_WORLD_SIZE']}")
+        nodes, ranks = os.environ.get("GROUP_WORLD_SIZE", 1), os.environ["LOCAL_WORLD_SIZE"]
+        launcher = ["torchrun", f"--nnodes={nodes}", f"--nproc_per_node={ranks}"]
     return shlex.join([*launcher, os.path.basename(sys.argv[0]), *sys.argv[1:]])
 
 
@@ -336,7 +328,8 @@ class Log:
             self.sinks.append(wandb.log)
         if getattr(config, "tensorboard", False):
             module = optional("torch.utils.tensorboard", "tensorboard")
-            self.sinks.append(TensorBoard(module.SummaryWriter(str(self.out / "tensorboard"))))
+            writer = module.SummaryWriter(str(self.out / "tensorboard"))
+            self.sinks.append(partial(to_tensorboard, writer))
 
     def write(self, row: dict):
         """Writes one JSON line. Floats keep 6 significant digits; NaN (no wrong answer whose length
@@ -356,14 +349,10 @@ class Log:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-class TensorBoard:
-    def __init__(self, writer):
-        self.writer = writer
-
-    def __call__(self, row: dict, step: int):
-        for key, value in row.items():
-            if isinstance(value, (int, float)) and value == value:
-                self.writer.add_scalar(key, value, step)
+def to_tensorboard(writer, row: dict, step: int):
+    for key, value in row.items():
+        if isinstance(value, (int, float)) and value == value:
+            writer.add_scalar(key, value, step)
 
 
 def optional(module: str, package: str):
@@ -371,9 +360,7 @@ def optional(module: str, package: str):
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise SystemExit(
-            f"--{package} needs a package that is not installed: pip install {package}"
-        ) from error
+        raise SystemExit(f"--{package} needs a package: pip install {package}") from error
 
 
 def cut_after_step(path: Path, step: int):
@@ -394,21 +381,18 @@ def read_log(run: str | Path) -> list[dict]:
     """The steps in RUN/log.jsonl in order; of a step logged twice the last. ValueError if none."""
     path = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run)
     if not path.is_file():
-        raise ValueError(
-            f"{path}: no such file; RUN is the folder that grpo.py wrote, it holds log.jsonl"
-        )
+        raise ValueError(f"{path}: no such file; RUN is the folder that grpo.py wrote")
     steps, found = {}, "it is empty; has the first step ended?"
     wanted = {"step", "stage", "max_len", "group_size", "len_mean", "tokens"}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line) if line.strip() else {}
-        except ValueError:  # the run is writing it just now, or was killed while it did
-            print(f"{path}:{number}: skipped a half-written line", file=sys.stderr)
-            continue
+        row = {}
+        with suppress(ValueError):  # the run is writing this line just now, or was killed in it
+            row = json.loads(line)
         if isinstance(row, dict) and wanted <= row.keys():
             steps[row["step"]] = row
-        elif row:
+        else:
             found = f"line {number} lacks some of {', '.join(sorted(wanted))}; is it a grpo.py run?"
+            print(f"{path}:{number}: skipped, it is no whole step", file=sys.stderr)
     if not steps:
         raise ValueError(f"{path}: {found}")
     return [steps[step] for step in sorted(steps)]
