@@ -282,7 +282,7 @@ class VLLMEngine:
             first = sum(len(part) for part, _ in parts[: dist.get_rank(self.team)])
             asked, seeds = ([x for part in column for x in part] for column in zip(*parts))
         settings = {
-            "n": group_size,
+            "n": group_size if temperature else 1,  # Greedy answers are all the same.
             "max_tokens": max_len,
             "temperature": temperature,
             "top_p": top_p,
@@ -294,12 +294,13 @@ class VLLMEngine:
         params = [SamplingParams(seed=base_seed(seed), **settings) for seed in seeds]
         requests = [request(prompt, self.processor) for prompt in asked]
         answers = self.llm.generate(requests, params, use_tqdm=False)
-        return [self.group(prompt, answer) for prompt, answer in zip(prompts, answers[first:])]
+        mine = zip(prompts, answers[first:])
+        return [self.group(prompt, answer, group_size) for prompt, answer in mine]
 
-    def group(self, prompt: Prompt, answer) -> list[Sample]:
+    def group(self, prompt: Prompt, answer, group_size: int) -> list[Sample]:
         """vLLM's answer to a prompt -> its Samples."""
         samples = []
-        for out in answer.outputs:
+        for out in answer.outputs * (group_size // len(answer.outputs)):
             versions = {span.version for span in out.weight_versions or []}
             finish, ids = out.finish_reason, list(out.token_ids)
             check_rollout(prompt, answer.prompt_token_ids, finish, versions, self.version)

@@ -1,7 +1,8 @@
-"""vllm_engine.py with a real vLLM (its CPU build will do) against transformers, TorchEngine and the trainer; whole runs
-with one and two ranks and with a server, killed and resumed. One engine for the module: a start costs half a minute.
+"""vllm_engine.py and http_engine.py with a real vLLM (its CPU build will do).
 
-bash tests/run.sh --vllm makes the environment and runs this file; anywhere else it skips.
+They are held against transformers, TorchEngine and the trainer; whole runs with one and two ranks,
+killed and resumed; an evaluation by `vllm serve`. One engine for the module: a start costs half a
+minute. `bash tests/run.sh --vllm` makes the environment and runs this file; elsewhere it skips.
 """
 
 import copy
@@ -23,23 +24,16 @@ pytest.importorskip(
     reason="vLLM is not installed: bash tests/run.sh --vllm makes an environment that has it",
 )
 pytestmark = pytest.mark.vllm
-SPARE = dict(
+SPARE = dict(  # no compilation of small helpers
     TORCHDYNAMO_DISABLE="1", VLLM_LOGGING_LEVEL="ERROR", OMP_NUM_THREADS="1"
-)  # no compilation of small helpers
+)
 os.environ |= SPARE
 
-import httpx  # noqa: E402
 from transformers import AutoModelForImageTextToText  # noqa: E402
 
-import eval as evaluation  # noqa: E402
 import model  # noqa: E402
 import toy  # noqa: E402
-from nano import (
-    data,  # noqa: E402
-    packing,  # noqa: E402
-    rollout,  # noqa: E402
-    vllm_engine,  # noqa: E402
-)
+from nano import data, packing, rollout, vllm_engine  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -96,6 +90,10 @@ def sampled(groups):
     return torch.tensor([x for g in groups for r in g for x in r.logprobs])
 
 
+def one_token(i):
+    return rollout.Sample(None, [i], [], "length", "")
+
+
 def seeds(n, step=0):
     return [(0, step, i) for i in range(n)]
 
@@ -139,11 +137,13 @@ def test_sampled_logprobs_are_the_trainers_and_follow_from_the_seed(
     """images of several sizes, two images, none; log-probabilities are those after temperature and ban"""
     policy, processor, engine = restored
     mixed = [packing.encode(r, processor) for r in pictures]
-    done = []
-    groups = engine.generate(
-        mixed, 4, 24, seeds(6), temperature, on_done=lambda p, s, r: done.append((p, s))
-    )
-    assert sorted(done) == [(p, s) for p in range(6) for s in range(4)]
+    groups = engine.generate(mixed, 4, 24, seeds(6), temperature)
+    for prompt, group in zip(mixed, groups):
+        for one in group:
+            ids = one.ids if one.finish == "length" else one.ids[:-1]
+            assert one.prompt is prompt and one.text == processor.tokenizer.decode(ids)
+            assert (one.finish == "stop") == (one.ids[-1] in processor.eos_ids)
+            assert len(one.ids) == 24 or one.finish == "stop"
     assert (trainer(policy, mixed, groups, temperature) - sampled(groups)).abs().max() < 1e-3
     ids = [[r.ids for r in g] for g in groups]
     backwards = engine.generate(mixed[::-1], 4, 24, seeds(6)[::-1], temperature)
@@ -161,9 +161,7 @@ def test_the_draws_follow_the_distribution(restored, pictures):
         [r.ids[0] for r in engine.generate([prompt], n, 1, seeds(1), temperature)[0]]
     )
     size = policy.hf.get_output_embeddings().weight.shape[0]
-    every = [
-        rollout.Rollout([i], [], "") for i in range(size) if i not in set(policy.banned.tolist())
-    ]
+    every = [one_token(i) for i in range(size) if i not in set(policy.banned.tolist())]
     p = torch.zeros(size).index_put_(
         (torch.tensor([r.ids[0] for r in every]),),
         trainer(policy, [prompt] * len(every), [[r] for r in every], temperature).exp(),
@@ -180,11 +178,7 @@ def test_top_p_draws_from_the_smallest_set_that_holds_its_mass(restored, picture
     prompt, top_p, n = packing.encode(pictures[0], processor), 0.8, 1000
     size = policy.hf.get_output_embeddings().weight.shape[0]
     every = [i for i in range(size) if i not in set(policy.banned.tolist())]
-    p = (
-        trainer(policy, [prompt] * len(every), [[rollout.Rollout([i], [], "")] for i in every])
-        .double()
-        .exp()
-    )
+    p = trainer(policy, [prompt] * len(every), [[one_token(i)] for i in every]).double().exp()
     ranked = sorted(zip(p.tolist(), every), reverse=True)
     nucleus, mass = {}, 0.0
     while mass < top_p:
@@ -233,27 +227,32 @@ def test_both_of_vllms_model_runners_take_the_ban(running):
 
 
 def test_what_vllm_read_must_be_what_the_trainer_reads(restored, prompts, monkeypatch):
-    _, _, engine = restored
-    assert (
-        vllm_engine.unexpanded(prompts[0], engine.processor).count(engine.processor.image_token)
-        == 1
-    )
-    for image in vllm_engine.resized_images(
-        prompts[0], engine.processor
-    ):  # the second resize is none
-        again = engine.processor.image_processor(images=[image], return_tensors="pt")
+    _, processor, engine = restored
+    asked = vllm_engine.request(prompts[0], processor)
+    assert asked["prompt_token_ids"].count(processor.image_token) == 1
+    for image in asked["multi_modal_data"]["image"]:  # the second resize is none
+        again = processor.image_processor(images=[image], return_tensors="pt")
         assert torch.equal(again["pixel_values"], prompts[0].pixel_values)
-    rule = vllm_engine.resized_images
-    monkeypatch.setattr(
-        vllm_engine,
-        "resized_images",
-        lambda *a: [i.resize((i.width // 2, i.height)) for i in rule(*a)],
-    )
+    real = vllm_engine.request
+
+    def narrow(*args):
+        asked = real(*args)
+        images = [i.resize((i.width // 2, i.height)) for i in asked["multi_modal_data"]["image"]]
+        return asked | {"multi_modal_data": {"image": images}}
+
+    monkeypatch.setattr(vllm_engine, "request", narrow)
     with pytest.raises(RuntimeError, match="vLLM read .* prompt tokens, the trainer"):
         engine.generate(prompts[:1], 1, 2, seeds(1))
     monkeypatch.undo()
+    check = vllm_engine.check_rollout
     with pytest.raises(RuntimeError, match="weights"):
-        vllm_engine.check_rollout(prompts[0], prompts[0].ids, "stop", {"1"}, "2", "vLLM")
+        check(prompts[0], prompts[0].ids, "stop", {"1"}, "2")
+    with pytest.raises(RuntimeError, match="ended with 'abort'"):
+        check(prompts[0], prompts[0].ids, "abort", {"2"}, "2")
+
+
+def test_no_prompts_no_samples(restored):
+    assert restored[2].generate([], 2, 4, []) == []
 
 
 # ---- weights
@@ -296,17 +295,17 @@ def change(policy, kind):
     return len(touched)
 
 
-def probe(engine, prompt):
+def greedy(engine, prompt):
     return engine.generate([prompt], 1, 8, seeds(1), temperature=0)[0][0]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_change_of_one_kind_of_layer_arrives(restored, prompts, kind):
     policy, _, engine = restored
-    before = probe(engine, prompts[0])
+    before = greedy(engine, prompts[0])
     assert change(policy, kind)
     engine.sync(policy)
-    after = probe(engine, prompts[0])
+    after = greedy(engine, prompts[0])
     assert (torch.tensor(before.logprobs) - torch.tensor(after.logprobs)).abs().max() > 1e-4
     assert (
         trainer(policy, prompts[:1], [[after]]) - torch.tensor(after.logprobs)
@@ -316,15 +315,16 @@ def test_a_change_of_one_kind_of_layer_arrives(restored, prompts, kind):
 def test_a_stale_cache_would_be_noticed(restored, prompts, monkeypatch):
     """the vision tower changes, the caches stay: the old embeddings are served, and the check of the probe says so"""
     policy, _, engine = restored
-    engine.probe.compare(engine, policy)  # the picture is in the caches now
+    engine.check_probe(policy)  # the picture is in the caches now
     change(policy, "visual.")
     monkeypatch.setattr(engine, "drop_caches", lambda: None)
     engine.sync(policy)
     with pytest.raises(RuntimeError, match="stale caches"):
-        engine.probe.compare(engine, policy)
+        engine.check_probe(policy)
     monkeypatch.undo()
     engine.sync(policy)
-    assert engine.probe.compare(engine, policy) < 1e-3
+    engine.check_probe(policy)
+    assert engine.gap < 1e-3
 
 
 def test_a_weight_that_does_not_arrive_ends_the_run(restored, monkeypatch):
@@ -470,19 +470,19 @@ def wait_for(what, process, seconds=400):
         time.sleep(0.2)
 
 
-DIES = """# grpo.py, whose rank 1 is killed in step 3, inside vLLM's sampling, when three of its responses have ended
+DIES = """# grpo.py, whose rank 1 is killed in step 3, in the middle of vLLM's sampling
 import os, runpy, signal, sys
 sys.path.insert(0, {root!r})
-from nano import vllm_engine
-real, ended = vllm_engine.check_rollout, []
-def check_rollout(*args):
+from vllm.v1.engine.llm_engine import LLMEngine
+real, steps = LLMEngine.step, []
+def step(self):
     if os.environ["RANK"] == "1" and os.path.exists({checkpoint!r}):
-        ended.append(args)
-        if len(ended) == 3:
+        steps.append(self)
+        if len(steps) == 5:
             print("killed in the middle of a rollout", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
-    real(*args)
-vllm_engine.check_rollout = check_rollout
+    return real(self)
+LLMEngine.step = step
 runpy.run_path({root!r} + "/grpo.py", run_name="__main__")
 """
 
