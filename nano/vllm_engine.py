@@ -22,7 +22,7 @@ from PIL import Image
 
 from nano.data import MARK, Record, load_image
 from nano.packing import Processor, Prompt, encode, pack
-from nano.rollout import Sample
+from nano.rollout import Sample, make_sample
 
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB; only the CPU build reads it
@@ -66,15 +66,15 @@ def base_seed(seeds: tuple[int, ...]) -> int:
 
 def check_rollout(prompt: Prompt, read_ids, finish: str, versions: set[str], version: str):
     """What holds for every rollout, or the trainer sees another prompt or policy than vLLM."""
+    trouble = ""
     if list(read_ids) != prompt.ids:
         trouble = f"vLLM read {len(read_ids)} prompt tokens, the trainer other {len(prompt.ids)}"
-    elif finish not in ("stop", "length"):
+    if finish not in ("stop", "length"):
         trouble = f"a rollout of vLLM ended with {finish!r}"
-    elif versions - {version}:
+    if versions - {version}:
         trouble = f"vLLM sampled with weights {versions}, expected {version}"
-    else:
-        return
-    raise RuntimeError(f"{prompt.record.id}: {trouble}")
+    if trouble:
+        raise RuntimeError(f"{prompt.record.id}: {trouble}")
 
 
 class Ban(LogitsProcessor, LogitsProcessorV2):
@@ -304,6 +304,6 @@ class VLLMEngine:
             versions = {span.version for span in out.weight_versions or []}
             finish, ids = out.finish_reason, list(out.token_ids)
             check_rollout(prompt, answer.prompt_token_ids, finish, versions, self.version)
-            text = self.processor.tokenizer.decode(ids if finish == "length" else ids[:-1])
-            samples.append(Sample(prompt, ids, list(out.logprobs.logprobs), finish, text))
+            logprobs = list(out.logprobs.logprobs)
+            samples.append(make_sample(prompt, ids, logprobs, finish, self.processor))
         return samples
