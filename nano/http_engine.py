@@ -24,11 +24,11 @@ from nano.rollout import Sample
 from nano.run import for_people
 
 WAITS = (0, 1, 2, 4, 8, 16, 32, 60)  # seconds before each try
-PATIENCE = 30.0  # seconds after which we ask whether the server is alive
+PATIENCE = 30.0  # seconds until we ask whether the server is alive
 HINTS = {
-    400: "Is the question too long? Lower --max_len or give the server more context.",
+    400: "Too long for the server? Lower --max_len or give it more context.",
     401: "Set EVAL_API_KEY to a key that it takes.",
-    404: "The URL must go up to and with /v1, and its /models must list the model.",
+    404: "The URL goes up to and with /v1, its /models must list the model.",
 }
 AGAIN = "Start it again and repeat the command: answered questions are kept."
 
@@ -107,7 +107,7 @@ class HTTPEngine:
 
 async def read(method, url, **body) -> tuple[int, str]:
     async with method(url, **body) as answer:
-        return answer.status, await answer.text(errors="replace")
+        return answer.status, await answer.text()
 
 
 def picture(image: str | bytes) -> dict:

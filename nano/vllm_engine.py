@@ -249,8 +249,7 @@ class VLLMEngine:
         if not self.llm.reset_prefix_cache():
             raise RuntimeError("weight sync: requests still run, vLLM keeps its prefix cache")
         self.llm.reset_mm_cache()
-        # The vision tower's outputs, which reset_mm_cache leaves alone.
-        self.llm.llm_engine.reset_encoder_cache()
+        self.llm.llm_engine.reset_encoder_cache()  # what the vision tower has put out
 
     @torch.no_grad()
     def check_probe(self, policy):
@@ -281,21 +280,14 @@ class VLLMEngine:
             dist.all_gather_object(parts, (light, seeds), group=self.team)
             first = sum(len(part) for part, _ in parts[: dist.get_rank(self.team)])
             asked, seeds = ([x for part in column for x in part] for column in zip(*parts))
-        settings = {
-            "n": group_size if temperature else 1,  # Greedy answers are all the same.
-            "max_tokens": max_len,
-            "temperature": temperature,
-            "top_p": top_p,
-            "stop_token_ids": self.processor.eos_ids,
-            "logprobs": 0,
-            "flat_logprobs": True,
-            "detokenize": False,
-        }
+        settings = {"max_tokens": max_len, "temperature": temperature, "top_p": top_p}
+        settings |= {"n": group_size if temperature else 1}  # Greedy answers are all the same.
+        settings |= {"stop_token_ids": self.processor.eos_ids, "detokenize": False}
+        settings |= {"logprobs": 0, "flat_logprobs": True}  # of the sampled tokens alone
         params = [SamplingParams(seed=base_seed(seed), **settings) for seed in seeds]
         requests = [request(prompt, self.processor) for prompt in asked]
         answers = self.llm.generate(requests, params, use_tqdm=False)
-        mine = zip(prompts, answers[first:])
-        return [self.group(prompt, answer, group_size) for prompt, answer in mine]
+        return [self.group(p, a, group_size) for p, a in zip(prompts, answers[first:])]
 
     def group(self, prompt: Prompt, answer, group_size: int) -> list[Sample]:
         """vLLM's answer to a prompt -> its Samples."""

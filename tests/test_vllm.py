@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,7 +41,7 @@ CPU = torch.device("cpu")
 
 
 def start(path):
-    """a sharper random policy, sharded as in training, and a vLLM that has taken over its weights"""
+    """A sharper random policy, sharded as in training, and a vLLM that has its weights."""
     single_rank()
     policy, processor = model.load(path)
     with torch.no_grad():
@@ -104,13 +106,14 @@ def seeds(n, step=0):
 def test_greedy_tokens_of_vllm_torchengine_and_generate_are_one(restored, prompts):
     policy, processor, engine = restored
     got = engine.generate(prompts, 1, 12, seeds(50), temperature=0)
-    ours = rollout.TorchEngine(model.replica(policy), processor, policy.banned)
+    ours = rollout.TorchEngine(model.replica(policy), processor)
     ours.sync(policy)
     second = ours.generate(prompts, 1, 12, seeds(50), temperature=0)
     hf = AutoModelForImageTextToText.from_config(
         copy.deepcopy(policy.hf.config), attn_implementation="sdpa"
     )
-    model.copy_weights(policy, hf)
+    for name, whole in policy.full_weights():
+        hf.get_parameter(name).data.copy_(whole)
     for prompt, (a,), (b,) in zip(prompts, got, second):
         row = torch.tensor([prompt.ids])
         third = hf.generate(
@@ -134,7 +137,8 @@ def test_greedy_tokens_of_vllm_torchengine_and_generate_are_one(restored, prompt
 def test_sampled_logprobs_are_the_trainers_and_follow_from_the_seed(
     restored, pictures, temperature
 ):
-    """images of several sizes, two images, none; log-probabilities are those after temperature and ban"""
+    """Images of several sizes, two images, none. The log-probabilities are those after
+    temperature and ban."""
     policy, processor, engine = restored
     mixed = [packing.encode(r, processor) for r in pictures]
     groups = engine.generate(mixed, 4, 24, seeds(6), temperature)
@@ -313,7 +317,8 @@ def test_a_change_of_one_kind_of_layer_arrives(restored, prompts, kind):
 
 
 def test_a_stale_cache_would_be_noticed(restored, prompts, monkeypatch):
-    """the vision tower changes, the caches stay: the old embeddings are served, and the check of the probe says so"""
+    """The vision tower changes, the caches stay: the old embeddings are served, and the check
+    of the probe says so."""
     policy, _, engine = restored
     engine.check_probe(policy)  # the picture is in the caches now
     change(policy, "visual.")
@@ -359,22 +364,20 @@ def test_the_acts_of_a_sync_come_in_order(running, monkeypatch):
     """what a GPU does, asked of the CPU build, whose worker ignores sleep"""
     policy, _, engine, _ = running
     acts = []
-    for name in (
-        "wake_up",
-        "start_weight_update",
-        "update_weights",
-        "finish_weight_update",
-        "reset_prefix_cache",
-        "reset_mm_cache",
-        "get_weight_version",
-        "sleep",
-    ):
 
-        def spy(*args, real=getattr(engine.llm, name), name=name, **kwargs):
+    def spy(name):
+        real = getattr(engine.llm, name)
+
+        def act(*args, **kwargs):
             acts.append(name + str(kwargs.get("tags", "")))
             return real(*args, **kwargs)
 
-        monkeypatch.setattr(engine.llm, name, spy)
+        monkeypatch.setattr(engine.llm, name, act)
+
+    for name in ("wake_up", "sleep", "get_weight_version", "reset_prefix_cache", "reset_mm_cache"):
+        spy(name)
+    for name in ("start_weight_update", "update_weights", "finish_weight_update"):
+        spy(name)
     monkeypatch.setattr(engine, "sleeps", True)
     engine.sleep()
     assert acts == ["sleep"] and engine.asleep
@@ -402,36 +405,15 @@ def problem_file(tmp_path_factory):
     return path
 
 
+def words(flags):
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
 def command(out, problem_file, ranks=1, script=ROOT / "grpo.py", **flags):
-    flags = (
-        dict(
-            model=ROOT / "toy" / "base",
-            data=problem_file,
-            out=out,
-            stages="16x8x4,24x4x1",
-            questions=8,
-            lr=1e-4,
-            save_every=2,
-            seed=1,
-            engine="vllm",
-            max_num_seqs=64,
-        )
-        | flags
-    )
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        f"--nproc_per_node={ranks}",
-    ]
-    return [
-        *launch,
-        str(script),
-        "--recipe",
-        "toy-zero",
-        *[w for k, v in flags.items() for w in (f"--{k}", str(v))],
-    ]
+    flags = dict(model=ROOT / "toy" / "base", data=problem_file, out=out, engine="vllm") | flags
+    flags |= dict(stages="16x8x4,24x4x1", questions=8, lr=1e-4, save_every=2, seed=1, max_rows=64)
+    launch = f"torch.distributed.run --standalone --nproc_per_node={ranks}".split()
+    return [sys.executable, "-m", *launch, str(script), "--recipe", "toy-zero", *words(flags)]
 
 
 def log_of(out):
@@ -442,12 +424,11 @@ def log_of(out):
     )
 
 
-def begin(words, **kwargs):
+def begin(call, **environment):
     """a process of its own session that writes to a file"""
     file = tempfile.TemporaryFile("w+")
-    process = subprocess.Popen(
-        words, env=os.environ | SPARE, stdout=file, stderr=file, start_new_session=True, **kwargs
-    )
+    env = os.environ | SPARE | environment
+    process = subprocess.Popen(call, env=env, stdout=file, stderr=file, start_new_session=True)
     process.file = file
     return process
 
@@ -488,7 +469,10 @@ runpy.run_path({root!r} + "/grpo.py", run_name="__main__")
 
 
 def test_two_ranks_killed_and_resumed_are_one_rank(problem_file, tmp_path):
-    """each rank its own vLLM, fed from FSDP2 shards; a rank that is killed inside a rollout ends the run, and the next start goes on"""
+    """Each rank has its own vLLM, fed from FSDP2 shards.
+
+    A rank that is killed inside a rollout ends the run, and the next start goes on.
+    """
     out, code = ends(begin(command(tmp_path / "one", problem_file)), 500)
     assert code == 0, out
     checkpoint = tmp_path / "two" / "checkpoints" / "step-000002"
@@ -512,149 +496,69 @@ def test_two_ranks_killed_and_resumed_are_one_rank(problem_file, tmp_path):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (a["step"], key)
 
 
-class Server:
-    """vLLM's server of vllm_engine.py"""
-
-    def __init__(self, path):
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self.port = s.getsockname()[1]
-        self.url = f"http://127.0.0.1:{self.port}"
-        words = [
-            "--port",
-            self.port,
-            "--host",
-            "127.0.0.1",
-            "--max-model-len",
-            1024,
-            "--max-num-seqs",
-            64,
-        ]
-        self.process = begin(
-            [sys.executable, str(ROOT / "vllm_engine.py"), str(path), *map(str, words)]
-        )
-
-    def ready(self):
-        def healthy():
-            try:
-                return (
-                    httpx.get(self.url + "/health", timeout=5, trust_env=False).status_code == 200
-                )
-            except httpx.HTTPError:
-                return False
-
-        wait_for(healthy, self.process)
-        return self
-
-    def at_work(self):
-        """how many requests it is answering at this moment, by its own count"""
-        lines = httpx.get(self.url + "/metrics", timeout=5, trust_env=False).text.splitlines()
-        return sum(
-            float(line.split()[-1])
-            for line in lines
-            if line.startswith("vllm:num_requests_running")
-        )
-
-    def kill(self):
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # the server and its engine
-        self.process.wait()
-
-
 @pytest.fixture(scope="module")
-def server():
-    """of toy-base; the last test that asks for it kills it"""
-    one = Server(ROOT / "toy" / "base")
+def server(tmp_path_factory):
+    """`vllm serve` with the toy's base model -> its URL."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    flags = "--served-model-name toy-base --generation-config vllm --api-key sk-toy"
+    flags += " --dtype float32 --enforce-eager --max-model-len 1024 --max-num-seqs 64"
+    flags += " --no-enable-chunked-prefill --max-num-batched-tokens 8192 --host 127.0.0.1"
+    vllm = Path(sys.executable).with_name("vllm")
+    call = [str(vllm), "serve", str(ROOT / "toy" / "base"), *flags.split(), "--port", str(port)]
+    process = begin(call, VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+    def healthy():
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
+
     try:
-        yield one.ready()
+        wait_for(healthy, process)
+        yield f"http://127.0.0.1:{port}/v1"
     finally:
-        one.kill()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)  # the server and its engine
+        process.wait()
 
 
-def test_evaluation_by_vllm_a_server_and_torch_is_one_report(
-    problem_file, server, tmp_path, capsys
-):
-    """greedy, over all that a run writes; vllm as a program of its own, whose end must be a clean one"""
-    setting = dict(
-        model=str(ROOT / "toy" / "base"),
-        data=str(problem_file),
-        limit=24,
-        system_prompt=toy.ZERO_PROMPT,
-        temperature=0.0,
-        top_p=0.95,
-        max_len=24,
-        max_prompt_len=1000,
-        max_num_seqs=64,
-        chunk=10,
-    )
-    words = [w for k, v in setting.items() for w in (f"--{k}", str(v))]
-    run = begin(
-        [
-            sys.executable,
-            str(ROOT / "eval.py"),
-            "--recipe",
-            "toy",
-            *words,
-            "--engine",
-            "vllm",
-            "--out",
-            str(tmp_path / "vllm"),
-        ]
-    )
-    single_rank()
-    for engine in ("torch", "http"):
-        flags = setting | dict(
-            engine=engine, out=str(tmp_path / engine), url=server.url if engine == "http" else ""
-        )
-        evaluation.evaluate(evaluation.Config(**flags), CPU)
-    out, code = ends(run, 300)
-    assert code == 0 and "Traceback" not in out, out
+def test_evaluation_by_torch_vllm_and_a_server_is_one_report(problem_file, server, tmp_path):
+    """Greedy, over all that a run writes; each run is a program whose end must be a clean one."""
+    flags = dict(data=problem_file, limit=24, system_prompt=toy.ZERO_PROMPT, temperature=0.0)
+    flags |= dict(top_p=0.95, max_len=24, max_prompt_len=1000, max_rows=64, chunk=10)
+    for engine in ("torch", "vllm", "http"):
+        own = dict(engine=engine, model=ROOT / "toy" / "base", out=tmp_path / engine)
+        if engine == "http":
+            own |= dict(model="toy-base", url=server)
+        call = [sys.executable, str(ROOT / "eval.py"), *words(flags | own)]
+        out, code = ends(begin(call, EVAL_API_KEY="sk-toy"), 300)
+        assert code == 0 and "Traceback" not in out, out
     for name in ("report.json", "responses.jsonl"):
-        torchs, vllms, servers = (
-            (tmp_path / e / name).read_text() for e in ("torch", "vllm", "http")
-        )
-        assert torchs == vllms == servers
+        first, *others = ((tmp_path / e / name).read_text() for e in ("torch", "vllm", "http"))
+        assert all(other == first for other in others), name
     report = json.loads((tmp_path / "torch" / "report.json").read_text())["all"]
     assert report["n"] == 24 and 0.05 < report["accuracy"] < 0.9 and report["format_rate"] > 0.9
 
-    engine = vllm_engine.HTTPEngine(server.url, model.Processor(setting["model"]), CPU)
-    with pytest.raises(SystemExit, match="serves .*toy-base, not"):
-        engine.must_serve(str(tmp_path), 1024)
-    with pytest.raises(SystemExit, match="takes 1024 tokens"):
-        engine.must_serve(setting["model"], 1025)
-    engine.ask(
-        "POST", server.url, "/update_weight_version", {"new_version": "3"}
-    )  # as a training run leaves it
-    with pytest.raises(SystemExit, match="weights of a training run"):
-        engine.must_serve(setting["model"], 1024)
+
+def asked_in_vain(server, out, problem_file, key="sk-toy", **flags):
+    """What an evaluation says that the server refuses."""
+    flags = dict(model="toy-base", url=server, data=problem_file, engine="http", limit=2) | flags
+    call = [sys.executable, str(ROOT / "eval.py"), *words(flags | dict(out=out))]
+    said, code = ends(begin(call, EVAL_API_KEY=key), 120)
+    assert code != 0 and "Traceback" not in said, said
+    return said
 
 
-def test_a_server_killed_in_the_middle_of_a_rollout_ends_the_run_which_resumes_with_the_next_one(
-    problem_file, server, tmp_path
-):
-    flags = dict(
-        engine="http", questions=24, stages="16x8x2,24x64x1"
-    )  # step 3: 1,536 responses, 64 at a time, take seconds
-    process = begin(command(tmp_path, problem_file, url=server.url, **flags))
-    wait_for(
-        lambda: (tmp_path / "checkpoints" / "step-000002").exists() and server.at_work() >= 32,
-        process,
-    )
-    server.kill()
-    out, code = ends(process, 60)
-    assert (
-        code != 0
-        and f"the vLLM server at {server.url} did not answer /inference/v1/generate" in out
-    ), out
-    assert "goes on from its checkpoint" in out and [r["step"] for r in log_of(tmp_path)] == [1, 2]
-    second = Server(ROOT / "toy" / "base").ready()
-    try:
-        out, code = ends(begin(command(tmp_path, problem_file, url=second.url, **flags)), 500)
-        assert code == 0 and "resumed after step 2" in out, out
-    finally:
-        second.kill()
-    rows = log_of(tmp_path)
-    assert [r["step"] for r in rows] == [1, 2, 3] and all(r["logprob_gap_max"] < 1e-3 for r in rows)
+def test_what_a_real_server_refuses_is_told_to_people(problem_file, server, tmp_path):
+    said = asked_in_vain(server, tmp_path / "a", problem_file, model="other")
+    assert "status 404" in said and "/models must list the model" in said
+    said = asked_in_vain(server, tmp_path / "b", problem_file, key="sk-wrong")
+    assert "status 401" in said and "EVAL_API_KEY" in said and "sk-wrong" not in said
+    said = asked_in_vain(server, tmp_path / "c", problem_file, max_len=2000)
+    assert "status 400" in said and "1024" in said and "--max_len" in said
 
 
 # ---- the other families, last: each start takes the process groups of the one before with it
