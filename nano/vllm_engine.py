@@ -185,8 +185,8 @@ class VLLMEngine:
         self.sleeps, self.asleep = may_sleep and cuda, False
         # On the CPU nothing is compiled, and no prompt comes in pieces: for these vLLM asks a
         # seeded generator for what it lacks there.
-        cpu = {"enforce_eager": True, "enable_chunked_prefill": False}
-        cpu["max_num_batched_tokens"] = max(8192, max_len)
+        room = max(8192, max_len)
+        cpu = dict(enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=room)
         # vLLM reads torchrun's variables, which a plain `python` lacks, and changes some of them.
         names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD")
         before = {name: os.environ[name] for name in names if name in os.environ}
@@ -202,8 +202,7 @@ class VLLMEngine:
             enable_sleep_mode=self.sleeps,
             limit_mm_per_prompt={"video": 0},
             generation_config="vllm",
-            # The log-probabilities are those after temperature and ban. With top_p < 1 they
-            # would be those of the cut distribution, which is why training refuses it.
+            # After temperature, ban and top_p; hence training refuses a top_p below 1.
             logprobs_mode="processed_logprobs",
             logits_processors=[Ban],
             weight_transfer_config={"backend": "buckets"},
