@@ -495,6 +495,41 @@ def test_two_ranks_killed_and_resumed_are_one_rank(problem_file, tmp_path):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), (a["step"], key)
 
 
+TEAM = """# ranks that share one vLLM: rank 0 has two of five questions; each writes what it got
+import json, sys
+sys.path.insert(0, {root!r})
+import torch.distributed as dist
+import model, toy
+from nano import packing, run, vllm_engine
+if __name__ == "__main__":
+    device = run.start_ranks()
+    rank, world, path = dist.get_rank(), dist.get_world_size(), {root!r} + "/toy/base"
+    policy, processor = model.load(path)
+    model.shard(policy, device)
+    engine = vllm_engine.VLLMEngine(path, processor, 512, device, tp=world, max_num_seqs=16)
+    engine.sync(policy)
+    mine = [range(5)] if world == 1 else [range(2), range(2, 5)]
+    records = [toy.problems(5, 0, "t")[i] for i in mine[rank]]
+    prompts = [packing.encode(record, processor) for record in records]
+    groups = engine.generate(prompts, 3, 16, [(0, i) for i in mine[rank]])
+    with open(f"{out}-{{world}}-{{rank}}", "w") as f:
+        json.dump([[sample.ids for sample in group] for group in groups], f)
+    engine.close()
+"""
+
+
+def test_two_ranks_that_share_one_vllm_get_their_own_answers(tmp_path):
+    """Tensor parallel: the two decode the questions of both, and the samples are those of one."""
+    (tmp_path / "team.py").write_text(TEAM.format(root=str(ROOT), out=tmp_path / "ids"))
+    for ranks in (1, 2):
+        launch = f"torch.distributed.run --standalone --nproc_per_node={ranks}".split()
+        call = [sys.executable, "-m", *launch, str(tmp_path / "team.py")]
+        said, code = ends(begin(call), 300)
+        assert code == 0, said
+    one, *two = (json.loads((tmp_path / f"ids-{x}").read_text()) for x in ("1-0", "2-0", "2-1"))
+    assert [len(groups) for groups in two] == [2, 3] and two[0] + two[1] == one
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     """What `vllm serve` starts (the CPU build's command `vllm` looks for a package "vllm" and
