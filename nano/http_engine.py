@@ -1,6 +1,6 @@
-"""Evaluation by any OpenAI-compatible server: models that our own engines cannot sample.
+"""Evaluation by any OpenAI-compatible server: models that our engines cannot sample.
 
-  vllm serve MODEL --generation-config vllm        (or SGLang, or a hosted service)
+  vllm serve MODEL --generation-config vllm    (or SGLang, or a hosted service)
 
 Without that flag vLLM adds the model's own settings, e.g. a repetition penalty. The key of a
 server is EVAL_API_KEY or OPENAI_API_KEY.
@@ -24,7 +24,7 @@ from nano.rollout import Sample
 from nano.run import for_people
 
 WAITS = (0, 1, 2, 4, 8, 16, 32, 60)  # seconds before each try
-PATIENCE = 30.0  # seconds until we ask whether the server is alive
+PATIENCE = 30.0  # seconds until we ask if the server is alive
 HINTS = {
     400: "Too long for the server? Lower --max_len or give it more context.",
     401: "Set EVAL_API_KEY to a key that it takes.",
@@ -80,7 +80,7 @@ class HTTPEngine:
                         return read_reply(prompt, text)
                 except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
                     status, text = 0, f"{type(error).__name__}: {error}"
-                if 0 < status < 500 and status != 429:  # neither busy nor broken
+                if 0 < status < 500 and status != 429:  # not busy, not broken
                     break
         text = text.replace(self.key, "***")[:300]  # Servers echo wrong keys.
         who = f"{self.url}, model {self.model_name!r}, question {prompt.record.id}"
