@@ -292,31 +292,16 @@ def preflight(config, stages, questions, policy, reference, engine, optimizer, d
     longest_record = max(questions.records, key=lambda record: record.prompt_tokens)
     prompt = packing.encode(longest_record, questions.processor, config.system_prompt)
     longest = len(prompt.ids) + max(stage.max_len for stage in stages)
-    world, cuda = dist.get_world_size(), device.type == "cuda"
-    rollouts = config.questions * max(stage.group_size for stage in stages) // world
-    copies = max(1, min(config.micro_tokens // longest, rollouts))
-    rows = min(config.max_rows, rollouts)
-    stored = {"none": "bfloat16" if cuda else "float32"}.get(config.offload, "cpu")
-    vllm_bytes = 0
-    if cuda and config.engine == "vllm":
-        vllm_bytes = config.vllm_memory * torch.cuda.get_device_properties(device).total_memory
-    items = budget.memory(
-        budget.shape(policy.hf.config),
-        copies * longest,
-        copies * int(prompt.image_grid.prod(-1).sum()),
-        world=world,
-        shard_size=config.shard_size or None,
-        cuda=cuda,
-        activation_checkpointing=config.activation_checkpointing,
-        frozen_vision=config.freeze_vision,
-        reference=stored if reference else "",
-        offload=config.offload == "all",
-        replica=config.engine == "torch",
-        rows=rows,
-        row_tokens=longest,
-        vllm_bytes=vllm_bytes,
-    )
-    budget.announce(items, device, run.say)
+    samples = config.questions * max(stage.group_size for stage in stages) // dist.get_world_size()
+    copies = max(1, min(config.micro_tokens // longest, samples))
+    rows = min(config.max_rows, samples)
+    low = "bfloat16" if device.type == "cuda" else "float32"
+    more = dict(replica=config.engine == "torch", rows=rows, row_tokens=longest)
+    if not reference or config.offload != "none":
+        low = "cpu" if reference else ""
+    patches = copies * int(prompt.image_grid.prod(-1).sum())
+    tokens = copies * longest
+    budget.announce_run(config, policy, device, run.say, tokens, patches, reference=low, **more)
     if config.freeze_vision:
         model.encode_once(policy, [prompt], device)
     if config.engine == "torch":
@@ -334,57 +319,58 @@ class Stats:
     """The numbers of a step's log line, each named once. Sums over tokens, then over ranks."""
 
     def __init__(self):
-        self.sums = dict.fromkeys(("tokens", "entropy", "kl", "clip", "gap", "gap_kl"), 0.0)
+        names = ("entropy", "kl", "clip_frac", "logprob_gap", "logprob_gap_kl")
+        self.per_token, self.trained = dict.fromkeys(names, 0.0), 0
         self.gap_max, self.grad_norms = 0.0, []
 
     def add(self, batch: packing.Batch, logprobs, entropy, clipped):
         """One micro-batch of the update: logprobs, entropy, clipped (N,)."""
         needs_old = batch.old_logprobs is not None and batch.old_logprobs is not batch.logprobs
         trainer = batch.old_logprobs if needs_old else logprobs
-        mismatch = trainer - batch.logprobs  # between trainer and sampler
+        gap = (trainer - batch.logprobs).abs()  # between trainer and sampler
         kl = k3(logprobs, batch.ref_logprobs) if batch.ref_logprobs is not None else 0 * logprobs
-        gap_kl = k3(batch.logprobs, trainer)  # KL(sampler || trainer)
-        parts = (torch.ones_like(logprobs), entropy, kl, clipped, mismatch.abs(), gap_kl)
-        for name, values in zip(self.sums, parts, strict=True):
-            self.sums[name] += values.sum().item()
-        if len(mismatch):
-            self.gap_max = max(self.gap_max, mismatch.abs().max().item())
+        parts = (
+            entropy,
+            kl,
+            clipped,
+            gap,
+            k3(batch.logprobs, trainer),
+        )  # last: KL(sampler||trainer)
+        for name, values in zip(self.per_token, parts, strict=True):
+            self.per_token[name] += values.sum().item()
+        self.trained += len(logprobs)
+        self.gap_max = max(self.gap_max, gap.max().item() if len(gap) else 0.0)
 
     def row(self, groups: list[list[Sample]]) -> dict:
         """The log line's entries, over the samples and tokens of all ranks (a collective)."""
         samples = list(chain(*groups))
         right = [s for s in samples if s.score.correct and s.score.format_ok]
-        local = dict(
-            samples=len(samples),
+        per_sample = dict(
             reward=sum(s.reward for s in samples),
-            format=sum(s.score.format_ok for s in samples),
-            right=len(right),
-            length=sum(s.length for s in samples),
-            length_right=sum(s.length for s in right),
-            cut=sum(s.finish == "length" for s in samples),
-            zero_variance=sum(zero_variance(group) for group in groups),
-            faults=reward.stats()["crashes"],
+            format_rate=sum(s.score.format_ok for s in samples),
+            accuracy=len(right),
+            len_mean=sum(s.length for s in samples),
+            truncated=sum(s.finish == "length" for s in samples),
         )
-        s = run.all_sum(self.sums | local)
-        n, tokens, wrong = s["samples"], s["tokens"], s["samples"] - s["right"]
-        return dict(
-            reward=s["reward"] / n,
-            format_rate=s["format"] / n,
-            accuracy=s["right"] / n,
-            len_mean=s["length"] / n,
-            len_correct=s["length_right"] / s["right"] if s["right"] else math.nan,
-            len_wrong=(s["length"] - s["length_right"]) / wrong if wrong else math.nan,
-            truncated=s["cut"] / n,
-            entropy=s["entropy"] / tokens,
-            kl=s["kl"] / tokens,
-            clip_frac=s["clip"] / tokens,
+        counts = dict(
+            samples=len(samples),
+            trained=self.trained,
+            length_right=sum(s.length for s in right),
+            zero_var_groups=sum(zero_variance(group) for group in groups),
+            reward_faults=reward.stats()["crashes"],
+        )
+        s = run.all_sum(per_sample | self.per_token | counts)
+        length, right, wrong = s["len_mean"], s["accuracy"], s["samples"] - s["accuracy"]
+        row = {name: s[name] / s["samples"] for name in per_sample}
+        row |= {name: s[name] / s["trained"] for name in self.per_token}
+        return row | dict(
+            len_correct=s["length_right"] / right if right else math.nan,
+            len_wrong=(length - s["length_right"]) / wrong if wrong else math.nan,
             grad_norm=sum(self.grad_norms) / len(self.grad_norms),
-            tokens=int(s["length"]),
-            zero_var_groups=int(s["zero_variance"]),
-            reward_faults=int(s["faults"]),
-            logprob_gap=s["gap"] / tokens,
             logprob_gap_max=run.all_max(self.gap_max),
-            logprob_gap_kl=s["gap_kl"] / tokens,
+            tokens=int(length),
+            zero_var_groups=int(s["zero_var_groups"]),
+            reward_faults=int(s["reward_faults"]),
         )
 
 

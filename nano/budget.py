@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 GIB = 2**30
@@ -318,3 +319,23 @@ def announce(items: list[Item], device: torch.device, say: Callable[[str], None]
         print(explain_oom(error, items, capacity), file=sys.stderr)
 
     sys.excepthook = explain
+
+
+def announce_run(config, policy, device, say, tokens: int, patches: int, **more) -> None:
+    """Say the table of a run with these settings of sft.py or grpo.py; `more` goes to `memory`."""
+    if device.type == "cuda" and getattr(config, "engine", "") == "vllm":
+        capacity = torch.cuda.get_device_properties(device).total_memory
+        more["vllm_bytes"] = config.vllm_memory * capacity
+    items = memory(
+        shape(policy.hf.config),
+        tokens,
+        patches,
+        world=dist.get_world_size(),
+        shard_size=config.shard_size or None,
+        cuda=device.type == "cuda",
+        activation_checkpointing=config.activation_checkpointing,
+        frozen_vision=config.freeze_vision,
+        offload=config.offload in (True, "all"),
+        **more,
+    )
+    announce(items, device, say)
