@@ -94,34 +94,24 @@ def to_gradient(logits, first, labels, banned, scale, state, grad, dtype):
 # the same two steps as Triton kernels: one read of the tile, all else in registers
 
 if triton is not None:
+    LOWEST = tl.constexpr(FLOOR)
 
     @triton.jit
-    def scaled_logits(logits, row, at, width, banned, first, scale, FLOOR: tl.constexpr):
+    def scaled_logits(logits, row, at, width, banned, first, scale):
         """One row's logits over temperature; banned ids and what lies past its end are at FLOOR."""
-        x = tl.load(logits + row * width + at, mask=at < width, other=FLOOR)
+        x = tl.load(logits + row * width + at, mask=at < width, other=LOWEST)
         dead = tl.load(banned + first + at, mask=at < width, other=1) != 0
-        return tl.where(dead, FLOOR, x * scale), dead
+        return tl.where(dead, LOWEST, x * scale), dead
 
     @triton.jit
-    def absorb_kernel(
-        logits,
-        width,
-        first,
-        labels,
-        banned,
-        scale,
-        state,
-        n,
-        FLOOR: tl.constexpr,
-        BLOCK: tl.constexpr,
-    ):
+    def absorb_kernel(logits, width, first, labels, banned, scale, state, n, BLOCK: tl.constexpr):
         row = tl.program_id(0).to(tl.int64)  # one program per token: row * width may pass 2^31
         label = tl.load(labels + row) - first
         m, s = tl.load(state + row), tl.load(state + n + row)
         t, picked = tl.load(state + 2 * n + row), tl.load(state + 3 * n + row)
         for start in range(0, width, BLOCK):
             at = start + tl.arange(0, BLOCK)
-            x, dead = scaled_logits(logits, row, at, width, banned, first, scale, FLOOR)
+            x, dead = scaled_logits(logits, row, at, width, banned, first, scale)
             here = (at == label) & (at < width)  # past the end lies the next tile's label
             picked += tl.sum(tl.where(here, x, 0.0))
             top = tl.maximum(m, tl.max(x))
@@ -138,24 +128,13 @@ if triton is not None:
 
     @triton.jit
     def gradient_kernel(
-        logits,
-        width,
-        first,
-        labels,
-        banned,
-        scale,
-        state,
-        n,
-        grad,
-        out,
-        FLOOR: tl.constexpr,
-        BLOCK: tl.constexpr,
+        logits, width, first, labels, banned, scale, state, n, grad, out, BLOCK: tl.constexpr
     ):
         row = tl.program_id(0).to(tl.int64)
         at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         label = tl.load(labels + row) - first
         m, s, g = tl.load(state + row), tl.load(state + n + row), tl.load(grad + row) * scale
-        x, dead = scaled_logits(logits, row, at, width, banned, first, scale, FLOOR)
+        x, dead = scaled_logits(logits, row, at, width, banned, first, scale)
         d = tl.where(at == label, g, 0.0) - tl.exp(x - m) * (g / s)
         d = tl.where(dead, 0.0, d)
         tl.store(out + row * width + at, d.to(out.dtype.element_ty), mask=at < width)
@@ -163,31 +142,16 @@ if triton is not None:
 
 def absorb_fused(logits, first, labels, banned, scale, state):
     n, width = logits.shape
-    banned = banned.view(torch.uint8)
-    absorb_kernel[(n,)](
-        logits, width, first, labels, banned, scale, state, n, FLOOR=FLOOR, BLOCK=BLOCK, num_warps=8
-    )
+    where = (labels, banned.view(torch.uint8), scale, state, n)
+    absorb_kernel[(n,)](logits, width, first, *where, BLOCK=BLOCK, num_warps=8)
 
 
 def to_gradient_fused(logits, first, labels, banned, scale, state, grad, dtype):
     n, width = logits.shape
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
-    grid, banned = (n, triton.cdiv(width, BLOCK)), banned.view(torch.uint8)
-    gradient_kernel[grid](
-        logits,
-        width,
-        first,
-        labels,
-        banned,
-        scale,
-        state,
-        n,
-        grad,
-        out,
-        FLOOR=FLOOR,
-        BLOCK=BLOCK,
-        num_warps=8,
-    )
+    where = (labels, banned.view(torch.uint8), scale, state, n, grad, out)
+    grid = (n, triton.cdiv(width, BLOCK))
+    gradient_kernel[grid](logits, width, first, *where, BLOCK=BLOCK, num_warps=8)
     return out
 
 
