@@ -1,8 +1,7 @@
-"""mathtext.py: answers as text, before any mathematics: regular expressions and tables, all linear or bounded.
+"""Answers as text, before any mathematics: regular expressions and tables, all linear or bounded.
 
-Sections: 1 what surrounds an answer, choice letters (core_text, letters), 2 cleaning: LaTeX and Unicode spellings become
-one (clean), 3 numbers in words, 4 units, 5 words, times and dates, which are compared as they are. mathparse.py goes on
-from clean(). A spelling that is missing is one more entry in a table here.
+`core_text` takes off what surrounds an answer and `clean` gives LaTeX and Unicode one spelling, which parse.py reads.
+A spelling that is missing is one more entry in a table here.
 """
 
 import re
@@ -10,14 +9,28 @@ import unicodedata
 from fractions import Fraction
 from functools import lru_cache
 
-# ---- 1. what surrounds an answer, choice letters ---------------------------------------------------------------------
+
+def pairs(text: str) -> dict[str, str]:
+    """`a b c d` as the table {a: b, c: d}."""
+    words = text.split()
+    return dict(zip(words[::2], words[1::2]))
+
+
+def spellings(table: dict[str, str]) -> dict[str, str]:
+    """{meaning: "several spellings"} turned round: each spelling tells its meaning."""
+    return {name: meaning for meaning, names in table.items() for name in names.split()}
+
+
+# ---- 1. what surrounds an answer, choice letters -----------------------------------------------
 _PREFIX = re.compile(
     "|".join(
         [  # what may stand before an answer
             r"(?:so|thus|hence|therefore|\\therefore)\b[,:]?\s+",
             r"≈\s*|\\approx\s*|#+\s*|\*\*final answer\*\*:?\s*",
-            r"(?:the\s+)?(?:final\s+|correct\s+|best\s+)?(?:answer|result|solution|choice)\s*(?:(?:is|:|=|are)\s*:?\s*|(?=[$\\\d]))",
-            r"(?:[A-Za-z]+\s+){0,8}?(?:is|equals)\s+(?:equal\s+to\s+)?(?:about\s+|approximately\s+)?(?=[-\d$\\(.])",  # the area is 5
+            r"(?:the\s+)?(?:final\s+|correct\s+|best\s+)?(?:answer|result|solution|choice)\s*"
+            r"(?:(?:is|:|=|are)\s*:?\s*|(?=[$\\\d]))",
+            r"(?:[A-Za-z]+\s+){0,8}?(?:is|equals)\s+(?:equal\s+to\s+)?"
+            r"(?:about\s+|approximately\s+)?(?=[-\d$\\(.])",  # the area is 5
             r"the\s+(?:[a-z]+\s+){1,4}(?:is|are)\s+(?=[a-z]+\.?$)",  # the color is red
             r"(?:in|on|at)\s+(?=\d)",
             r"(?:approximately|approx\.?|about|around|roughly|约|大约)\s*(?=[\d\\$.-])",
@@ -42,28 +55,21 @@ _LETTER_TEXT = re.compile(
 _LETTERS = re.compile(r"(?:\([A-J]\)|[A-J])(?:\s*(?:,|;|and|&)?\s*(?:\([A-J]\)|[A-J]))+$")
 _MORE_LETTERS = re.compile(r"(?:^|\s)\(?[A-J](?:[).:]|$)|\b(?:or|not)\b")
 _FINAL = re.compile(r"[\s*]*final\s+answer[\s*]*[:：][\s*]*", re.I)
+_WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 
 
-def unwrap(text):
+def unwrap(text: str) -> str:
     """Takes off `Final Answer:`, bold stars, and one or more \\boxed{} around the whole."""
     text = text.strip()
     for _ in range(4):
         if m := _FINAL.match(text[:80]):
             text = text[m.end() :].strip()
-            text = text[:-2].strip() if text.endswith("**") and text.count("**") % 2 else text
-        core = (
-            text.strip("$ \n.")
-            .removeprefix("\\(")
-            .removeprefix("\\[")
-            .removesuffix("\\)")
-            .removesuffix("\\]")
-            .strip()
-        )
-        core = (
-            core[2:-2].strip()
-            if core.startswith("**") and core.endswith("**") and len(core) > 4
-            else core
-        )
+            if text.endswith("**") and text.count("**") % 2:
+                text = text[:-2].strip()
+        core = text.strip("$ \n.").removeprefix("\\(").removeprefix("\\[")
+        core = core.removesuffix("\\)").removesuffix("\\]").strip()
+        if core.startswith("**") and core.endswith("**") and len(core) > 4:
+            core = core[2:-2].strip()
         inner = braced(core, core.find("{")) if core.startswith(("\\boxed", "\\fbox")) else None
         if inner is None or inner[1] != len(core):
             break
@@ -71,7 +77,7 @@ def unwrap(text):
     return text
 
 
-def braced(text, start):
+def braced(text: str, start: int) -> tuple[str, int] | None:
     """(content, end) of the balanced {...} that opens at `start`, else None. Linear."""
     if start < 0 or text[start : start + 1] != "{":
         return None
@@ -83,32 +89,23 @@ def braced(text, start):
     return None
 
 
-def core_text(s):
-    """An answer without what surrounds it: `The answer is`, stars, dollars, outer boxes, a full stop, a farewell."""
+def core_text(s: str) -> str:
+    """An answer without `The answer is`, stars, dollars, outer boxes, a full stop, a farewell."""
     s = unwrap(bare(s.partition(" I hope ")[0]))
-    s = (
-        s
-        if s.isascii()
-        else unicode_plain(re.sub(r"(?<![A-Za-z])([A-J])、(?![A-J]\b)", r"\1: ", s))
-    )
+    if not s.isascii():
+        s = unicode_plain(re.sub(r"(?<![A-Za-z])([A-J])、(?![A-J]\b)", r"\1: ", s))
     for _ in range(4):
         m = _PREFIX.match(s[:200]) if s[:1] not in "-+.([{0123456789" else None
         if not m or not m[0] or _NEGATION.search(m[0]):
             break
         s = unwrap(bare(s[m.end() :]))
-    if (
-        s.count("\\boxed{") == 1
-        and not _NEGATION.search(s)
-        and (inner := braced(s, s.find("\\boxed{") + 6))
-    ):
-        s = inner[0].strip()  # a sentence with one box in it
+    if s.count("\\boxed{") == 1 and not _NEGATION.search(s):  # a sentence with one box in it
+        inner = braced(s, s.find("\\boxed{") + 6)
+        s = inner[0].strip() if inner else s
     return bare(s[:-1].rstrip() if s[-1:] == "." and s[-3:] != "..." and len(s) > 1 else s)
 
 
-_WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
-
-
-def bare(s):
+def bare(s: str) -> str:
     """Without one pair of $...$, \\(...\\), \\[...\\], stars or backticks around the whole."""
     s = s.strip()
     for left, right in _WRAPPERS if s[:1] in ("$", "\\", "*", "`") else ():
@@ -118,46 +115,47 @@ def bare(s):
     return s
 
 
-def letters(t):
-    """The set of choice letters that a text consists of, else None: B, (B), B., "A and C", "C\\nD"."""
+def letters(t: str) -> set[str] | None:
+    """The set of choice letters that a text consists of, else None: B, (B), "A and C", BD."""
     if m := _LETTER.match(t):
         return {m[1].upper()}
     listed = len(t) < 60 and not t.isalpha() and _LETTERS.match(t)
-    glued = 1 < len(t) < 5 and re.fullmatch("[A-E]+", t) and list(t) == sorted(set(t))  # BD
+    glued = 1 < len(t) < 5 and re.fullmatch("[A-E]+", t) and list(t) == sorted(set(t))
     return set(re.findall("[A-J]", t)) if listed or glued else None
 
 
-def letter_text(t, strict=True):
-    """("B", "54") for `B: 54`, `(B) 54`, `B. 54`, `B (54)`; None for other texts and for lists of options."""
+def letter_text(t: str, strict: bool = True) -> tuple[str, str] | None:
+    """("B", "54") for `B: 54`, `(B) 54`, `B. 54`, `B (54)`; None if there are several options."""
     m = _LETTER_TEXT.match(t)
     if not m or (strict and _MORE_LETTERS.search(m[4])):
         return None
     text = m[4].strip()
-    return (m[1] or m[2] or m[3]), (text[1:-1] if m[3] and text.endswith(")") else text)
+    return m[1] or m[2] or m[3], text[1:-1] if m[3] and text.endswith(")") else text
 
 
-# ---- 2. cleaning -----------------------------------------------------------------------------------------------------
-_SIGNS = r"""× * · * ⋅ * ∙ * ∗ * ÷ / ⁄ / ∕ / − - – - — - ‐ - ‑ - π \pi √ \sqrt ∛ \sqrt[3] ∞ \infty ° \deg º \deg ˚ \deg
- ≤ \le ≦ \le ⩽ \le ≥ \ge ≧ \ge ⩾ \ge ≠ \ne ≈ \approx ≃ \approx ± \pm ∓ \mp ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ℝ \R ℤ \Z
- θ \theta α \alpha β \beta γ \gamma λ \lambda φ \phi ω \omega μ \mu ∠ \angle ℃ \degC ℉ \degF 。 . 、 , “ " ” " ‘ ' ’ ' ′ ' ″ "
- 【 ( 】 ) ⟨ \langle ⟩ \rangle € \eur £ \gbp ¥ \cny ￥ \cny ∣ | ∶ : ～ ~ ∼ ~""".split()
-_CHARS = {ord(k): v + " " * (v[0] == "\\") for k, v in zip(_SIGNS[::2], _SIGNS[1::2])}
-_CHARS |= dict.fromkeys(map(ord, "△《》\u200b\u200c\u200d\ufeff\u2061\u2062"), "") | {
-    0x2063: ","
-}  # invisible signs
+# ---- 2. cleaning -------------------------------------------------------------------------------
+_SIGNS = pairs(r"""
+ × * · * ⋅ * ∙ * ∗ * ÷ / ⁄ / ∕ / − - – - — - ‐ - ‑ - π \pi √ \sqrt ∛ \sqrt[3] ∞ \infty
+ ° \deg º \deg ˚ \deg ≤ \le ≦ \le ⩽ \le ≥ \ge ≧ \ge ⩾ \ge ≠ \ne ≈ \approx ≃ \approx ± \pm ∓ \mp
+ ∪ \cup ∩ \cap ∈ \in ∅ \emptyset ℝ \R ℤ \Z θ \theta α \alpha β \beta γ \gamma λ \lambda φ \phi
+ ω \omega μ \mu ∠ \angle ℃ \degC ℉ \degF 。 . 、 , “ " ” " ‘ ' ’ ' ′ ' ″ " 【 ( 】 )
+ ⟨ \langle ⟩ \rangle € \eur £ \gbp ¥ \cny ￥ \cny ∣ | ∶ : ～ ~ ∼ ~""")
+_CHARS = {ord(sign): v + " " * (v[0] == "\\") for sign, v in _SIGNS.items()}
+_CHARS |= dict.fromkeys(map(ord, "△《》\u200b\u200c\u200d\ufeff\u2061\u2062"), "")
+_CHARS[0x2063] = ","  # the invisible separator
 _SUPER = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ", "0123456789-+nx")
 _SUB = str.maketrans("₀₁₂₃₄₅₆₇₈₉", "0123456789")
-_HAN_WORDS = """平方 square 立方 cubic 厘米 cm 毫米 mm 千米 km 公里 km 分米 dm 米 m 千克 kg 公斤 kg 克 g 吨 ton 毫升 ml 升 L
- 分钟 minutes 小时 hours 秒 seconds 天 days 度 \\deg 元 yuan 和 and 或 or 且 and""".split()
-_HAN_WORDS = dict(zip(_HAN_WORDS[::2], _HAN_WORDS[1::2]))
+_HAN_WORDS = pairs("""
+ 平方 square 立方 cubic 厘米 cm 毫米 mm 千米 km 公里 km 分米 dm 米 m 千克 kg 公斤 kg 克 g 吨 ton
+ 毫升 ml 升 L 分钟 minutes 小时 hours 秒 seconds 天 days 度 \\deg 元 yuan 和 and 或 or 且 and""")
 _HAN_RE = re.compile("|".join(_HAN_WORDS))
 _HAN_COUNTER = re.compile(r"(?<=[\d}])\s*[个個人只件次岁条名种棵本张位块辆支组](?=\s*$)")
 
-_COMMANDS = {
-    name: to
-    for to, names in {  # commands that are another spelling of something
-        " ": "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle textstyle limits nolimits "
-        "rm bf it quad qquad triangle , ; : ( ) [ ] >",
+# Commands that are another spelling of something.
+_COMMANDS = {" ": " "} | spellings(
+    {
+        " ": "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr textstyle "
+        "displaystyle limits nolimits rm bf it quad qquad triangle , ; : ( ) [ ] >",
         "": "! boxed fbox mathrm text mathbf overline underline vec hat",
         "\\frac": "dfrac tfrac cfrac nicefrac sfrac",
         "\\deg": "degree textdegree",
@@ -170,23 +168,23 @@ _COMMANDS = {
         "\\{": "lbrace",
         "\\}": "rbrace",
         "\\usd ": "$",
-    }.items()
-    for name in names.split()
-} | {" ": " "}
-_COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.S)
-_TEXT_NAMES = r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt|cal|normal)|mbox|hbox|operatorname|boldsymbol|bm|pmb"
-TEXT = re.compile(r"\\(?:%s)\*?\s*\{([^{}]*)\}" % _TEXT_NAMES)
-_WRAP = re.compile(
-    r"\\(?:%s|overline|overrightarrow|vec|hat|underline|widehat|mathop)\*?\s*\{([^{}]*)\}"
-    % _TEXT_NAMES
+    }
 )
+_COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.S)
+_TEXT_NAMES = (
+    r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt|cal|normal)|[mh]box|operatorname"
+    r"|boldsymbol|bm|pmb"
+)
+_ACCENTS = "|overline|overrightarrow|vec|hat|underline|widehat|mathop"
+TEXT = re.compile(r"\\(?:%s)\*?\s*\{([^{}]*)\}" % _TEXT_NAMES)
+_WRAP = re.compile(r"\\(?:%s)\*?\s*\{([^{}]*)\}" % (_TEXT_NAMES + _ACCENTS))
 _BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([A-Z])\s*\}?")
 _MATRIX = re.compile(r"\\(begin|end)\{(?:[a-zA-Z]*matrix|array)\}(?:\{[lcr| ]*\})?")
 _ALIGN = re.compile(r"\\(?:begin|end)\{(?:align|equation|gather|split|math|cases)(?:ed)?\*?\}")
 _ANGLE = re.compile(r"m?\\(?:measured)?angle(?![A-Za-z])\s*(?:(?=(\d)))?")
 _DEGREE = re.compile(r"\^\s*\{+\s*\\deg\s*\}+|\^?\s*\\deg(?![A-Za-z])")
 _OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
-_UNIT_FRAC = re.compile(
+_UNIT_FRAC = re.compile(  # \frac{km}{h^2}
     r"(?<=[\d }])\\frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+(?:\^\{?\d\}?)?)\s*\}(?!\s*\^)"
 )
 _REPEAT = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|dot)\s*\{\s*(\d{1,20})\s*\}")
@@ -196,35 +194,34 @@ _UNIT_POWER = re.compile(r"(?<=[\d}])\s*([cdkm]?m|ft|in)([23])\b")  # 18 cm2
 _STOP = re.compile(r"(?<=[a-z])\.(?=\s|$)")  # sq. ft.
 
 
-def unicode_plain(s):
-    """Full-width forms, super- and subscripts, vulgar fractions, Chinese units and typographic signs to ASCII LaTeX."""
+def unicode_plain(s: str) -> str:
+    """Full-width forms, super- and subscripts, fractions, Chinese units and signs as LaTeX."""
     if s.isascii():
         return s
     s = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ]+", lambda m: "^{" + m[0].translate(_SUPER) + "}", s)
     s = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m[0].translate(_SUB) + "}", s)
-    s = re.sub(
-        "[¼-¾⅐-⅞]",
-        lambda m: "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄")),
-        s,
-    )
+    s = re.sub("[¼-¾⅐-⅞]", vulgar_fraction, s)
     s = unicodedata.normalize("NFKD", s.translate(_CHARS)).translate(_CHARS)
-    s = unicodedata.normalize(
-        "NFC", re.sub("(?<=[A-Za-z])[\u0300-\u036f]+", "", s)
-    )  # accents of letters
-    return (
-        s
-        if s.isascii()
-        else _HAN_RE.sub(lambda m: f" {_HAN_WORDS[m[0]]} ", _HAN_COUNTER.sub("", s))
-    )
+    s = re.sub("(?<=[A-Za-z])[\u0300-\u036f]+", "", s)  # accents of letters
+    s = unicodedata.normalize("NFC", s)
+    if s.isascii():
+        return s
+    return _HAN_RE.sub(lambda m: f" {_HAN_WORDS[m[0]]} ", _HAN_COUNTER.sub("", s))
 
 
-def repeating(m):
+def vulgar_fraction(m: re.Match) -> str:
+    """½ as \\frac{1}{2}."""
+    return "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄"))
+
+
+def repeating(m: re.Match) -> str:
     """0.1\\overline{6} as a fraction, before \\overline is dropped as decoration."""
     head, fixed, loop = m[1] or "0", m[2], m[3]
-    return f"({int(head + fixed + loop) - int(head + fixed)}/{10 ** len(fixed) * (10 ** len(loop) - 1)})"
+    top = int(head + fixed + loop) - int(head + fixed)
+    return f"({top}/{10 ** len(fixed) * (10 ** len(loop) - 1)})"
 
 
-def latex_plain(s):
+def latex_plain(s: str) -> str:
     """LaTeX without layout: environments, text commands, spacing, sizes, synonyms."""
     if "\\end" in s:
         s = _ALIGN.sub(" ", s.replace("\\\\", ", ") if "{cases}" in s else s)
@@ -234,23 +231,21 @@ def latex_plain(s):
         s = re.sub(r"(?<!\\)&", " ", re.sub(r"\\\\(?=[a-zA-Z])", r"\\", s).replace("\\\\", " "))
     if "\\overline" in s or "\\dot" in s:
         s = _REPEAT.sub(repeating, s)
-    while (
-        "{" in s and s.count("{") < 200 and (t := _WRAP.sub(r" \1 ", s)) != s
-    ):  # \text{a \textbf{b}}
-        s = t
+    while "{" in s and s.count("{") < 200 and (t := _WRAP.sub(r" \1 ", s)) != s:
+        s = t  # once for each level of \text{a \textbf{b}}
     s = s.replace("\\circ", "\\deg ")
     if "angle" in s:
         s = _ANGLE.sub(lambda m: "a_" if m[1] else " ", s)
     s = _BLACKBOARD.sub(r"\\\1 ", s) if "\\mathbb" in s else s
     s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s)
     s = _OVER.sub(r"\\frac{\1}{\2}", s) if "\\over" in s else s
-    s = _UNIT_FRAC.sub(r" \1/\2", s) if "\\frac" in s else s  # \frac{\text{km}}{\text{h}}
+    s = _UNIT_FRAC.sub(r" \1/\2", s) if "\\frac" in s else s
     return _DEGREE.sub(r"\\deg ", s) if "\\deg" in s else s
 
 
 @lru_cache(maxsize=8192)
-def clean(s):
-    """One spelling for what LaTeX and Unicode can write in many ways. Still text; linear in its length."""
+def clean(s: str) -> str:
+    """One spelling for what LaTeX and Unicode can write in many ways. Still text; linear."""
     s = unicode_plain(s.replace("\x00", " "))
     if "{," in s:
         s = re.sub(r"\s*\{,\s*\}\s*", ",", s)
@@ -266,59 +261,33 @@ def clean(s):
     if "10^" in s:
         s = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\^)", "*", s)
     s = latex_plain(s) if "\\" in s else s
-    if (
-        "$" in s
-    ):  # one dollar sign before or after a number is money, the others delimit mathematics
-        s = (
-            re.sub(r"\$(?=\s*[\d.])|(?<=\d)\s*\$$", r"\\usd ", s)
-            if s.count("$") == 1
-            else s.replace("$", " ")
-        )
+    if s.count("$") == 1:  # money, before or after a number
+        s = re.sub(r"\$(?=\s*[\d.])|(?<=\d)\s*\$$", r"\\usd ", s)
+    else:  # the borders of mathematics
+        s = s.replace("$", " ")
     if "**" in s:  # a power, or bold text
         s = s.replace("**", "^" if re.search(r"\w\s*\*\*\s*[\w({-]", s) else "")
     return s.strip()
 
 
-# ---- 3. numbers in words ---------------------------------------------------------------------------------------------
-SMALL = dict(
-    zip(
-        (
-            "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-            "seventeen eighteen nineteen"
-        ).split(),
-        range(20),
-    )
+# ---- 3. numbers in words -----------------------------------------------------------------------
+_TO_19 = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen "
+    "sixteen seventeen eighteen nineteen"
 )
-SMALL |= dict(
-    zip("twenty thirty forty fifty sixty seventy eighty ninety".split(), range(20, 100, 10))
-)
-SCALES = {
-    "dozen": 12,
-    "hundred": 100,
-    "thousand": 1000,
-    "million": 10**6,
-    "billion": 10**9,
-    "trillion": 10**12,
-}
-_PARTS = {
-    "half": 2,
-    "third": 3,
-    "quarter": 4,
-    "fourth": 4,
-    "fifth": 5,
-    "sixth": 6,
-    "eighth": 8,
-    "tenth": 10,
-}
-_PARTS |= {w + "s": k for w, k in _PARTS.items()} | {"halves": 2}
+_TENS = "twenty thirty forty fifty sixty seventy eighty ninety"
+SMALL = dict(zip(_TO_19.split(), range(20))) | dict(zip(_TENS.split(), range(20, 100, 10)))
+SCALES = {"dozen": 12, "hundred": 100, "thousand": 10**3, "million": 10**6}
+SCALES |= {"billion": 10**9, "trillion": 10**12}
+_PARTS = pairs("half 2 third 3 quarter 4 fourth 4 fifth 5 sixth 6 eighth 8 tenth 10 halve 2")
+_PARTS |= {word + "s": k for word, k in _PARTS.items()}
 _HAN_DIGIT = dict(zip("零一二三四五六七八九两", [*range(10), 2]))
+_HAN_TENS = re.compile("([一二三四五六七八九]?)十([一二三四五六七八九]?)")
 
 
-def number_words(text):
-    """`twenty-one` -> 21, `three quarters` -> 3/4, `five apples` -> 5 apples, `二十` -> 20; other texts unchanged."""
-    if "十" in text and (
-        m := re.fullmatch("([一二三四五六七八九]?)十([一二三四五六七八九]?)", text)
-    ):
+def number_words(text: str) -> str:
+    """`twenty-one` -> 21, `three quarters` -> 3/4, `five apples` -> 5 apples, `二十` -> 20."""
+    if "十" in text and (m := _HAN_TENS.fullmatch(text)):
         return str(10 * _HAN_DIGIT.get(m[1], 1) + _HAN_DIGIT.get(m[2], 0))
     if text in _HAN_DIGIT or not text[:1].isalpha():
         return str(_HAN_DIGIT.get(text, text))
@@ -327,9 +296,8 @@ def number_words(text):
     words = re.split(r"[\s-]+", text.lower())
     if len(words) > 12 or words[0] not in {*SMALL, "a", "an", "half", "dozen"}:
         return text
-    total, part, k, seen = 0, 0, 0, False
-    while k < len(words):
-        w, nxt = words[k], words[k + 1] if k + 1 < len(words) else ""
+    total, part, seen = 0, 0, False  # "two thousand five": 2000 is in the total, 5 in the part
+    for k, (w, nxt) in enumerate(zip(words, words[1:] + [""])):
         if w in SMALL or (w in ("a", "an") and (nxt in _PARTS or nxt in SCALES)):
             part, seen = part + SMALL.get(w, 1), True
         elif w == "dozen" or (w == "hundred" and seen):
@@ -337,9 +305,10 @@ def number_words(text):
         elif w in SCALES and seen:
             total, part = total + part * SCALES[w], 0
         elif not (w == "and" and nxt in SMALL and words[k - 1] in SCALES):
+            rest = words[k:]
             break
-        k += 1
-    rest = words[k:]
+    else:
+        rest = []
     if rest and rest[0] in _PARTS and (seen or rest[0] == "half"):
         return f"{total + part or 1}/{_PARTS[rest[0]]} {' '.join(rest[1:])}".strip()
     if len(rest) == 3 and rest[0] == "and" and rest[2] in _PARTS:  # two and a half
@@ -347,73 +316,67 @@ def number_words(text):
     return f"{total + part} {' '.join(rest)}".strip() if seen else text
 
 
-# ---- 4. units: names = factor and dimensions; a plain plural counts as a name, too -----------------------------------
-_UNIT_TABLE = """m meter metre = 1 m | cm centimeter centimetre = .01 m | mm millimeter millimetre = .001 m | dm = .1 m
-km kilometer kilometre = 1000 m | in inch inches = .0254 m | ft foot feet = .3048 m | yd yds yard = .9144 m
-nm = 1e-9 m | mi mile = 1609.344 m | g gram = 1 g | kg kilo kilogram = 1000 g | mg milligram = .001 g | ton tonne = 1000000 g
-lb lbs pound = 1 pound | oz ounce = 1/16 pound | s sec second = 1 s | min minute = 60 s | h hr hrs hour = 3600 s
-ms millisecond = .001 s | day = 86400 s | week = 604800 s | month = 1 month | yr year = 1 year | deg degree = 1 deg
-rad radian = 1 rad | L liter litre = .001 m3 | ml mL cc milliliter millilitre = 1e-6 m3 | mph = .44704 m s-1
-kph kmph = 5/18 m s-1 | ha hectare = 10000 m2 | acre = 1 acre | percent percentage pct = 1 % | unit = 1 unit
-usd USD dollar bucks = 1 usd | cent = .01 usd | eur EUR euro = 1 eur | gbp GBP = 1 pound | cny yuan rmb RMB = 1 cny
-rupee = 1 rupee | N newton = 1 N | J joule = 1 J | kJ = 1000 J | W watt = 1 W | kW = 1000 W | V volt = 1 V | Hz hertz = 1 Hz
-Pa pascal = 1 Pa | kPa = 1000 Pa | mol mole = 1 mol"""
+# ---- 4. units: names = factor and dimensions; a plain plural counts as a name, too -------------
+_UNIT_TABLE = """m meter metre = 1 m | cm centimeter centimetre = .01 m | dm = .1 m
+mm millimeter millimetre = .001 m | km kilometer kilometre = 1000 m | in inch inches = .0254 m
+ft foot feet = .3048 m | yd yds yard = .9144 m | nm = 1e-9 m | mi mile = 1609.344 m
+g gram = 1 g | kg kilo kilogram = 1000 g | mg milligram = .001 g | ton tonne = 1000000 g
+lb lbs pound = 1 pound | oz ounce = 1/16 pound | s sec second = 1 s | min minute = 60 s
+h hr hrs hour = 3600 s | ms millisecond = .001 s | day = 86400 s | week = 604800 s
+month = 1 month | yr year = 1 year | deg degree = 1 deg | rad radian = 1 rad
+L liter litre = .001 m3 | ml mL cc milliliter millilitre = 1e-6 m3 | mph = .44704 m s-1
+kph kmph = 5/18 m s-1 | ha hectare = 10000 m2 | acre = 1 acre | percent percentage pct = 1 %
+unit = 1 unit | usd USD dollar bucks = 1 usd | cent = .01 usd | eur EUR euro = 1 eur
+gbp GBP = 1 pound | cny yuan rmb RMB = 1 cny | rupee = 1 rupee | N newton = 1 N | J joule = 1 J
+kJ = 1000 J | W watt = 1 W | kW = 1000 W | V volt = 1 V | Hz hertz = 1 Hz | Pa pascal = 1 Pa
+kPa = 1000 Pa | mol mole = 1 mol"""
 UNITS = {}
-for _names, _, _meaning in (row.partition(" = ") for row in re.split(r" \| |\n", _UNIT_TABLE)):
+for _row in re.split(r" \| |\n", _UNIT_TABLE):
+    _names, _meaning = _row.split(" = ")
     _factor, *_bases = _meaning.split()
     _dims = tuple((re.sub(r"-?\d", "", b), int(re.sub(r"[^-\d]", "", b) or 1)) for b in _bases)
     for _name in _names.split():
-        UNITS |= dict.fromkeys(
-            [_name] + [_name + "s"] * (len(_name) > 2), (Fraction(_factor), _dims)
-        )
+        UNITS[_name] = Fraction(_factor), _dims
+        if len(_name) > 2:
+            UNITS[_name + "s"] = UNITS[_name]
 DEGREE, PERCENT = UNITS["deg"], UNITS["percent"]
 CURRENCIES = {"\\usd", "\\eur", "\\gbp", "\\cny"}
 POWER_WORDS = {"sq": 2, "square": 2, "squared": 2, "cu": 3, "cubic": 3, "cubed": 3}
-NO_NOUN = {*SMALL, *SCALES, *POWER_WORDS} | set(
-    "is are was not or and but to than of for with from least most more less about maybe if then at by up down wrong correct "
-    "minus plus over divided choose factorial negative infinity half yes no true false january february march april may june "
-    "july august september october november december".split()
-)
-
-
-def unit_key(text):
-    return text if text in UNITS or len(text) == 1 else text.lower()
-
-
-# ---- 5. words, times, dates ------------------------------------------------------------------------------------------
 _MONTHS = (
     "january february march april may june july august september october november december".split()
 )
 _DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
-_ABBREV = {d[:3]: d for d in _DAYS + _MONTHS} | {
-    "tues": "tuesday",
-    "thur": "thursday",
-    "thurs": "thursday",
-    "sept": "september",
-}
-_RANKS = "1st 2nd 3rd 4th 5th 6th 7th 8th 9th 10th".split()
-_SAME_WORD = _ABBREV | {w: str(k) for w, k in SMALL.items()}
-_SAME_WORD |= dict(
-    zip("first second third fourth fifth sixth seventh eighth ninth tenth".split(), _RANKS)
+# Words that are neither a unit nor a counted thing.
+NO_NOUN = {*SMALL, *SCALES, *POWER_WORDS, *_MONTHS} | set(
+    "is are was not or and but to than of for with from least most more less about maybe if then "
+    "at by up down wrong correct minus plus over divided choose factorial negative infinity half "
+    "yes no true false".split()
 )
-_PHRASES = {
-    p: to
-    for to, phrases in {
-        "does not exist": "dne|undefined|not exist|doesnt exist",
-        "no solution": "no solutions|no real solution|no real solutions|there is no solution|empty set|none",
-        "all real numbers": "all reals|all real|real numbers|reals|set of all real numbers|every real number",
-    }.items()
-    for p in phrases.split("|")
-}
+
+
+def unit_key(text: str) -> str:
+    """The spelling under which UNITS knows a word: as written, else in small letters."""
+    return text if text in UNITS or len(text) == 1 else text.lower()
+
+
+# ---- 5. words, times, dates --------------------------------------------------------------------
+_ABBREV = {name[:3]: name for name in _DAYS + _MONTHS}
+_ABBREV |= pairs("tues tuesday thur thursday thurs thursday sept september")
+_SAME_WORD = _ABBREV | {w: str(k) for w, k in SMALL.items()}
+_SAME_WORD |= pairs(
+    "first 1st second 2nd third 3rd fourth 4th fifth 5th sixth 6th seventh 7th eighth 8th "
+    "ninth 9th tenth 10th"
+)
+_NO_SOLUTION = "no solutions|no real solution|no real solutions|there is no solution|empty set|none"
+_ALL_REALS = "all reals|all real|real numbers|reals|set of all real numbers|every real number"
+_PHRASES = dict.fromkeys("dne|undefined|not exist|doesnt exist".split("|"), "does not exist")
+_PHRASES |= dict.fromkeys(_NO_SOLUTION.split("|"), "no solution")
+_PHRASES |= dict.fromkeys(_ALL_REALS.split("|"), "all real numbers")
 PHRASE_LATEX = {"all real numbers": "\\R", "no solution": "\\emptyset"}
 _TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::\d\d)?\s*(?:([ap])\.?\s?m\.?|(o'?clock))?$", re.I)
 _DATEISH = re.compile(r"\d[-/年.]\d|(?<!\\)\b[A-Za-z]{3}")
-_NUMERIC_DATES = [
-    (re.compile(r"(\d{4})[-/年.](\d{1,2})[-/月.](\d{1,2})日?"), (1, 2, 3)),
-    (re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})"), (3, 1, 2)),
-]
-
-
+_YEAR_FIRST = re.compile(r"(\d{4})[-/年.](\d{1,2})[-/月.](\d{1,2})日?")
+_YEAR_LAST = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
 _LAYOUT = re.compile(r"\\[a-zA-Z]+|[{}$*_\"]")
 _CLASS_A = re.compile(r"(?<=\S) A(?![a-z])")
 _HYPHEN = re.compile(r"(?<=[a-z]{2})-(?=[a-z]{2})")
@@ -421,36 +384,30 @@ _APOSTROPHE = re.compile(r"(?<=\w)'s\b|'")
 _POINT = re.compile(r"(?<=[a-z])\.(?=[a-z]\b)")
 
 
-def words(t):
+def words(t: str) -> str:
     """Words without case, articles, punctuation: what names and phrases are compared by."""
-    t = _LAYOUT.sub(" ", t)
-    t = _CLASS_A.sub(" \u00c0", t).lower() if " A" in t else t.lower()  # Class A: no article
-    t = _HYPHEN.sub(" ", t.replace("&", " and ")) if "-" in t else t.replace("&", " and ")
-    t = _APOSTROPHE.sub("", t) if "'" in t else t
-    t = _POINT.sub("", t) if "." in t else t  # p.m. -> pm.
+    t = _CLASS_A.sub(" \u00c0", _LAYOUT.sub(" ", t)).lower()  # in "Class A" it is no article
+    t = _HYPHEN.sub(" ", t.replace("&", " and "))
+    t = _POINT.sub("", _APOSTROPHE.sub("", t))  # p.m. -> pm.
     out = [w.strip(".,;:!?()[]") for w in t.split()]
     out = [_SAME_WORD.get(w, w) for w in out if w]
     out = " ".join([w for w in out if w not in ("a", "an", "the")] or out)
     return _PHRASES.get(out, out)
 
 
-def same_word_list(p, g):
+def same_word_list(p: str, g: str) -> bool:
     """[Gambia, Niger] = Niger and Gambia: names in any order, but (A, C) in this one."""
     lists = []
     for t in (p, g):
-        parts = [
-            w
-            for w in map(words, re.split(r"\s*(?:,|;|\band\b|&)\s*", clean(t).strip("[](){} ")))
-            if w
-        ]
+        parts = re.split(r"\s*(?:,|;|\band\b|&)\s*", clean(t).strip("[](){} "))
+        parts = [w for w in map(words, parts) if w]
         lists.append(parts if "(" in t[:2] else sorted(parts))
-    named = re.search(r"[^\W\d]", "".join(lists[0])) and all(
-        re.fullmatch(r"[\w .'%-]+", w) for w in lists[0]
-    )
-    return bool(named) and lists[0] == lists[1] and len(lists[0]) > 1
+    if lists[0] != lists[1] or len(lists[0]) < 2 or not re.search(r"[^\W\d]", "".join(lists[0])):
+        return False
+    return all(re.fullmatch(r"[\w .'%-]+", w) for w in lists[0])
 
 
-def clock(t):
+def clock(t: str) -> tuple[int, bool, bool] | None:
     """(minutes, is the half of the day known, was it written) of a time of day, else None."""
     t = {"noon": "12:00 pm", "midnight": "12:00 am"}.get(t.lower(), t)
     m = _TIME.match(t.strip())
@@ -462,25 +419,26 @@ def clock(t):
     return hour * 60 + minute, bool(m[3]) or hour > 12, bool(m[3])
 
 
-def same_clock(a, b):
-    """14:10 = 2:10 P.M.; 8:55 = 8:55 A.M., where one does not say the half of the day; but A.M. is not P.M."""
+def same_clock(a: tuple, b: tuple) -> bool:
+    """14:10 = 2:10 P.M.; 8:55 = 8:55 A.M., where one does not say the half of the day."""
     open_half = a[1] != b[1] and a[2] != b[2] and (a[0] - b[0]) % 720 == 0
     return a[:2] == b[:2] or (open_half and min(a[0], b[0]) < 780)
 
 
-def date(t):
+def date(t: str) -> tuple[int, int, int] | None:
     """(year or 0, month, day) of a written date; None if it is none."""
     if len(t) > 40 or t.isalpha() or not _DATEISH.search(t):
         return None
-    for pattern, order in _NUMERIC_DATES:
-        if m := pattern.fullmatch(t):
-            return tuple(int(m[k]) for k in order)
-    parts = re.findall(
-        r"[a-z]+|\d+", re.sub(r"(?<=\d)(st|nd|rd|th)\b|\bof\b|\bthe\b", "", t.lower())
-    )
-    months = [_MONTHS.index(_ABBREV.get(p, p)) + 1 for p in parts if _ABBREV.get(p, p) in _MONTHS]
-    days = [int(p) for p in parts if p.isdigit() and int(p[:5]) <= 31]
-    years = [int(p) for p in parts if p.isdigit() and 31 < int(p[:5]) < 10000]
+    if m := _YEAR_FIRST.fullmatch(t):
+        return int(m[1]), int(m[2]), int(m[3])
+    if m := _YEAR_LAST.fullmatch(t):
+        return int(m[3]), int(m[1]), int(m[2])
+    t = re.sub(r"(?<=\d)(st|nd|rd|th)\b|\bof\b|\bthe\b", "", t.lower())
+    parts = [_ABBREV.get(p, p) for p in re.findall(r"[a-z]+|\d+", t)]
+    months = [_MONTHS.index(p) + 1 for p in parts if p in _MONTHS]
+    numbers = [int(p[:5]) for p in parts if p.isdigit()]
+    days = [k for k in numbers if k <= 31]
+    years = [k for k in numbers if 31 < k < 10000]
     if len(months) == 1 and len(days) == 1 and len(years) <= 1 and len(parts) == 2 + len(years):
         return sum(years), months[0], days[0]
     return None
