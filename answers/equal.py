@@ -16,7 +16,7 @@ from answers.parse import Node, Unparsable, negate, num, parts, times, variables
 from answers.text import DEGREE, PERCENT
 
 MAX_BITS, MAX_MEMBERS = 16384, 60  # of an exact number, of a list
-MAX_WORK = 50_000  # steps of one comparison; a step takes about a microsecond
+MAX_WORK = 40_000  # steps of one comparison; a step takes about a microsecond
 
 
 class Work(threading.local):

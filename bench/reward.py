@@ -1,8 +1,8 @@
 """Benchmark of the reward: python bench/reward.py [--peers]
 
-Prints the median and mean time of is_equiv over the table of cases on one core (cold: parse caches cleared before every
-call; warm: as in training, where golds repeat), the agreement with the table, and the time of a batch of 8,192
-completions of 2,000 tokens. --peers: math-verify over the same cases in the same run, if it is installed.
+Prints the time of is_equiv over the table of cases on one core (cold: parse caches cleared before
+every call; warm: as in training, where golds repeat), the agreement with the table, and the time of
+8,192 completions of 2,000 tokens. --peers: math-verify over the same cases, if it is installed.
 """
 
 import statistics
@@ -10,27 +10,33 @@ import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import reward as R
-from answers import parse as mp
-from answers import text as mt
+from answers.parse import parse
+from answers.text import clean
+
+CASES = Path(__file__).resolve().parents[1] / "tests" / "reward_cases.txt"
 
 
 def cases():
-    for line in (ROOT / "tests" / "reward_cases.txt").read_text(encoding="utf-8").splitlines():
+    for line in CASES.read_text(encoding="utf-8").splitlines():
         if line.strip() and not line.startswith("#"):
-            verdict, pred, gold, source, *options = [x.strip() for x in line.split(" ¦ ")]
-            yield (
-                verdict.startswith("yes"),
-                pred,
-                gold,
-                options[0].split(" / ") if options else None,
-            )
+            verdict, pred, gold, _, *options = [x.strip() for x in line.split(" ¦ ")]
+            choices = options[0].split(" / ") if options else None
+            yield verdict.startswith("yes"), pred, gold, choices
 
 
-def timed(call, rows, forget=lambda: None):
-    """Seconds of each call, and the share of verdicts as in the table."""
+def no_verdicts():
+    R.cached_verdict.cache_clear()
+
+
+def no_caches():
+    for function in (R.cached_verdict, parse, clean):
+        function.cache_clear()
+
+
+def report(name, call, rows, forget):
+    """Prints the seconds of the calls, and the share of verdicts as in the table."""
     times, right = [], 0
     for want, pred, gold, choices in rows:
         forget()
@@ -38,64 +44,56 @@ def timed(call, rows, forget=lambda: None):
         got = call(pred, gold, choices)
         times.append(time.perf_counter() - begun)
         right += got == want
-    return times, right / len(rows)
-
-
-def report(name, times, right):
-    times = sorted(times)
+    times.sort()
+    middle, mean, late = statistics.median(times), statistics.mean(times), times[-len(times) // 100]
     print(
-        f"{name:24s} median {statistics.median(times) * 1e6:9.1f} us   mean {statistics.mean(times) * 1e6:9.1f} us   "
-        f"p99 {times[int(len(times) * 0.99)] * 1e6:10.1f} us   agrees with the table {right:6.1%}"
+        f"{name:24s} median {middle * 1e6:9.1f} us   mean {mean * 1e6:9.1f} us   "
+        f"p99 {late * 1e6:10.1f} us   agrees with the table {right / len(rows):6.1%}"
     )
-
-
-def forget():
-    R._cache.clear(), mp.parse.cache_clear(), mt.clean.cache_clear()
 
 
 def math_verify(rows):
     try:
         from math_verify import parse, verify
     except ImportError:
-        return print("math-verify is not installed: pip install math-verify")
-    call = lambda pred, gold, choices: bool(verify(parse(f"${gold}$"), parse(f"${pred}$")))
+        print("math-verify is not installed: pip install math-verify")
+        return
+
+    def call(pred, gold, choices):
+        return bool(verify(parse(f"${gold}$"), parse(f"${pred}$")))
+
     call("1", "1", None)  # its imports
-    report("math-verify", *timed(call, [r for r in rows if not r[3]]))
+    report("math-verify", call, [row for row in rows if not row[3]], no_verdicts)
+
+
+def many(name, answers, golds):
+    """Prints the time to score completions of about 2,000 tokens each."""
+    no_caches()
+    sentence = "Okay, let's see. The angle at the centre is twice the angle at the circumference. "
+    chain = sentence * 100
+    completions = [f"<think>{chain}</think>\n<answer>{answer}</answer>" for answer in answers]
+    begun = time.perf_counter()
+    scores = [R.score(text, gold) for text, gold in zip(completions, golds)]
+    seconds, mean = time.perf_counter() - begun, statistics.mean(s.reward for s in scores)
+    print(
+        f"{len(scores):,} completions of {len(chain):,} characters, {name}: {seconds:.2f} s, "
+        f"mean reward {mean:.3f}   {R.stats()}"
+    )
 
 
 def main():
     rows = list(cases()) * 3
     R.is_equiv("1", "2")
-    report("is_equiv, cold", *timed(R.is_equiv, rows, forget))
-    report("is_equiv, parse cached", *timed(R.is_equiv, rows, R._cache.clear))
+    report("is_equiv, cold", R.is_equiv, rows, no_caches)
+    report("is_equiv, parse cached", R.is_equiv, rows, no_verdicts)
     if "--peers" in sys.argv:
         math_verify(rows[: len(rows) // 3])
-    pairs = [r for r in rows if not r[3]]
-    chain = (
-        "Okay, let's see. The angle at the centre is twice the angle at the circumference. " * 100
-    )  # about 2,000 tokens
-    for workers in (0, 2):
-        forget()
-        completions = [
-            f"<think>{chain}{k}</think>\n<answer>{pairs[k % len(pairs)][1]}</answer>"
-            for k in range(8192)
-        ]
-        golds = [pairs[k % len(pairs)][2] for k in range(8192)]
-        begun = time.perf_counter()
-        scores = R.reward_batch(completions, golds, workers=workers)
-        seconds, mean = time.perf_counter() - begun, sum(s.reward for s in scores) / 8192
-        print(
-            f"8,192 completions of {len(chain):,} characters, workers={workers}: {seconds:.2f} s, mean reward {mean:.3f}"
-        )
-    forget()
-    completions = [
-        f"<think>{chain}</think><answer>{k}+\\sqrt{{{k % 97}}}</answer>" for k in range(8192)
-    ]
-    begun = time.perf_counter()
-    R.reward_batch(completions, [f"{k}+\\frac{{{k % 89}}}{{7}}" for k in range(8192)])
-    print(
-        f"8,192 completions with 8,192 different expressions: {time.perf_counter() - begun:.2f} s   {R.stats()}"
-    )
+    pairs = [row for row in rows if not row[3]]
+    pairs = [pairs[k % len(pairs)] for k in range(8192)]
+    many("answers of the table", [row[1] for row in pairs], [row[2] for row in pairs])
+    different = [f"{k}+\\sqrt{{{k % 97}}}" for k in range(8192)]
+    golds = [f"{k}+\\frac{{{k % 89}}}{{7}}" for k in range(8192)]
+    many("all expressions different", different, golds)
 
 
 if __name__ == "__main__":

@@ -1,27 +1,27 @@
-"""Tests of reward.py and the math*.py: the table of cases, properties, format, hostile answers, workers, real data.
+"""Tests of reward.py and answers/: cases, properties, format, hostile answers, real data.
 
-The table lies beside this file in reward_cases.txt, one case a line. Nothing here needs a network, a GPU or torch.
-Set REWARD_FUZZ=2000 for a longer fuzz than the default.
+The table of cases lies beside this file in reward_cases.txt, one case a line. Nothing here needs a
+network, a GPU or torch. Set REWARD_FUZZ=2000 for a longer fuzz than the default.
 """
 
+import ast
 import json
 import os
 import random
 import re
-import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 import reward as R
+from tools import audit
 
+ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
+LIMIT = 0.25  # processor seconds of a verdict; about 0.1 on an idle core
 
 
 def table():
@@ -57,7 +57,7 @@ def test_table_is_broad():
     )
 
 
-# ---- format ------------------------------------------------------------------------------------------------------------
+# ---- format --------------------------------------------------------------------------------------
 GOOD = {
     "<think>a</think><answer>5</answer>": "5",
     "<think> a </think> <answer> 5 </answer>": "5",
@@ -156,7 +156,7 @@ def test_format_is_linear(text):
     assert time.perf_counter() - begun < 2
 
 
-# ---- score -------------------------------------------------------------------------------------------------------------
+# ---- score ---------------------------------------------------------------------------------------
 def wrap(answer, chain="so"):
     return f"<think>{chain}</think><answer>{answer}</answer>"
 
@@ -174,8 +174,8 @@ def test_hffrf_needs_format_and_result():
                 0.0, "truncated", False, False, None
             )
     assert R.score(wrap("the sum of its parts"), "5").why == "unparsable"
-    assert R.reward(wrap("B"), "54°", choices=["45°", "54°"]) == 1.0
-    assert R.reward(wrap(5), 5) == 1.0
+    assert R.score(wrap("B"), "54°", choices=["45°", "54°"]).reward == 1.0
+    assert R.score(wrap(5), 5).reward == 1.0
 
 
 def test_zero_variant_is_one_to_one():
@@ -198,22 +198,7 @@ def test_zero_variant_is_one_to_one():
     assert R.score(wrap(6), "5", format_weight=0.25).reward == pytest.approx(0.2)
 
 
-def test_batch_equals_score_and_keeps_order():
-    completions = [wrap(k % 7) for k in range(50)] + [
-        wrap("\\frac{1}{2}"),
-        "5",
-        wrap("x" + "+x" * 250),
-    ]
-    golds = [str(k % 5) for k in range(50)] + ["0.5", "5", "251x"]
-    cut = [False] * 49 + [True] * 4
-    want = [R.score(c, g, truncated=t) for c, g, t in zip(completions, golds, cut)]
-    assert R.reward_batch(completions, golds, truncated=cut) == want
-    assert R.reward_batch(completions, golds, truncated=cut, workers=2) == want
-    with pytest.raises(ValueError, match="53 completions but 1 golds"):
-        R.reward_batch(completions, ["5"])
-
-
-# ---- properties ----------------------------------------------------------------------------------------------------------
+# ---- properties ----------------------------------------------------------------------------------
 def corpus():
     out = list(dict.fromkeys(x for c in CASES for x in c[2:4]))
     return [x for x in out if R.core_text(x) and "Final" not in x]
@@ -241,7 +226,7 @@ def test_latex_spellings_do_not_matter():
         ("\\cdot", "\\times"),
     ]
     wrong = []
-    for kind, verdict, pred, gold, source, choices in CASES:
+    for _kind, verdict, pred, gold, _source, choices in CASES:
         for old, new in swaps:
             if "\\" not in pred or old not in pred or choices or verdict != "yes":
                 continue
@@ -293,7 +278,7 @@ def test_random_polynomials():
         assert not R.is_equiv(product, f"{a * c}x^2{a * d + b * c:+d}x{b * d + 1:+d}")
 
 
-# ---- hostile answers -----------------------------------------------------------------------------------------------------
+# ---- hostile answers -----------------------------------------------------------------------------
 class Tripwire:
     """Creating this file is what injected code tries."""
 
@@ -548,25 +533,79 @@ def fair(text):
 )
 def test_hostile(gold):
     """No crash, no code run, no second of work, and nothing accepted."""
-    before, slow, taken = R.stats()["crashes"], [], []
+    before, slow, taken = R.stats(), [], []
     for text in [t.replace("%s", Tripwire.path) for t in INJECTIONS] + BOMBS:
-        begun = time.perf_counter()
+        begun = time.process_time()
         for a, b in ((text, gold), (gold, text)):
-            ok = R.is_equiv(a, b)
-            if ok and not fair(text):
+            if R.is_equiv(a, b) and not fair(text):
                 taken.append((text[:60], gold))
         R.extract_answer(wrap(text))
-        if time.perf_counter() - begun > 1:
-            slow.append((text[:60], time.perf_counter() - begun))
+        if time.process_time() - begun > LIMIT:
+            slow.append((text[:60], time.process_time() - begun))
     assert not slow and not taken
-    assert R.stats()["crashes"] == before, R.stats()
+    assert R.stats() == before
     assert not os.path.exists(Tripwire.path)
+
+
+def near_the_limits():
+    """Answers that are as much work as the limits of length, tokens and digits allow."""
+    pieces = (
+        "( [ { | \\sqrt{ 9^ 1/ 1: x= x<1, x=1, x=\\pm1, \\{1,2\\}\\cup (1,2)\\cup \\{1, \\frac12 "
+        "\\frac{1}{ 1000!* 1000!/999!+ 99^{999}* 99^{2400}, 1e300* 1e-300* 1e-300+ x_1+ "
+        "(x+1)^{99}* (x+1)^{99}, \\sin \\log_2 (-8)^{5/9}+ \\binom{1000}{500}* cm^2 m/s* word, A,"
+    ).split()
+    pieces += [
+        "and ",
+        "x or ",
+        "x>1 or \\sinh x+",
+        "5 hours 20 minutes ",
+        "sin ",
+        "1/(2^{16000}+1)+",
+    ]
+    for piece in pieces:
+        for length in (590, 1990, R.LONGEST):
+            text = (piece * length)[:length]
+            yield text
+            yield text.rstrip("+*/^,=<:-")
+            yield "\\{" + text[:-4].rstrip(",") + "\\}"
+
+
+def test_work_is_bounded():
+    """The slowest verdict takes about a tenth of a second of processor time; nothing crashes."""
+    before, slow = R.stats(), []
+    for text in near_the_limits():
+        swapped = text.replace("1", "2", 1)
+        members = ",".join(reversed(text.split(",")))
+        for other in ("5", "x+1", "1, 2", text + " ", swapped, members):
+            begun = time.process_time()
+            R.is_equiv(text, other)
+            seconds = time.process_time() - begun
+            if seconds > LIMIT:
+                slow.append((text[:40], len(text), other[:40], seconds))
+    assert not slow and R.stats() == before
+
+
+def nested_sets(depth, leaf, k=1):
+    if depth == 0:
+        return leaf.format(k)
+    first, second = nested_sets(depth - 1, leaf, k), nested_sets(depth - 1, leaf, k + 1)
+    return f"\\{{{first}, {second}\\}}"
+
+
+def test_a_comparison_without_end_is_stopped():
+    """Sets of sets multiply the comparisons; running out of steps is no agreement."""
+    begun = time.process_time()
+    assert R.is_equiv(nested_sets(4, "{}+x"), nested_sets(4, "x+{}"))
+    assert not R.is_equiv(nested_sets(6, "{}+x"), nested_sets(6, "x+{}"))
+    assert time.process_time() - begun < 2 * LIMIT
 
 
 def test_hostile_memory():
     """The whole hostile list in a process of its own stays below 512 MiB (address space)."""
     code = (
-        "import sys, resource; sys.path[:0] = sys.argv[1:]; resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))\n"
+        "import sys, resource\n"
+        "sys.path[:0] = sys.argv[1:]\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (2**29, 2**29))\n"
         "import reward as R; from test_reward import BOMBS, INJECTIONS\n"
         "for t in BOMBS + INJECTIONS: R.is_equiv(t, '5'); R.is_equiv(t, 'x+1')\n"
         "print(R.stats()['crashes'])"
@@ -577,12 +616,11 @@ def test_hostile_memory():
 
 
 def test_no_evaluation_in_the_source():
-    for name in ("reward.py", "mathtext.py", "mathparse.py", "mathequal.py"):
-        tree = __import__("ast").parse((ROOT / name).read_text(encoding="utf-8"))
-        names = {
-            n.id for n in __import__("ast").walk(tree) if isinstance(n, __import__("ast").Name)
-        }
-        assert not names & {"eval", "exec", "compile", "__import__", "sympify", "parse_expr"}, name
+    forbidden = {"eval", "exec", "compile", "__import__", "sympify", "parse_expr"}
+    for path in [ROOT / "reward.py", *(ROOT / "answers").glob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        assert not names & forbidden, path
 
 
 def test_import_is_light():
@@ -599,96 +637,37 @@ def test_import_is_light():
     )
 
 
-# ---- workers ---------------------------------------------------------------------------------------------------------------
-def test_workers_from_any_thread():
-    got = []
-
-    def work():
-        scores = R.reward_batch(
-            [wrap(f"{k}+x" + "+x" * 250) for k in range(3)], ["251x+1"] * 3, workers=2
-        )
-        got.append([s.reward for s in scores])
-
-    threads = [threading.Thread(target=work) for _ in range(3)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join(60)
-    assert got == [[0.0, 1.0, 0.0]] * 3
+# ---- command line --------------------------------------------------------------------------------
+def command(*args):
+    return subprocess.run([sys.executable, *args], capture_output=True, text=True, cwd=ROOT)
 
 
-def test_a_slow_worker_is_stopped_counted_and_replaced(monkeypatch):
-    R.reward_batch([wrap("9+x" + "+x" * 250)], ["5"], workers=1)
-    for worker in R._idle:
-        os.kill(worker.proc.pid, signal.SIGSTOP)  # as slow as can be
-    monkeypatch.setattr(R, "TIME_LIMIT", 0.2)
-    before, answer = R.stats(), "7+x" + "+x" * 250
-    assert R.reward_batch([wrap(answer)], ["251x+7"], workers=1)[0][:2] == (0.0, "timeout")
-    assert (
-        R.stats()["timeouts"] == before["timeouts"] + 1
-        and R.stats()["restarts"] == before["restarts"] + 1
-    )
-    monkeypatch.undo()
-    R.close_workers()
-    assert R.reward_batch([wrap(answer)], ["251x+7"], workers=1)[0].why == "ok"
+def test_command_line():
+    assert "verdict: equal" in command("reward.py", "3\\sqrt{2}", "\\sqrt{18}").stdout
+    assert "verdict: not equal" in command("reward.py", "6 (or 5)", "5").stdout
+    assert "usage" in command("reward.py").stderr
+    moved = command("reward.py", "audit", "s.jsonl")
+    assert moved.returncode == 2 and "python -m tools.audit s.jsonl" in moved.stderr
 
 
-def test_a_dead_worker_is_replaced():
-    R.reward_batch([wrap("8+x" + "+x" * 250)], ["5"], workers=1)
-    for worker in R._idle:
-        worker.proc.kill()
-    before = R.stats()["crashes"]
-    scores = R.reward_batch(
-        [wrap(f"{k}+x" + "+x" * 250) for k in (11, 12, 13, 14)], ["251x+14"] * 4, workers=1
-    )
-    assert [s.why for s in scores].count("ok") == 1 and R.stats()["crashes"] >= before
-
-
-def test_workers_end_with_their_parent():
-    """Killed hard, the parent leaves no worker behind."""
-    code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1]); import reward as R\n"
-        "R.reward_batch(['<think></think><answer>x' + '+x' * 250 + '</answer>'], ['5'], workers=1)\n"
-        "print(R._idle[0].proc.pid, flush=True); time.sleep(60)"
-    )
-    parent = subprocess.Popen(
-        [sys.executable, "-c", code, str(ROOT)], stdout=subprocess.PIPE, text=True
-    )
-    pid = int(parent.stdout.readline())
-    parent.kill(), parent.wait(), parent.stdout.close()
-    for _ in range(50):
-        try:
-            gone = (
-                Path(f"/proc/{pid}/stat").read_text().split()[2] == "Z"
-                if Path("/proc").exists()
-                else os.kill(pid, 0)
-            )
-        except (FileNotFoundError, ProcessLookupError):
-            gone = True
-        if gone:
-            return
-        time.sleep(0.1)
-    pytest.fail("the worker outlived its parent")
-
-
-def test_command_line(tmp_path):
-    run = lambda *a: subprocess.run(
-        [sys.executable, str(ROOT / "reward.py"), *a], capture_output=True, text=True
-    )
-    assert "verdict: equal" in run("3\\sqrt{2}", "\\sqrt{18}").stdout
-    assert "verdict: not equal" in run("6 (or 5)", "5").stdout
-    assert "usage" in run().stderr
+def test_audit(tmp_path, capsys):
     rows = [
         {"completion": wrap(5), "answer": "5", "why": "ok", "reward": 1.0},
         {"completion": wrap(6), "answer": "5", "reward": 1.0},
         {"completion": "5", "answer": "5"},
     ]
     (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    out = run("audit", str(tmp_path / "s.jsonl")).stdout
+    out = command("-m", "tools.audit", str(tmp_path / "s.jsonl")).stdout
     assert "3 samples" in out and "reward was 1.0" in out and "format" in out
+    missing = command("-m", "tools.audit", str(tmp_path / "none.jsonl"))
+    assert missing.returncode == 1 and len(missing.stderr.splitlines()) == 1
+    official = dict(item_id="q7", gt_answer="5", choices=None, correct=True)
+    audit.audit_official([official | {"extracted": "5"}, official | {"extracted": "6"}])
+    out = capsys.readouterr().out
+    assert "2 answers, 50.00%" in out and "q7: '6' against '5', officially right" in out
 
 
-# ---- real data ---------------------------------------------------------------------------------------------------------------
+# ---- real data -----------------------------------------------------------------------------------
 def rows(name):
     path = DATA / name
     if not path.exists():
@@ -697,14 +676,14 @@ def rows(name):
 
 
 BENCHMARKS = (
-    "algopuzzlevqa chartqa_owid dynamath gaokao_mm_math geometry3k mathverse mathvision mathvista puzzlevqa "
-    "scemqa_math tabmwp"
+    "algopuzzlevqa chartqa_owid dynamath gaokao_mm_math geometry3k mathverse mathvision mathvista "
+    "puzzlevqa scemqa_math tabmwp"
 )
 
 
 @pytest.mark.parametrize("name", BENCHMARKS.split())
 def test_golds_of_real_data(name):
-    """Every gold equals itself in a box; with options, the letter, the text and both together find the gold."""
+    """Every gold equals itself in a box; with options, the letter and the text find the gold."""
     for r in rows(f"{name}/data.jsonl"):
         gold, choices = r["answer"], r["choices"]
         for dress in ("{}", "\\boxed{{{}}}", "The answer is {}."):
@@ -721,7 +700,7 @@ def test_golds_of_real_data(name):
     "name, field, least", [("mathvision", "extracted", 0.99), ("mathvista", "prediction", 1.0)]
 )
 def test_agrees_with_official_verdicts(name, field, least):
-    """mathvision: the rest are answers by the text of the right option, which the official rule does not accept."""
+    """The rest name the right option by its text, which the rule of MathVision does not accept."""
     got = [
         R.is_equiv(str(r[field]), r["gt_answer"], r["choices"]) == r["correct"]
         for r in rows(f"model_responses/{name}.jsonl")
@@ -729,7 +708,8 @@ def test_agrees_with_official_verdicts(name, field, least):
     assert sum(got) / len(got) >= least
 
 
-# ---- fuzz --------------------------------------------------------------------------------------------------------------------
+# ---- fuzz ----------------------------------------------------------------------------------------
+# Random strings of these are the fuzz.
 PIECES = [
     "1",
     "2",
@@ -794,7 +774,7 @@ PIECES = [
 
 
 def test_fuzz_pieces():
-    """Random strings of the pieces that answers are made of: no crash, no slow call, symmetric, reflexive."""
+    """Random strings of pieces of answers: no crash, no slow call, symmetric, reflexive."""
     rng, before = random.Random(7), R.stats()["crashes"]
     for _ in range(int(os.environ.get("REWARD_FUZZ", 1500))):
         a, b = ("".join(rng.choice(PIECES) for _ in range(rng.randint(1, 14))) for _ in range(2))
