@@ -14,18 +14,7 @@ from fractions import Fraction
 from functools import lru_cache
 from typing import NamedTuple
 
-from answers.text import (
-    CURRENCIES,
-    DEGREE,
-    NO_NOUN,
-    PERCENT,
-    POWER_WORDS,
-    SCALES,
-    UNITS,
-    pairs,
-    spellings,
-    unit_key,
-)
+from answers.text import DEGREE, NO_NOUN, PERCENT, POWER_WORDS, SCALES, UNITS, pairs, unit_key
 
 MAX_CHARS, MAX_TOKENS, MAX_DIGITS = 2000, 600, 400
 MAX_DEPTH, MAX_UNITS = 32, 8  # nested brackets, quotients in a row; names in one unit
@@ -58,21 +47,14 @@ _GREEK = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho "
     "sigma tau phi varphi chi psi omega ell Gamma Delta Theta Lambda Sigma Phi Psi Omega".split()
 )
-_RELATIONS = spellings(
-    {
-        "=": "= == \\equiv",
-        "<": "<",
-        ">": ">",
-        "<=": "<= \\le \\leq \\leqslant",
-        ">=": ">= \\ge \\geq \\geqslant",
-        "!=": "!= /= \\ne \\neq",
-        "~": "\\approx \\simeq \\doteq \\sim \\cong",
-        "in": "\\in",
-    }
-)
-_SEPARATORS = spellings({"": ", ; \\newline", "and": "and \\land \\wedge", "or": "or \\lor \\vee"})
+_RELATIONS = pairs(r"""
+ = = == = \equiv = < < > > <= <= \le <= \leq <= \leqslant <= >= >= \ge >= \geq >= \geqslant >= != !=
+ /= != \ne != \neq != \approx ~ \simeq ~ \doteq ~ \sim ~ \cong ~ \in in""")
+_SEPARATORS = dict.fromkeys([",", ";", "\\newline"], "")
+_SEPARATORS |= pairs("and and \\land and \\wedge and or or \\lor or \\vee or")
 _SET_SIGNS = pairs("\\cup \\cup U \\cup \\cap \\cap \\setminus \\setminus \\backslash \\setminus")
 _SUM_SIGNS = {"+", "-", "\\pm", "\\mp"}
+_CURRENCIES = {"\\usd", "\\eur", "\\gbp", "\\cny"}
 _CLOSERS = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), "\\{": ("\\}",)}
 _CLOSERS["\\langle"] = ("\\rangle",)
 _FENCES = {"\\{\\}": "{}", "\\langle\\rangle": "()"}
@@ -84,7 +66,7 @@ _CONSTANTS |= dict.fromkeys("infinity inf oo infty".split(), Node("c", "inf"))
 _SYMBOLS = _CONSTANTS | {"emptyset": _EMPTY, "varnothing": _EMPTY}
 _SYMBOLS |= {c: Node("w", w) for c, w in pairs("R reals Z integers N naturals Q rationals").items()}
 _ATOMS = "frac sqrt binom dbinom tbinom pi infty begin { emptyset varnothing R Z N Q".split()
-_ATOMS = {"\\" + name for name in {*_ATOMS, *FUNCTIONS, *_GREEK}} | CURRENCIES
+_ATOMS = {"\\" + name for name in {*_ATOMS, *FUNCTIONS, *_GREEK}} | _CURRENCIES
 _TEMPERATURES = {c: (Fraction(1), (("deg" + c, 1),)) for c in "CF"}
 _POSTFIX = ("!", "%", "\\deg", "\\degC", "\\degF", "'")
 
@@ -474,7 +456,7 @@ class Parser:
             return _SYMBOLS[name]
         if name in _GREEK:
             return Node("v", name + self.subscript())
-        if command in CURRENCIES:
+        if command in _CURRENCIES:
             return Node("q", UNITS[name], (self.postfix(self.atom()),))
         return self.matrix() if name == "begin" else fail(f"unknown command {command!r}")
 
@@ -494,7 +476,7 @@ class Parser:
 
         With `peek` it is not consumed."""
         text = self.texts[self.i]
-        if text in CURRENCIES and self.texts[self.i + 1] in _ENDS:  # 1,000.99$
+        if text in _CURRENCIES and self.texts[self.i + 1] in _ENDS:  # 1,000.99$
             self.i += not peek
             return UNITS[text[1:]]
         if self.kinds[self.i] != "word" or text in SCALES or text == "and":

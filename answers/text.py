@@ -1,7 +1,7 @@
 """Answers as text, before any mathematics: regular expressions and tables, all linear or bounded.
 
-`core_text` takes off what surrounds an answer and `clean` gives LaTeX and Unicode one spelling, which parse.py reads.
-A spelling that is missing is one more entry in a table here.
+`core_text` takes off what surrounds an answer; `clean` gives LaTeX and Unicode one spelling, which
+parse.py reads. A spelling that is missing is one more entry in a table here.
 """
 
 import re
@@ -16,29 +16,20 @@ def pairs(text: str) -> dict[str, str]:
     return dict(zip(words[::2], words[1::2]))
 
 
-def spellings(table: dict[str, str]) -> dict[str, str]:
-    """{meaning: "several spellings"} turned round: each spelling tells its meaning."""
-    return {name: meaning for meaning, names in table.items() for name in names.split()}
-
-
 # ---- 1. what surrounds an answer, choice letters -----------------------------------------------
-_PREFIX = re.compile(
-    "|".join(
-        [  # what may stand before an answer
-            r"(?:so|thus|hence|therefore|\\therefore)\b[,:]?\s+",
-            r"≈\s*|\\approx\s*|#+\s*|\*\*final answer\*\*:?\s*",
-            r"(?:the\s+)?(?:final\s+|correct\s+|best\s+)?(?:answer|result|solution|choice)\s*"
-            r"(?:(?:is|:|=|are)\s*:?\s*|(?=[$\\\d]))",
-            r"(?:[A-Za-z]+\s+){0,8}?(?:is|equals)\s+(?:equal\s+to\s+)?"
-            r"(?:about\s+|approximately\s+)?(?=[-\d$\\(.])",  # the area is 5
-            r"the\s+(?:[a-z]+\s+){1,4}(?:is|are)\s+(?=[a-z]+\.?$)",  # the color is red
-            r"(?:in|on|at)\s+(?=\d)",
-            r"(?:approximately|approx\.?|about|around|roughly|约|大约)\s*(?=[\d\\$.-])",
-            r"[故则]?(?:正确)?(?:答案|结果|答)(?:是|为|:)*\s*",
-            r"[\u4e00-\u9fff]{1,8}(?<!不)(?:是|为|等于)\s*(?=[-\d\\$(])",
-            r"故?应?选择?(?:项)?:?\s*(?=\(?[A-J])",
-        ]
-    ),
+_PREFIX = re.compile(  # what may stand before an answer
+    r"(?:so|thus|hence|therefore|\\therefore)\b[,:]?\s+"
+    r"|≈\s*|\\approx\s*|#+\s*|\*\*final answer\*\*:?\s*"
+    r"|(?:the\s+)?(?:final\s+|correct\s+|best\s+)?(?:answer|result|solution|choice)\s*"
+    r"(?:(?:is|:|=|are)\s*:?\s*|(?=[$\\\d]))"
+    r"|(?:[A-Za-z]+\s+){0,8}?(?:is|equals)\s+(?:equal\s+to\s+)?"
+    r"(?:about\s+|approximately\s+)?(?=[-\d$\\(.])"  # the area is 5
+    r"|the\s+(?:[a-z]+\s+){1,4}(?:is|are)\s+(?=[a-z]+\.?$)"  # the color is red
+    r"|(?:in|on|at)\s+(?=\d)"
+    r"|(?:approximately|approx\.?|about|around|roughly|约|大约)\s*(?=[\d\\$.-])"
+    r"|[故则]?(?:正确)?(?:答案|结果|答)(?:是|为|:)*\s*"
+    r"|[\u4e00-\u9fff]{1,8}(?<!不)(?:是|为|等于)\s*(?=[-\d\\$(])"
+    r"|故?应?选择?(?:项)?:?\s*(?=\(?[A-J])",
     re.I,
 )
 _NEGATION = re.compile(r"\b(?:or|not|no|never|if|but|wrong|incorrect|false|instead|unless)\b", re.I)
@@ -152,46 +143,73 @@ _HAN_RE = re.compile("|".join(_HAN_WORDS))
 _HAN_COUNTER = re.compile(r"(?<=[\d}])\s*[个個人只件次岁条名种棵本张位块辆支组](?=\s*$)")
 
 # Commands that are another spelling of something.
-_COMMANDS = {" ": " "} | spellings(
-    {
-        " ": "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr textstyle "
-        "displaystyle limits nolimits rm bf it quad qquad triangle , ; : ( ) [ ] >",
-        "": "! boxed fbox mathrm text mathbf overline underline vec hat",
-        "\\frac": "dfrac tfrac cfrac nicefrac sfrac",
-        "\\deg": "degree textdegree",
-        "<": "lt",
-        ">": "gt",
-        "%": "%",
-        "_": "_",
-        "|": "lvert rvert vert mid",
-        " and ": "&",
-        "\\{": "lbrace",
-        "\\}": "rbrace",
-        "\\usd ": "$",
-    }
+_COMMANDS = dict.fromkeys(
+    "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle limits "
+    "textstyle nolimits rm bf it quad qquad triangle , ; : ( ) [ ] >".split(),
+    " ",
 )
-_COMMAND = re.compile(r"\\([A-Za-z]+|.)", re.S)
+_COMMANDS |= dict.fromkeys("! boxed fbox mathrm text mathbf overline underline vec hat".split(), "")
+_COMMANDS |= {" ": " ", "&": " and ", "$": "\\usd "} | pairs(r"""
+ dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac degree \deg textdegree \deg
+ lt < gt > % % _ _ lvert | rvert | vert | mid | lbrace \{ rbrace \}""")
 _TEXT_NAMES = (
     r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt|cal|normal)|[mh]box|operatorname"
     r"|boldsymbol|bm|pmb"
 )
-_ACCENTS = "|overline|overrightarrow|vec|hat|underline|widehat|mathop"
-TEXT = re.compile(r"\\(?:%s)\*?\s*\{([^{}]*)\}" % _TEXT_NAMES)
-_WRAP = re.compile(r"\\(?:%s)\*?\s*\{([^{}]*)\}" % (_TEXT_NAMES + _ACCENTS))
-_BLACKBOARD = re.compile(r"\\mathbb\s*\{?\s*([A-Z])\s*\}?")
+_ACCENTS = "overline|overrightarrow|vec|hat|underline|widehat|mathop"
+TEXT = re.compile(rf"\\(?:{_TEXT_NAMES})\*?\s*\{{([^{{}}]*)\}}")
+_WRAP = re.compile(rf"\\(?:{_TEXT_NAMES}|{_ACCENTS})\*?\s*\{{([^{{}}]*)\}}")
 _MATRIX = re.compile(r"\\(begin|end)\{(?:[a-zA-Z]*matrix|array)\}(?:\{[lcr| ]*\})?")
 _ALIGN = re.compile(r"\\(?:begin|end)\{(?:align|equation|gather|split|math|cases)(?:ed)?\*?\}")
-_ANGLE = re.compile(r"m?\\(?:measured)?angle(?![A-Za-z])\s*(?:(?=(\d)))?")
-_DEGREE = re.compile(r"\^\s*\{+\s*\\deg\s*\}+|\^?\s*\\deg(?![A-Za-z])")
-_OVER = re.compile(r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}")
-_UNIT_FRAC = re.compile(  # \frac{km}{h^2}
-    r"(?<=[\d }])\\frac\s*\{\s*([A-Za-z]+)\s*\}\s*\{\s*([A-Za-z]+(?:\^\{?\d\}?)?)\s*\}(?!\s*\^)"
-)
-_REPEAT = re.compile(r"(\d{0,20})\.(\d{0,20})\\(?:overline|dot)\s*\{\s*(\d{1,20})\s*\}")
-_DOTS = re.compile(r"(\d{0,20}\.\d{0,20}?)(\d{1,3}?)\2{2,20}\s*(?:\.\.\.|\\[cl]?dots)")
-_GLUED = re.compile(r"(?<![A-Za-z])(sin|cos|tan|cot|ln|log)(?=[a-zA-Z]\b|\d)")  # sinx, sin2x
-_UNIT_POWER = re.compile(r"(?<=[\d}])\s*([cdkm]?m|ft|in)([23])\b")  # 18 cm2
-_STOP = re.compile(r"(?<=[a-z])\.(?=\s|$)")  # sq. ft.
+
+
+def repeating(m: re.Match) -> str:
+    """0.1\\overline{6} as a fraction, before \\overline is dropped as decoration."""
+    head, fixed, loop = m[1] or "0", m[2], m[3]
+    top = int(head + fixed + loop) - int(head + fixed)
+    return f"({top}/{10 ** len(fixed) * (10 ** len(loop) - 1)})"
+
+
+# Rules (sign, pattern, replacement), in order; a rule is tried only on texts with its sign.
+_RULES = [
+    ("{,", r"\s*\{,\s*\}\s*", ","),
+    (".", r"(?<=[a-z])\.(?=\s|$)", " "),  # sq. ft.
+    ("", r"(?<![A-Za-z])(sin|cos|tan|cot|ln|log)(?=[a-zA-Z]\b|\d)", r"\1 "),  # sinx, sin2x
+    ("...", r"(\d{0,20}\.\d{0,20}?)(\d{1,3}?)\2{2,20}\s*\.\.\.", r"\1\\overline{\2}"),
+    ("dots", r"(\d{0,20}\.\d{0,20}?)(\d{1,3}?)\2{2,20}\s*\\[cl]?dots", r"\1\\overline{\2}"),
+    ("^", r"(?<=\d)\^\{?o\}?(?![A-Za-z])", r"\\deg "),  # a degree sign typed as a letter
+    ("square", r"\{?\b(square)\s*([a-z]{2,})\}?", r" \1 \2 "),
+    ("cubic", r"\{?\b(cubic)\s*([a-z]{2,})\}?", r" \1 \2 "),
+    ("2", r"(?<=[\d}])\s*([cdkm]?m|ft|in)2\b", r" \1^2"),  # 18 cm2
+    ("3", r"(?<=[\d}])\s*([cdkm]?m|ft|in)3\b", r" \1^3"),
+    ("10^", r"(?<=\d)\s*[xX]\s*(?=10\^)", "*"),
+]
+_REPEAT = r"(\d{0,20})\.(\d{0,20})\\(?:overline|dot)\s*\{\s*(\d{1,20})\s*\}"
+_REPEAT_RULES = [("\\overline", _REPEAT, repeating), ("\\dot", _REPEAT, repeating)]
+_LATEX_RULES = [
+    ("\\circ", r"\\circ", r"\\deg "),
+    ("angle", r"m?\\(?:measured)?angle(?![A-Za-z])\s*(?=\d)", "a_"),
+    ("angle", r"m?\\(?:measured)?angle(?![A-Za-z])\s*", " "),
+    ("\\mathbb", r"\\mathbb\s*\{?\s*([A-Z])\s*\}?", r"\\\1 "),
+    ("\\", r"(?s)\\([A-Za-z]+|.)", lambda m: _COMMANDS.get(m[1], m[0])),
+    ("\\over", r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    (  # \frac{km}{h^2}
+        "\\frac",
+        r"(?<=[\d }])\\frac\s*\{\s*([A-Za-z]+)\s*\}"
+        r"\s*\{\s*([A-Za-z]+(?:\^\{?\d\}?)?)\s*\}(?!\s*\^)",
+        r" \1/\2",
+    ),
+    ("\\deg", r"\^\s*\{+\s*\\deg\s*\}+|\^?\s*\\deg(?![A-Za-z])", r"\\deg "),
+]
+for _table in (_RULES, _REPEAT_RULES, _LATEX_RULES):
+    _table[:] = [(sign, re.compile(pattern), to) for sign, pattern, to in _table]
+
+
+def rewrite(s: str, rules: list) -> str:
+    for sign, pattern, to in rules:
+        if sign in s:
+            s = pattern.sub(to, s)
+    return s
 
 
 def unicode_plain(s: str) -> str:
@@ -200,25 +218,16 @@ def unicode_plain(s: str) -> str:
         return s
     s = re.sub("[⁰¹²³⁴⁵⁶⁷⁸⁹⁻⁺ⁿˣ]+", lambda m: "^{" + m[0].translate(_SUPER) + "}", s)
     s = re.sub("[₀₁₂₃₄₅₆₇₈₉]+", lambda m: "_{" + m[0].translate(_SUB) + "}", s)
-    s = re.sub("[¼-¾⅐-⅞]", vulgar_fraction, s)
+    for sign in set(re.findall("[¼-¾⅐-⅞]", s)):
+        s = s.replace(
+            sign, "\\frac{" + unicodedata.normalize("NFKC", sign).replace("⁄", "}{") + "}"
+        )
     s = unicodedata.normalize("NFKD", s.translate(_CHARS)).translate(_CHARS)
     s = re.sub("(?<=[A-Za-z])[\u0300-\u036f]+", "", s)  # accents of letters
     s = unicodedata.normalize("NFC", s)
     if s.isascii():
         return s
     return _HAN_RE.sub(lambda m: f" {_HAN_WORDS[m[0]]} ", _HAN_COUNTER.sub("", s))
-
-
-def vulgar_fraction(m: re.Match) -> str:
-    """½ as \\frac{1}{2}."""
-    return "\\frac{%s}{%s}" % tuple(unicodedata.normalize("NFKC", m[0]).split("⁄"))
-
-
-def repeating(m: re.Match) -> str:
-    """0.1\\overline{6} as a fraction, before \\overline is dropped as decoration."""
-    head, fixed, loop = m[1] or "0", m[2], m[3]
-    top = int(head + fixed + loop) - int(head + fixed)
-    return f"({top}/{10 ** len(fixed) * (10 ** len(loop) - 1)})"
 
 
 def latex_plain(s: str) -> str:
@@ -229,37 +238,17 @@ def latex_plain(s: str) -> str:
         s = _MATRIX.sub(r"\\\1 ", s.replace("\\\\", "\\newline "))
     elif "\\\\" in s or "&" in s:
         s = re.sub(r"(?<!\\)&", " ", re.sub(r"\\\\(?=[a-zA-Z])", r"\\", s).replace("\\\\", " "))
-    if "\\overline" in s or "\\dot" in s:
-        s = _REPEAT.sub(repeating, s)
+    s = rewrite(s, _REPEAT_RULES)
     while "{" in s and s.count("{") < 200 and (t := _WRAP.sub(r" \1 ", s)) != s:
         s = t  # once for each level of \text{a \textbf{b}}
-    s = s.replace("\\circ", "\\deg ")
-    if "angle" in s:
-        s = _ANGLE.sub(lambda m: "a_" if m[1] else " ", s)
-    s = _BLACKBOARD.sub(r"\\\1 ", s) if "\\mathbb" in s else s
-    s = _COMMAND.sub(lambda m: _COMMANDS.get(m[1], m[0]), s)
-    s = _OVER.sub(r"\\frac{\1}{\2}", s) if "\\over" in s else s
-    s = _UNIT_FRAC.sub(r" \1/\2", s) if "\\frac" in s else s
-    return _DEGREE.sub(r"\\deg ", s) if "\\deg" in s else s
+    return rewrite(s, _LATEX_RULES)
 
 
 @lru_cache(maxsize=8192)
 def clean(s: str) -> str:
     """One spelling for what LaTeX and Unicode can write in many ways. Still text; linear."""
     s = unicode_plain(s.replace("\x00", " "))
-    if "{," in s:
-        s = re.sub(r"\s*\{,\s*\}\s*", ",", s)
-    s = _GLUED.sub(r"\1 ", _STOP.sub(" ", s.replace("~", " ").replace("per cent", "percent")))
-    if "..." in s or "dots" in s:
-        s = _DOTS.sub(r"\1\\overline{\2}", s)
-    if "^o" in s or "^{o" in s:  # a degree sign typed as a letter
-        s = re.sub(r"(?<=\d)\^\{?o\}?(?![A-Za-z])", r"\\deg ", s)
-    if "square" in s or "cubic" in s:
-        s = re.sub(r"\{?\b(square|cubic)\s*([a-z]{2,})\}?", r" \1 \2 ", s)
-    if "2" in s or "3" in s:
-        s = _UNIT_POWER.sub(r" \1^\2", s)
-    if "10^" in s:
-        s = re.sub(r"(?<=\d)\s*[xX]\s*(?=10\^)", "*", s)
+    s = rewrite(s.replace("~", " ").replace("per cent", "percent"), _RULES)
     s = latex_plain(s) if "\\" in s else s
     if s.count("$") == 1:  # money, before or after a number
         s = re.sub(r"\$(?=\s*[\d.])|(?<=\d)\s*\$$", r"\\usd ", s)
@@ -296,8 +285,9 @@ def number_words(text: str) -> str:
     words = re.split(r"[\s-]+", text.lower())
     if len(words) > 12 or words[0] not in {*SMALL, "a", "an", "half", "dozen"}:
         return text
-    total, part, seen = 0, 0, False  # "two thousand five": 2000 is in the total, 5 in the part
-    for k, (w, nxt) in enumerate(zip(words, words[1:] + [""])):
+    total, part, k, seen = 0, 0, 0, False  # "two thousand five" is a total of 2000 and a part of 5
+    while k < len(words):
+        w, nxt = words[k], words[k + 1] if k + 1 < len(words) else ""
         if w in SMALL or (w in ("a", "an") and (nxt in _PARTS or nxt in SCALES)):
             part, seen = part + SMALL.get(w, 1), True
         elif w == "dozen" or (w == "hundred" and seen):
@@ -305,10 +295,9 @@ def number_words(text: str) -> str:
         elif w in SCALES and seen:
             total, part = total + part * SCALES[w], 0
         elif not (w == "and" and nxt in SMALL and words[k - 1] in SCALES):
-            rest = words[k:]
             break
-    else:
-        rest = []
+        k += 1
+    rest = words[k:]
     if rest and rest[0] in _PARTS and (seen or rest[0] == "half"):
         return f"{total + part or 1}/{_PARTS[rest[0]]} {' '.join(rest[1:])}".strip()
     if len(rest) == 3 and rest[0] == "and" and rest[2] in _PARTS:  # two and a half
@@ -340,7 +329,6 @@ for _row in re.split(r" \| |\n", _UNIT_TABLE):
         if len(_name) > 2:
             UNITS[_name + "s"] = UNITS[_name]
 DEGREE, PERCENT = UNITS["deg"], UNITS["percent"]
-CURRENCIES = {"\\usd", "\\eur", "\\gbp", "\\cny"}
 POWER_WORDS = {"sq": 2, "square": 2, "squared": 2, "cu": 3, "cubic": 3, "cubed": 3}
 _MONTHS = (
     "january february march april may june july august september october november december".split()
