@@ -9,7 +9,6 @@ counts as "not equal".
 import cmath
 import math
 import threading
-from collections.abc import Iterator
 from fractions import Fraction
 
 from answers.parse import Node, Unparsable, negate, num, parts, times, variables
@@ -35,15 +34,15 @@ def spend(steps: int) -> None:
 
 
 # ---- 1. values ---------------------------------------------------------------------------------
-def contains(node: Node, tag: str, data=None) -> bool:
+def contains(node, tag, data=None):
     return any(n.tag == tag and data in (None, n.data) for n in parts(node))
 
 
-def exact(x) -> bool:
+def exact(x):
     return isinstance(x, (int, Fraction))
 
 
-def bits(x: int | Fraction) -> int:
+def bits(x):
     return max(x.numerator.bit_length(), x.denominator.bit_length())
 
 
@@ -77,7 +76,7 @@ def power(a, b):
     return float(a) ** float(b)
 
 
-def exact_root(a, n: int):
+def exact_root(a, n):
     """The n-th root of a rational number when that is rational (n <= 9, moderate size)."""
     if n > 9 or bits(a) > 512:
         return None
@@ -92,7 +91,7 @@ _MATH_NAME = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}
 _LOG_BASE = {"ln": math.e, "log": math.e, "lg": 10}
 
 
-def call(name: str, args: list):
+def call(name, args):
     """A function of the parser's allow-list at numbers."""
     x = args[0]
     if name in ("factorial", "binom"):
@@ -106,11 +105,11 @@ def call(name: str, args: list):
     if name in _INVERSE:
         y = call(_INVERSE[name], args)
         return 1 / y if abs(y) > 1e-12 else math.inf
-    beyond = name in _LOG_BASE and x < 0 if not isinstance(x, complex) else True
-    if beyond or (name in ("arcsin", "arccos") and abs(x) > 1):
+    module = math
+    if isinstance(x, complex) or (name in _LOG_BASE and x < 0):
         module = cmath
-    else:
-        module = math
+    elif name in ("arcsin", "arccos") and abs(x) > 1:
+        module = cmath
     if name in _LOG_BASE:
         return module.log(x) / module.log(args[1] if len(args) > 1 else _LOG_BASE[name])
     y = getattr(module, _MATH_NAME.get(name, name))(x)
@@ -118,10 +117,10 @@ def call(name: str, args: list):
 
 
 def value(node: Node, env: dict[str, float] | None = None, trig: bool = False):
-    """The number that a tree means: int or Fraction where exact, else float or complex.
+    """The number that a tree means: exact where possible, else float or complex.
 
-    `env` gives the variables. Degrees are radians inside trigonometric functions (`trig`) and
-    plain numbers elsewhere. Raises Unparsable or ArithmeticError if there is no finite number."""
+    `env` gives the variables. Degrees are radians inside trigonometric functions (`trig`), else
+    plain numbers. Raises Unparsable or ArithmeticError if there is no finite number."""
     tag, data = node.tag, node.data
     if tag == "n":
         return data[0]
@@ -136,11 +135,9 @@ def value(node: Node, env: dict[str, float] | None = None, trig: bool = False):
         trig = data in _TRIG
     args = [value(k, env, trig) for k in node.kids]
     if tag in "+*":
-        out = 0 if tag == "+" else 1
-        for x in args:
-            out = out + x if tag == "+" else out * x
-            if exact(out):
-                small(out)
+        out = args[0]
+        for x in args[1:]:
+            out = small(out + x if tag == "+" else out * x)
     elif tag == "/":
         top, bottom = args
         out = Fraction(top) / bottom if exact(top) and exact(bottom) else top / bottom
@@ -155,11 +152,11 @@ def value(node: Node, env: dict[str, float] | None = None, trig: bool = False):
 
 
 # ---- 2. numbers and expressions ----------------------------------------------------------------
-def close(x, y) -> bool:
+def close(x, y):
     return abs(x - y) <= 1e-9 * max(abs(x), abs(y), 1e-3)
 
 
-def resolution(node: Node):
+def resolution(node):
     """Unit of the last written place of a decimal (5.40, 1.5*10^3, 2.5 million), else None."""
     if node.tag == "n":
         return node.data[1]
@@ -198,7 +195,7 @@ def same_number(a: Node, b: Node) -> bool:
 _POINTS = (0.3719, 0.8243, 1.2957, 2.6181, 4.7731, 0.5417, 1.8713, 3.3391, 0.1173, 6.1031)
 
 
-def samples(a: Node, b: Node) -> Iterator[tuple]:
+def samples(a, b):
     """Pairs of values at the points where both are defined.
 
     Complex values count only if a tree speaks of i."""
@@ -219,14 +216,14 @@ def samples(a: Node, b: Node) -> Iterator[tuple]:
             yield x, y
 
 
-def infinite(node: Node) -> int:
+def infinite(node):
     """1 or -1 for plus or minus infinity written as such, else 0."""
     if node.tag == "*" and len(node.kids) == 2 and node.kids[0] == num(-1):
         return -infinite(node.kids[1])
     return int(node == INF)
 
 
-def same_expr(a: Node, b: Node) -> bool:
+def same_expr(a, b):
     """Numbers by same_number; expressions with variables by their values at points."""
     nodes = parts(a) + parts(b)
     spend(len(nodes))
@@ -244,14 +241,14 @@ def same_expr(a: Node, b: Node) -> bool:
 
 
 # ---- 3. units ----------------------------------------------------------------------------------
-def split_unit(node: Node) -> tuple:
+def split_unit(node):
     """(number, unit or None); generic `units` say nothing."""
     if node.tag != "q":
         return node, None
     return node.kids[0], node.data if any(name != "unit" for name, _ in node.data[1]) else None
 
 
-def same_quantity(a: Node, b: Node) -> bool:
+def same_quantity(a, b):
     """100 cm = 1 m, 50% = 0.5 = 50, 90 degrees = pi/2. Only one of the two may lack its unit."""
     (x, unit), (y, unit_y) = split_unit(a), split_unit(b)
     if unit and unit_y:
@@ -270,7 +267,7 @@ def same_quantity(a: Node, b: Node) -> bool:
 
 
 # ---- 4. names and equations --------------------------------------------------------------------
-def heading(side: Node, others: tuple[Node, ...]) -> str | None:
+def heading(side, others):
     """The name that one side gives to the others: x, f(x), f^{-1}(x), (x, y), |AB|, sin A."""
     head, first = None, side.kids[0] if side.kids else side
     if side.tag == "v":
@@ -285,7 +282,7 @@ def heading(side: Node, others: tuple[Node, ...]) -> str | None:
     return head if head and not any(head in variables(other) for other in others) else None
 
 
-def unname(node: Node) -> tuple[str, Node]:
+def unname(node):
     """`x = 5` -> ("x", 5), `f(x) = x+1` -> ("f", x+1), `A(2, 3)` -> ("A", (2, 3)), else ("", node).
 
     In a chain of equal numbers any stands for all; 6 = 5 is no number, and 10/3 ~ 3.33 is one if
@@ -309,7 +306,7 @@ def unname(node: Node) -> tuple[str, Node]:
     return name, kids[0]
 
 
-def rounds_to(p: Node, q: Node) -> bool:
+def rounds_to(p, q):
     """Is q a decimal that p rounds to?"""
     p, q = split_unit(p)[0], split_unit(q)[0]
     u = resolution(q)
@@ -319,19 +316,16 @@ def rounds_to(p: Node, q: Node) -> bool:
 _FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
 
 
-def difference(node: Node) -> tuple[str, Node]:
-    """(operator, left minus right) of a relation, turned so that the smaller side is left."""
-    (left, right), op = node.kids, node.data[0]
-    if op[0] == ">":
-        left, right, op = right, left, _FLIP[op]
-    return op, Node("+", None, (left, negate(right)))
-
-
-def same_relation(a: Node, b: Node) -> bool:
+def same_relation(a, b):
     """Equations or inequalities: left minus right agree up to a factor (a positive one for < >)."""
     if len(a.kids) != 2 or len(b.kids) != 2:
         return len(a.kids) == len(b.kids) and a.data == b.data and all(map(same, a.kids, b.kids))
-    (op, p), (op_b, q) = difference(a), difference(b)
+    sides = []
+    for (left, right), (op,) in ((a.kids, a.data), (b.kids, b.data)):
+        if op[0] == ">":
+            left, right, op = right, left, _FLIP[op]
+        sides.append((op, Node("+", None, (left, negate(right)))))
+    (op, p), (op_b, q) = sides
     if op != op_b or op == "in":
         return False
     points = list(samples(p, q))
@@ -347,14 +341,15 @@ def same_relation(a: Node, b: Node) -> bool:
 INF = Node("c", "inf")
 MINUS_INF = negate(INF)
 REALS = Node("w", "reals")
+_INTEGERS = [Node("w", name) for name in ("integers", "naturals", "rationals")]
 
 
-def outside(low: Node, high: Node, closed: bool = False) -> list:
+def outside(low, high, closed=False):
     """All reals below low and above high."""
     return [(MINUS_INF, False, low, closed), (high, closed, INF, False)]
 
 
-def intervals(node: Node) -> list | None:
+def intervals(node):
     """A set of reals as a list of intervals from left to right, else None."""
     tag, data, kids = node
     if node == REALS:
@@ -378,16 +373,16 @@ def intervals(node: Node) -> list | None:
     return of_relation(node) if tag == "rel" else None
 
 
-def low_end(interval: tuple):
-    return -math.inf if infinite(interval[0]) else value(interval[0])
-
-
-def joined(nodes: tuple[Node, ...]) -> list | None:
+def joined(nodes):
     lists = [intervals(k) for k in nodes]
-    return None if None in lists else sorted(sum(lists, []), key=low_end)
+    return (
+        None
+        if None in lists
+        else sorted(sum(lists, []), key=lambda p: -math.inf if infinite(p[0]) else value(p[0]))
+    )
 
 
-def overlap(nodes: tuple[Node, ...]) -> list | None:
+def overlap(nodes):
     """x > 1 and x < 3: two rays."""
     lists = [intervals(k) for k in nodes]
     if len(lists) != 2 or not all(found and len(found) == 1 for found in lists):
@@ -396,7 +391,7 @@ def overlap(nodes: tuple[Node, ...]) -> list | None:
     return [a[:2] + b[2:]] if infinite(a[2]) and infinite(b[0]) else None
 
 
-def of_relation(node: Node) -> list | None:
+def of_relation(node):
     """Intervals of x > 5, 1 < x <= 3, |x| < 2, x != 0, x in S."""
     kids, ops, first = node.kids, node.data, node.kids[0]
     if ops == ("in",):
@@ -427,7 +422,7 @@ def of_relation(node: Node) -> list | None:
     return [low + high]
 
 
-def same_region(a: Node, b: Node) -> bool | None:
+def same_region(a, b):
     """Rule for intervals, inequalities, unions; None if it does not apply."""
     tags = {a.tag, b.tag}
     words = {n.data[2] for n in (a, b) if n.tag == "seq"}
@@ -441,12 +436,12 @@ def same_region(a: Node, b: Node) -> bool | None:
     return False if "rel" in tags and not (several(a) and several(b)) else None
 
 
-def same_interval(p: tuple, q: tuple) -> bool:
+def same_interval(p, q):
     return p[1::2] == q[1::2] and same(p[0], q[0]) and same(p[2], q[2])
 
 
 # ---- 6. lists, and the verdict -----------------------------------------------------------------
-def same_ratio(a: Node, b: Node) -> bool | None:
+def same_ratio(a, b):
     """Rule for 1:2:3 = 2:4:6; two parts are a fraction."""
     if not a.tag == b.tag == "ratio":
         return None
@@ -456,7 +451,7 @@ def same_ratio(a: Node, b: Node) -> bool | None:
     return all(same_expr(times(p, second), times(q, first)) for p, q in zip(a.kids, b.kids))
 
 
-def vector(node: Node) -> Node:
+def vector(node):
     """A matrix of one row or one column as a tuple."""
     rows = node.kids
     if node.data[2] != "matrix" or (len(rows) > 1 and any(len(row.kids) != 1 for row in rows)):
@@ -464,22 +459,21 @@ def vector(node: Node) -> Node:
     return Node("seq", ("(", ")", ""), tuple(cell for row in rows for cell in row.kids))
 
 
-def same_ordered(a: Node, b: Node) -> bool | None:
+def same_ordered(a, b):
     """Rule for points, vectors, matrices; x = 1, y = 2 is (1, 2), but x = 1, x = 2 is none."""
     if not a.tag == b.tag == "seq":
         return None
     if (a.data[2] == "matrix") != (b.data[2] == "matrix"):
         a, b = vector(a), vector(b)
-    openers, words = (a.data[0], b.data[0]), (a.data[2], b.data[2])
-    fences = [n.data[0] + n.data[1] for n in (a, b)]
+    fences, words = [n.data[0] + n.data[1] for n in (a, b)], (a.data[2], b.data[2])
+    openers = (a.data[0], b.data[0])
     if "(" not in openers and openers != ("[", "["):
         return None
-    half_open = [fence in ("(]", "[)") for fence in fences]
     if len(a.kids) != len(b.kids) or "{" in openers or "or" in words:
         return False
-    if half_open[0] != half_open[1]:
-        return False
-    if all(openers) and len(a.kids) == 2 and fences[0] != fences[1]:
+    half_open = [fence in ("(]", "[)") for fence in fences]
+    brackets_count = all(openers) and len(a.kids) == 2
+    if half_open[0] != half_open[1] or (brackets_count and fences[0] != fences[1]):
         return False
     members = []
     for seq in (a, b):
@@ -493,7 +487,7 @@ def same_ordered(a: Node, b: Node) -> bool | None:
     return all(map(same, *members))
 
 
-def several(node: Node) -> list[Node] | None:
+def several(node):
     """The members of a list, a set or a plus-minus, else None."""
     if node.tag == "seq":
         if node.data[0] not in ("", "{"):
@@ -502,7 +496,7 @@ def several(node: Node) -> list[Node] | None:
     return [choose_sign(node, 1), choose_sign(node, -1)] if contains(node, "pm") else None
 
 
-def choose_sign(node: Node, sign: int) -> Node:
+def choose_sign(node, sign):
     """Reads every plus-minus as plus (sign 1) or minus (-1); minus-plus the other way round."""
     kids = tuple(choose_sign(k, sign) for k in node.kids)
     if node.tag == "pm":
@@ -510,7 +504,7 @@ def choose_sign(node: Node, sign: int) -> Node:
     return node._replace(kids=kids)
 
 
-def members(node: Node, other: Node) -> list[Node] | None:
+def members(node, other):
     """several(), and [2003, 2004] against a list without brackets."""
     listed = other.tag == "seq" and not other.data[0] and other.data[2] != "or"
     if listed and node.tag == "seq" and node.data[:2] == ("[", "]"):
@@ -518,11 +512,11 @@ def members(node: Node, other: Node) -> list[Node] | None:
     return several(node)
 
 
-def without_repeats(nodes: list[Node]) -> list[Node]:
+def without_repeats(nodes):
     return [x for k, x in enumerate(nodes) if not any(same(x, y) for y in nodes[:k])]
 
 
-def same_unordered(a: Node, b: Node) -> bool | None:
+def same_unordered(a, b):
     """Rule for lists and sets: the same members in any order; in a set, {2, 2} is {2}."""
     first, second = members(a, b), members(b, a)
     if first is None and second is None:
@@ -543,22 +537,15 @@ def same_unordered(a: Node, b: Node) -> bool | None:
     return True
 
 
-def integer_note(node: Node) -> bool:
-    """Is it `k in Z`?"""
-    if node.tag != "rel" or node.data != ("in",):
-        return False
-    return node.kids[1].tag == "w" and node.kids[1] != REALS
-
-
-def without_integer_note(node: Node) -> Node:
+def without_integer_note(node):
     """x = pi/4 + k pi, k in Z -> x = pi/4 + k pi"""
     if node.tag != "seq" or node.data[0]:
         return node
-    left = [k for k in node.kids if not integer_note(k)]
+    left = [k for k in node.kids if k[:2] != ("rel", ("in",)) or k.kids[1] not in _INTEGERS]
     return left[0] if len(left) == 1 < len(node.kids) else node
 
 
-def same(a: Node, b: Node) -> bool:
+def same(a, b):
     """Names first (x = 5 against 5), then the first rule that applies."""
     if a == b:
         return True
