@@ -66,23 +66,11 @@ def power(a, b):
             raise Unparsable("power too large")
         b = b % 2 if a in (1, -1) else b
         return small(a**b if b >= 0 else Fraction(a) ** b)
-    if exact(a) and exact(b):
-        if a < 0 and b.denominator % 2:  # the real cube root of -8
-            return power(power(-a, Fraction(1, b.denominator)) * -1, b.numerator)
-        if a >= 0 and (root := exact_root(a, b.denominator)) is not None:
-            return power(root, b.numerator)
+    if exact(a) and exact(b) and a < 0 and b.denominator % 2:  # the real cube root of -8
+        return power(-power(-a, Fraction(1, b.denominator)), b.numerator)
     if isinstance(a, complex) or isinstance(b, complex) or (a < 0 and not isinstance(b, int)):
         return complex(a) ** complex(b)
     return float(a) ** float(b)
-
-
-def exact_root(a, n):
-    """The n-th root of a rational number when that is rational (n <= 9, moderate size)."""
-    if n > 9 or bits(a) > 512:
-        return None
-    pair = (a.numerator, a.denominator)
-    roots = [math.isqrt(k) if n == 2 else round(k ** (1 / n)) for k in pair]
-    return small(Fraction(*roots)) if [r**n for r in roots] == [*pair] else None
 
 
 _TRIG = {"sin", "cos", "tan", "cot", "sec", "csc"}
@@ -105,14 +93,9 @@ def call(name, args):
     if name in _INVERSE:
         y = call(_INVERSE[name], args)
         return 1 / y if abs(y) > 1e-12 else math.inf
-    module = math
-    if isinstance(x, complex) or (name in _LOG_BASE and x < 0):
-        module = cmath
-    elif name in ("arcsin", "arccos") and abs(x) > 1:
-        module = cmath
     if name in _LOG_BASE:
-        return module.log(x) / module.log(args[1] if len(args) > 1 else _LOG_BASE[name])
-    y = getattr(module, _MATH_NAME.get(name, name))(x)
+        return math.log(x) / math.log(args[1] if len(args) > 1 else _LOG_BASE[name])
+    y = getattr(math, _MATH_NAME.get(name, name))(x)
     return y if abs(y) < 1e12 or name != "tan" else math.inf
 
 

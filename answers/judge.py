@@ -144,16 +144,8 @@ def agree(trees: list[Node | None], say: Callable) -> bool:
 
 
 def show(node: Node) -> str:
-    """A tree as text for people."""
-    tag, data, kids = node
-    if not kids:
-        return str(data[0] if tag == "n" else data)
-    inside = [show(k) for k in kids]
-    if tag in ("+", "*", "/", "^", "ratio", "set"):
-        return "(" + f" {data or tag} ".join(inside) + ")"
-    if tag == "q":
-        inside.append(" ".join(f"{name}^{p}" for name, p in data[1]))
-    if tag == "rel":
-        inside = [x for pair in zip(inside, data + ("",)) for x in pair]
-    name = data if tag == "f" else "" if tag in ("q", "rel") else tag
-    return f"{name}({' '.join(inside)})"
+    """A tree as text for people: +(x, *(2, y))."""
+    name = node.tag if node.tag in "+*/^" or node.data is None else node.data
+    if node.tag == "n":
+        return str(node.data[0])
+    return f"{name}({', '.join(map(show, node.kids))})" if node.kids else str(name)

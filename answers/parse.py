@@ -35,7 +35,7 @@ _TOKEN = re.compile(
     r"(?P<num>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?"  # 1,234.5
     r"|\d{1,3}(?: \d{3})+(?![\d/])(?:\.\d+)?"  # 1 234.5
     r"|(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d{1,3}(?![\w.]))?)"
-    r"|(?P<cmd>\\[A-Za-z]+|\\.)|(?P<word>[A-Za-z]+)"
+    r"|(?P<name>\\[A-Za-z]+|\\.|[A-Za-z]+)"
     r"|(?P<op><=|>=|!=|/=|==|[-+*/^_=<>()\[\]{},;:!%|'&#~])|(?P<sp>\s+)|(?P<bad>.)",
     re.S,
 )
@@ -71,8 +71,8 @@ _TEMPERATURES = {c: (Fraction(1), (("deg" + c, 1),)) for c in "CF"}
 _POSTFIX = ("!", "%", "\\deg", "\\degC", "\\degF", "'")
 
 
-def tokenize(s: str, thousands: bool = True) -> list[tuple[str, str]]:
-    """Text -> list of (kind, text). Without `thousands`, 1,234 are two numbers."""
+def tokenize(s: str, thousands: bool = True) -> list[str]:
+    """Without `thousands`, 1,234 are two numbers."""
     if len(s) > MAX_CHARS:
         fail("too long")
     tokens = []
@@ -81,13 +81,16 @@ def tokenize(s: str, thousands: bool = True) -> list[tuple[str, str]]:
         if kind == "bad":
             fail(f"unknown sign {text!r}")
         if kind == "num" and not thousands and ("," in text or " " in text):
-            parts = re.findall(r"\d+(?:\.\d+)?|,", text)
-            tokens += [("op" if part == "," else "num", part) for part in parts]
+            tokens += re.findall(r"\d+(?:\.\d+)?|,", text)
         elif kind != "sp":
-            tokens.append((kind, text))
+            tokens.append(text)
         if len(tokens) > MAX_TOKENS or (kind == "num" and len(text) > MAX_DIGITS):
             fail("too many tokens or digits")
     return tokens
+
+
+def is_number(token: str) -> bool:
+    return token[:1].isdigit() or token[:1] == "."
 
 
 def fail(why: str):
@@ -146,8 +149,7 @@ class Parser:
     """Recursive descent; one method per level of precedence, loosest first, returns a Node."""
 
     def __init__(self, tokens):
-        self.kinds = [kind for kind, _ in tokens] + ["end"] * 4
-        self.texts = [text for _, text in tokens] + [""] * 4
+        self.texts = tokens + [""] * 4
         self.i = self.depth = self.bars = 0  # next token, nesting, open |
 
     def take(self, *texts):
@@ -176,7 +178,7 @@ class Parser:
         node = self.items()
         while self.take(".", "\\newline", ";", ":"):
             pass
-        return node if self.kinds[self.i] == "end" else fail(f"cannot read {self.texts[self.i]!r}")
+        return node if not self.texts[self.i] else fail(f"cannot read {self.texts[self.i]!r}")
 
     def items(self, opener=""):
         """Relations separated by commas, "and", "or"; one item without brackets is itself."""
@@ -185,7 +187,7 @@ class Parser:
             self.i += 1
             if separator in (",", ";"):
                 separator = self.take("and", "or") or separator  # "1, 2, and 3"
-            if self.kinds[self.i] == "end":
+            if not self.texts[self.i]:
                 break
             kind = _SEPARATORS[separator]
             word = "or" if "or" in (word, kind) else word or kind
@@ -208,7 +210,7 @@ class Parser:
     def label(self):
         """The words before the sign in "Area = 5 cm^2" and "range: [0, 1]", else None."""
         j = self.i
-        while self.kinds[j] == "word" and len(self.texts[j]) > 1 and self.texts[j] not in FUNCTIONS:
+        while self.texts[j].isalpha() and len(self.texts[j]) > 1 and self.texts[j] not in FUNCTIONS:
             j += 1
         if j == self.i or self.texts[j] not in ("=", ":", "\\approx"):
             return None
@@ -226,7 +228,7 @@ class Parser:
 
     def ratio(self):
         parts = [self.sum()]
-        while self.texts[self.i] == ":" and self.kinds[self.i + 1] != "end" and len(parts) < 9:
+        while self.texts[self.i] == ":" and self.texts[self.i + 1] and len(parts) < 9:
             self.i += 1
             parts.append(self.sum())
         if len(parts) == 1:
@@ -250,7 +252,7 @@ class Parser:
         node = self.term()
         while node.tag == "q":
             start, joined = self.i, self.texts[self.i] == "and"
-            number_next = self.kinds[self.i + joined] == "num"
+            number_next = is_number(self.texts[self.i + joined])
             if not number_next or (joined and self.texts[self.i + 2] not in UNITS):
                 break
             self.i += joined
@@ -287,12 +289,12 @@ class Parser:
         return negate(self.power(mixed)) if sign == "-" else self.power(mixed)
 
     def starts_factor(self, left):
-        kind, text = self.kinds[self.i], self.texts[self.i]
-        if kind == "word":
+        text = self.texts[self.i]
+        if text.isalpha():
             return text not in ("and", "or") and not (text == "U" and left.tag in ("seq", "set"))
-        if kind == "num":  # (2)3 and \sqrt{2} 3, but neither 5 6 nor x 2
+        if is_number(text):  # (2)3 and \sqrt{2} 3, but neither 5 6 nor x 2
             return self.texts[self.i - 1] in (")", "}", "]", "!")
-        if kind == "cmd":
+        if text[:1] == "\\":
             return text in _ATOMS
         return text in ("(", "[", "{") or (text == "|" and not self.bars)
 
@@ -323,13 +325,13 @@ class Parser:
         return self.deeper(self.any_atom, mixed)
 
     def any_atom(self, mixed):
-        kind, text = self.kinds[self.i], self.texts[self.i]
+        text = self.texts[self.i]
         self.i += 1
-        if kind == "num":
+        if is_number(text):
             if self.texts[self.i] == "_":  # 1101_2, in another base: a name
                 return Node("v", text + self.subscript())
             return self.mixed(number(text)) if mixed else number(text)
-        if kind == "word":
+        if text.isalpha():
             return self.word(text)
         if text == "|" and self.bars < 3:
             self.bars += 1
@@ -339,14 +341,16 @@ class Parser:
             return Node("f", "abs", (node,))
         if text in _CLOSERS:
             return self.bracket(text)
-        return self.command(text) if kind == "cmd" else fail(f"cannot read {text or 'nothing'!r}")
+        return (
+            self.command(text) if text[:1] == "\\" else fail(f"cannot read {text or 'nothing'!r}")
+        )
 
     def bracket(self, opener):
         """(expr) is expr; several items stay a sequence; {x | x > 5} is its condition."""
         if opener == "\\{" and self.take("\\}"):
             return _EMPTY
         k = self.i + (3 if self.texts[self.i + 1] == "\\in" else 1)
-        if "{" in opener and self.kinds[self.i] == "word" and self.texts[k] in ("|", ":"):
+        if "{" in opener and self.texts[self.i].isalpha() and self.texts[k] in ("|", ":"):
             self.i = k + 1
             node = self.items()
             self.need(*_CLOSERS[opener])
@@ -360,11 +364,10 @@ class Parser:
         whole, slash = node.data[0], self.texts[self.i + 1] == "/"
         if not self.texts[self.i - 1].isdigit():
             return node
-        if slash and self.kinds[self.i] == self.kinds[self.i + 2] == "num":
-            top, bottom = self.texts[self.i], self.texts[self.i + 2]
-            if (top + bottom).isdigit() and 0 < int(top) < int(bottom):
-                self.i += 3
-                return num(whole + Fraction(int(top), int(bottom)))
+        top, bottom = self.texts[self.i], self.texts[self.i + 2]
+        if slash and top.isdigit() and bottom.isdigit() and 0 < int(top) < int(bottom):
+            self.i += 3
+            return num(whole + Fraction(int(top), int(bottom)))
         if not self.take("\\frac"):
             return node
         part = self.command("\\frac")
@@ -373,20 +376,20 @@ class Parser:
         return num(whole + Fraction(top, bottom)) if proper else times(node, part)
 
     def word(self, w):
-        low, kind, following = w.lower(), self.kinds[self.i], self.texts[self.i]
+        low, following = w.lower(), self.texts[self.i]
         if w in FUNCTIONS or (low in FUNCTIONS and len(w) > 2):
             return self.function(FUNCTIONS[low])
         if low == "sqrt":
             return self.command("\\sqrt")
         if low in _CONSTANTS:
             return _CONSTANTS[low]
-        if w in UNITS and len(w) > 2 and kind == "num":  # USD 5
+        if w in UNITS and len(w) > 2 and is_number(following):  # USD 5
             return Node("q", UNITS[w], (self.postfix(self.atom()),))
         if len(w) == 1:
             return letter(w) if w in "ei" else Node("v", w + self.subscript())
         if w.isupper() and len(w) <= 4:  # a segment, an angle: AB, ABC
             return Node("v", w)
-        prose = kind == "word" and len(following) > 1 and following not in _NO_PROSE
+        prose = following.isalpha() and len(following) > 1 and following not in _NO_PROSE
         if len(w) > 3 or not w.islower() or prose:
             fail(f"unknown word {w!r}")
         if following in ("^", "_", "'", "!"):  # xy^2 is x times y^2
@@ -433,8 +436,8 @@ class Parser:
 
     def argument(self):
         """One LaTeX argument: a group, a digit, or one atom. \\frac12 has two of one digit."""
-        kind, text = self.kinds[self.i], self.texts[self.i]
-        if kind == "num" and len(text) > 1 and text.isdigit():
+        text = self.texts[self.i]
+        if len(text) > 1 and text.isdigit():
             self.texts[self.i] = text[1:]
             return number(text[0])
         return negate(self.atom()) if self.take("-") else self.atom()
@@ -474,65 +477,65 @@ class Parser:
     def unit(self, left, peek=False):
         """(factor, dimensions) of a unit that ends the item, as cm, m^2, km/h, "apples", else None.
 
-        With `peek` it is not consumed."""
+        Only a unit is consumed, and with `peek` not even that."""
+        start = self.i
+        unit = self.any_unit(not variables(left))
+        if peek or unit is None:
+            self.i = start
+        return unit
+
+    def any_unit(self, numeric):
         text = self.texts[self.i]
         if text in _CURRENCIES and self.texts[self.i + 1] in _ENDS:  # 1,000.99$
-            self.i += not peek
+            self.i += 1
             return UNITS[text[1:]]
-        if self.kinds[self.i] != "word" or text in SCALES or text == "and":
-            return None
         short = len(text) < 3 and unit_key(text) not in UNITS and text not in POWER_WORDS
-        if short or text.lower() in FUNCTIONS:
+        if short or text in SCALES or text == "and" or text.lower() in FUNCTIONS:
             return None
-        numeric, j = not variables(left), self.i
         factor, dims, sign, nouns = Fraction(1), Counter(), 1, 0
         for _ in range(MAX_UNITS):
-            part = self.unit_part(j, numeric)
+            part = self.unit_part(numeric)
             if part is None:
                 return None
-            (scale, base), power, known, j = part
+            (scale, base), power, known = part
             factor, nouns = factor * scale ** (power * sign), nouns + (not known)
             for name, p in base:
                 dims[name] += p * power * sign
-            kind, text, word_next = self.kinds[j], self.texts[j], self.kinds[j + 1] == "word"
-            if text in _ENDS or (kind == "num" and known):
-                if nouns > 2:  # a sentence
-                    return None
-                self.i = self.i if peek else j
-                return factor, tuple(sorted(dims.items()))
-            if text in ("/", "per", "a") and word_next:
-                sign, j = -1, j + 1
-            elif text in ("*", "\\cdot") and word_next:
-                j += 1
-            elif kind != "word":
+            text = self.texts[self.i]
+            if text in _ENDS or (is_number(text) and known):
+                return (factor, tuple(sorted(dims.items()))) if nouns < 3 else None  # no sentence
+            if self.texts[self.i + 1].isalpha() and self.take("/", "per", "a"):
+                sign = -1
+            elif self.texts[self.i + 1].isalpha() and self.take("*", "\\cdot"):
+                continue
+            elif not text.isalpha():
                 return None
         return None
 
-    def unit_part(self, j, numeric):
-        """(unit, power, is it a known one, next token) of one name with its power, else None."""
+    def unit_part(self, numeric):
+        """(unit, power, is it a known one) of one name with its power, else None."""
         power = 1
-        while (text := self.texts[j]) in ("sq", "square", "cu", "cubic"):
-            power, j = POWER_WORDS[text], j + 1
-        if self.kinds[j] != "word":
-            return None
+        while word := self.take("sq", "square", "cu", "cubic"):
+            power = POWER_WORDS[word]
+        text = self.texts[self.i]
         known = unit_key(text) in UNITS and (len(text) > 1 or numeric)
+        noun = len(text) > 2 and not text.isupper() and text.lower() not in NO_NOUN
+        if not text.isalpha() or not (known or noun):
+            return None
         if known:
             unit = UNITS[unit_key(text)]
-        elif len(text) > 2 and not text.isupper() and text.lower() not in NO_NOUN:
-            noun = re.sub(r"(?<=..)(?:s|\Bes)$", "", text.lower())
-            unit = Fraction(1), ((noun, 1),)  # 5 apples: a noun counts as a unit
-        else:
-            return None
-        j += 1
-        after = self.texts[j]
-        if after in ("squared", "cubed"):
-            return unit, POWER_WORDS[after], known, j + 1
-        if after != "^":
-            return unit, power, known, j
-        m = re.match(r"\^(\{?)(-?[1-3])(?!\d)(\}?)", "".join(self.texts[j : j + 5]))
-        if not m or len(m[1]) != len(m[3]):
-            return None
-        return unit, int(m[2]), known, j + len(m[0])
+        else:  # 5 apples: a noun counts as a unit
+            unit = Fraction(1), ((re.sub(r"(?<=..)(?:s|\Bes)$", "", text.lower()), 1),)
+        self.i += 1
+        if word := self.take("squared", "cubed"):
+            power = POWER_WORDS[word]
+        elif self.texts[self.i] == "^":
+            following = "".join(self.texts[self.i : self.i + 5])
+            m = re.match(r"\^(\{?)(-?[1-3])(?!\d)(\}?)", following)
+            if not m or len(m[1]) != len(m[3]):
+                return None
+            power, self.i = int(m[2]), self.i + len(m[0])
+        return unit, power, known
 
 
 @lru_cache(maxsize=8192)
