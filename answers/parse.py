@@ -105,13 +105,12 @@ def num(value: int | Fraction, place: Fraction | None = None) -> Node:
 
 def number(text: str) -> Node:
     """A literal: 5, 1,234.5, .5, 1e-3."""
-    text = text.replace(",", "").replace(" ", "").lower()
+    text = text.replace(",", "").replace(" ", "")
     if text.isdigit():
         return num(int(text))
-    mantissa, _, exponent = text.partition("e")
-    scale, decimals = Fraction(10) ** int(exponent or 0), len(mantissa.partition(".")[2])
-    value = Fraction(mantissa.rstrip(".")) * scale
-    place = scale / 10**decimals if decimals else None
+    mantissa, _, exponent = text.lower().partition("e")
+    value, decimals = Fraction(text), len(mantissa.partition(".")[2])
+    place = Fraction(10) ** (int(exponent or 0) - decimals) if decimals else None
     return num(int(value) if value.denominator == 1 else value, place)
 
 

@@ -374,9 +374,12 @@ _POINT = re.compile(r"(?<=[a-z])\.(?=[a-z]\b)")
 
 def words(t: str) -> str:
     """Words without case, articles, punctuation: what names and phrases are compared by."""
-    t = _CLASS_A.sub(" \u00c0", _LAYOUT.sub(" ", t)).lower()  # in "Class A" it is no article
-    t = _HYPHEN.sub(" ", t.replace("&", " and "))
-    t = _POINT.sub("", _APOSTROPHE.sub("", t))  # p.m. -> pm.
+    t = _LAYOUT.sub(" ", t)
+    t = _CLASS_A.sub(" \u00c0", t).lower() if " A" in t else t.lower()  # Class A: no article
+    t = t.replace("&", " and ")
+    t = _HYPHEN.sub(" ", t) if "-" in t else t
+    t = _APOSTROPHE.sub("", t) if "'" in t else t
+    t = _POINT.sub("", t) if "." in t else t  # p.m. -> pm.
     out = [w.strip(".,;:!?()[]") for w in t.split()]
     out = [_SAME_WORD.get(w, w) for w in out if w]
     out = " ".join([w for w in out if w not in ("a", "an", "the")] or out)
