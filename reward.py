@@ -14,9 +14,10 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from answers.judge import mute, same_answer, same_option
+from answers.parse import MAX_CHARS
 from answers.text import braced, core_text, letters, unwrap
 
-LONGEST = 4000  # characters; what is longer is no answer
+LONGEST = 4000  # characters of an answer; without what surrounds it, MAX_CHARS
 _counts = Counter()
 
 
@@ -106,6 +107,8 @@ def judge(pred: str, gold: str, choices: list[str] | None = None, say=mute) -> t
     elif p == g:
         say("the same text")
         right = True
+    elif max(len(p), len(g)) > MAX_CHARS:
+        right = None if len(p) > MAX_CHARS else False
     elif bare_letters:  # no options, or options that lie in the image
         right = same_answer(p, g, say)
     else:

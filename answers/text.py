@@ -45,6 +45,7 @@ _LETTER_TEXT = re.compile(
 )
 _LETTERS = re.compile(r"(?:\([A-J]\)|[A-J])(?:\s*(?:,|;|and|&)?\s*(?:\([A-J]\)|[A-J]))+$")
 _MORE_LETTERS = re.compile(r"(?:^|\s)\(?[A-J](?:[).:]|$)|\b(?:or|not)\b")
+_GAP = re.compile(r"[\s~$&]{9,}")
 _FINAL = re.compile(r"[\s*]*final\s+answer[\s*]*[:：][\s*]*", re.I)
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 
@@ -82,6 +83,8 @@ def braced(text: str, start: int) -> tuple[str, int] | None:
 
 def core_text(s: str) -> str:
     """An answer without `The answer is`, stars, dollars, outer boxes, a full stop, a farewell."""
+    if len(s) > 100:  # several patterns are quadratic in the length of a gap
+        s = _GAP.sub(" " * 8, s)
     s = unwrap(bare(s.partition(" I hope ")[0]))
     if not s.isascii():
         s = unicode_plain(re.sub(r"(?<![A-Za-z])([A-J])、(?![A-J]\b)", r"\1: ", s))

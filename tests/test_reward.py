@@ -568,6 +568,9 @@ def near_the_limits():
             yield text
             yield text.rstrip("+*/^,=<:-")
             yield "\\{" + text[:-4].rstrip(",") + "\\}"
+    for gap in (" ", "\t", "~", "$", "&"):  # gaps, which patterns with \s* read again and again
+        for before, after in (("1", "x"), ("yes" * 30, "B"), ("^", "{\\deg}"), ("\\over", "{,")):
+            yield before + gap * (R.LONGEST - 100) + after
 
 
 def test_work_is_bounded():
