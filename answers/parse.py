@@ -68,7 +68,7 @@ _SYMBOLS |= {c: Node("w", w) for c, w in pairs("R reals Z integers N naturals Q 
 _ATOMS = "frac sqrt binom dbinom tbinom pi infty begin { emptyset varnothing R Z N Q".split()
 _ATOMS = {"\\" + name for name in {*_ATOMS, *FUNCTIONS, *_GREEK}} | _CURRENCIES
 _TEMPERATURES = {c: (Fraction(1), (("deg" + c, 1),)) for c in "CF"}
-_POSTFIX = ("!", "%", "\\deg", "\\degC", "\\degF", "'")
+_POSTFIX = {"!", "%", "\\deg", "\\degC", "\\degF", "'"}
 
 
 def tokenize(s: str, thousands: bool = True) -> list[str]:
@@ -238,7 +238,8 @@ class Parser:
         terms = []
         while not terms or self.texts[self.i] in _SUM_SIGNS:
             sign, plus_minus = 1, 0
-            while op := self.take(*_SUM_SIGNS):
+            while (op := self.texts[self.i]) in _SUM_SIGNS:
+                self.i += 1
                 sign = -sign if op == "-" else sign
                 plus_minus = {"\\pm": 1, "\\mp": -1}.get(op, plus_minus)
             term = self.quantity()
@@ -305,9 +306,10 @@ class Parser:
 
     def postfix(self, node):
         for _ in range(4):
-            op = self.take(*_POSTFIX)
-            if op is None:
+            op = self.texts[self.i]
+            if op not in _POSTFIX:
                 break
+            self.i += 1
             if op == "'":
                 node = Node("v", node.data + "'") if node.tag == "v" else fail("stray '")
             elif op == "!":
