@@ -43,20 +43,11 @@ class Sample:
 
     def row(self) -> dict:
         """The answer as samples.jsonl and the viewer show it."""
-        record, advantage = self.prompt.record, self.advantage
-        return dict(
-            id=record.id,
-            source=record.source,
-            problem=record.problem,
-            answer=record.answer,
-            choices=record.choices,
-            completion=self.text,
-            reward=self.reward,
-            why=self.score.why,
-            advantage=advantage if isinstance(advantage, list) else round(advantage, 4),
-            length=self.length,
-            finish=self.finish,
-        )
+        asked = ("id", "source", "problem", "answer", "choices")
+        row = {name: getattr(self.prompt.record, name) for name in asked}
+        row |= dict(completion=self.text, reward=self.reward, why=self.score.why)
+        a = self.advantage if isinstance(self.advantage, list) else round(self.advantage, 4)
+        return row | dict(advantage=a, length=self.length, finish=self.finish)
 
 
 def make_sample(prompt: Prompt, ids, logprobs, finish: str, processor: Processor) -> Sample:
