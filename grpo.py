@@ -257,6 +257,15 @@ def make_engine(config, policy, processor, stages, device):
     return VLLMEngine(config.model, processor, longest, device, may_sleep=not awake, **settings)
 
 
+def ask_questions(questions, engine, stages, config: Config, step: int) -> list[list[Sample]]:
+    """This rank's questions of a step, and G answers of at most L tokens to each (Eq. 2)."""
+    _, stage = ptst.stage_at(stages, step)
+    prompts = questions.prompts(step)
+    seeds = [(config.seed, step, prompt.number) for prompt in prompts]
+    how = (config.temperature, config.top_p)
+    return engine.generate(prompts, stage.group_size, stage.max_len, seeds, *how)
+
+
 def check(config: Config, world: int):
     """What the flags must fulfil together."""
     if not config.model:
@@ -441,13 +450,7 @@ def main(config: Config):
     if config.preflight:
         preflight(config, stages, questions, policy, reference, engine, optimizer, device)
 
-    def ask(step: int) -> list[list[Sample]]:
-        """This rank's questions of a step, and G answers of at most L tokens to each (Eq. 2)."""
-        _, stage = ptst.stage_at(stages, step)
-        prompts = questions.prompts(step)
-        seeds = [(config.seed, step, prompt.number) for prompt in prompts]
-        how = (config.temperature, config.top_p)
-        return engine.generate(prompts, stage.group_size, stage.max_len, seeds, *how)
+    ask = partial(ask_questions, questions, engine, stages, config)
 
     # ---- where an earlier try stopped
     start, progress = run.load_checkpoint(out, policy, optimizer)

@@ -274,8 +274,8 @@ def load_sharded(
     policy.to_empty(device="cpu" if offload else device)
     if freeze_vision:
         policy.visual.to_empty(device=device)
-    # What no checkpoint holds: the rotary embeddings' frequencies, say. The outer model comes first,
-    # since a model inside it knows better how to fill its own buffers.
+    # What no checkpoint holds: the rotary embeddings' frequencies, say. The outer model comes
+    # first, since a model inside it knows better how to fill its own buffers.
     for part in [m for m in hf.modules() if isinstance(m, PreTrainedModel)]:
         for module in part.modules():
             if module._buffers:

@@ -271,21 +271,14 @@ def ours(args, rest):
     ]
 
 
-def trl(args, rest):
-    """TRL's GRPOTrainer with the settings that do the same work: no recomputation, no old
-    log-probabilities, Eq. 1's mean."""
+def trl_data(args):
+    """-> TRL's processor and rows for the same checkpoint and problems."""
     import datasets
-    import trl
     from PIL import Image
-    from transformers import (
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2_5_VLProcessor,
-        TrainerCallback,
-    )
+    from transformers import Qwen2_5_VLProcessor
 
     import model
-    import reward
-    from nano import data, run
+    from nano import data
 
     class Processor(Qwen2_5_VLProcessor):
         """A video processor would need torchvision, and no video is here."""
@@ -308,12 +301,19 @@ def trl(args, rest):
             for r in records
         ]
     )
+    return processor, rows
 
-    def judge(completions, answer, **_):
-        texts = [c[0]["content"] for c in completions]
-        return [reward.score(text, gold).reward for text, gold in zip(texts, answer)]
 
-    spent = dict(rollout=0.0, logprob=0.0)
+def judge(completions, answer, **_):
+    import reward
+
+    texts = [c[0]["content"] for c in completions]
+    return [reward.score(text, gold).reward for text, gold in zip(texts, answer)]
+
+
+def timed_trainer(spent):
+    """TRL's trainer whose rollouts and log-probabilities add their seconds to `spent`."""
+    import trl
 
     class Trainer(trl.GRPOTrainer):
         def _generate(self, *a, **k):
@@ -331,6 +331,20 @@ def trl(args, rest):
         result = call(*a, **k)
         spent[what] += clock() - began
         return result
+
+    return Trainer
+
+
+def trl(args, rest):
+    """TRL's GRPOTrainer with the settings that do the same work: no recomputation, no old
+    log-probabilities, Eq. 1's mean."""
+    import trl
+    from transformers import Qwen2_5_VLForConditionalGeneration, TrainerCallback
+
+    from nano import run
+
+    processor, rows = trl_data(args)
+    spent = dict(rollout=0.0, logprob=0.0)
 
     stamps = []
 
@@ -363,7 +377,9 @@ def trl(args, rest):
         args.folder, dtype=torch.float32, attn_implementation="sdpa"
     )
     with contextlib.redirect_stdout(sys.stderr):
-        trainer = Trainer(hf, judge, config, rows, processing_class=processor, callbacks=[Stamp()])
+        trainer = timed_trainer(spent)(
+            hf, judge, config, rows, processing_class=processor, callbacks=[Stamp()]
+        )
         trainer.train()
     lengths = [
         row["completions/mean_length"]
@@ -537,7 +553,6 @@ def main():
         args.prompt_tokens = packing.prompt_length(
             data.read(f"{folder}/problems.parquet")[0][0], processor
         )
-        kind = "ragged" if args.ragged else "fixed"
         unit = "wall" if GPU else "CPU"
         print(f"{where()}; Qwen2.5-VL {args.size}, random; {unit} seconds")
         print(f"{args.prompt_tokens} prompt tokens, {args.image_tokens} of them image")
@@ -546,46 +561,52 @@ def main():
             print(f"update of {GROUP} rollouts x {args.completion} tokens: image and prompt once")
             print(f"{s['one']:.2f} s, per rollout {s['each']:.2f} s, {s['each'] / s['one']:.2f}x")
             return
-        names = ["ours"] if args.no_trl or not importlib.util.find_spec("trl") else ["ours", "trl"]
-        print(
-            f"{QUESTIONS} prompts x {GROUP} rollouts, limit {args.completion}, {kind} lengths; "
-            f"medians of {args.rounds} rounds x {args.steps} steps"
-        )
-        rounds = {name: [] for name in names}
-        for _ in range(args.rounds):
-            for name in names:
-                rounds[name].append(child(name, args, rest, folder))
-        print(
-            "| | s/step | wall | rollout + reward | reference | update | mean length | tokens/s "
-            "| peak MB | update, of peak FLOP/s |"
-        )
-        print("|---|---|---|---|---|---|---|---|---|---|")
-        peak = peak_rate()
+        compare(args, rest, folder)
+
+
+def compare(args, rest, folder):
+    """The table of both, and their ratios."""
+    kind = "ragged" if args.ragged else "fixed"
+    names = ["ours"] if args.no_trl or not importlib.util.find_spec("trl") else ["ours", "trl"]
+    print(
+        f"{QUESTIONS} prompts x {GROUP} rollouts, limit {args.completion}, {kind} lengths; "
+        f"medians of {args.rounds} rounds x {args.steps} steps"
+    )
+    rounds = {name: [] for name in names}
+    for _ in range(args.rounds):
         for name in names:
-            rows = [r for one in rounds[name] for r in one]
-            m = {k: statistics.median(r[k] for r in rows) for k in rows[0]}
-            length = m["tokens"] / QUESTIONS / GROUP
-            mfu = (
-                statistics.median(
-                    update_flops(args, r["tokens"] / QUESTIONS / GROUP) / r["update"] for r in rows
-                )
-                / peak
+            rounds[name].append(child(name, args, rest, folder))
+    print(
+        "| | s/step | wall | rollout + reward | reference | update | mean length | tokens/s "
+        "| peak MB | update, of peak FLOP/s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|---|")
+    peak = peak_rate()
+    for name in names:
+        rows = [r for one in rounds[name] for r in one]
+        m = {k: statistics.median(r[k] for r in rows) for k in rows[0]}
+        length = m["tokens"] / QUESTIONS / GROUP
+        mfu = (
+            statistics.median(
+                update_flops(args, r["tokens"] / QUESTIONS / GROUP) / r["update"] for r in rows
             )
-            rate = statistics.median(r["tokens"] / r["seconds"] for r in rows)
-            print(
-                f"| {name} | {m['seconds']:.2f} | {m['wall']:.2f} | {m['rollout']:.2f} "
-                f"| {m['logprob']:.2f} | {m['update']:.2f} | {length:.1f} | {rate:.0f} "
-                f"| {m['memory'] / 1e6:.0f} | {mfu:.0%} of {peak / 1e9:.0f} GFLOP/s |"
-            )
-        if len(names) > 1:
-            step, token = [], []
-            for a, b in zip(*rounds.values()):
-                medians = [statistics.median(r["seconds"] for r in rows) for rows in (a, b)]
-                step.append(medians[1] / medians[0])
-                token.append(speed(a) / speed(b))
-            for what, ratios in (("step", step), ("token", token)):
-                each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
-                print(f"TRL / ours: {statistics.median(ratios):.2f}x per {what} ({each})")
+            / peak
+        )
+        rate = statistics.median(r["tokens"] / r["seconds"] for r in rows)
+        print(
+            f"| {name} | {m['seconds']:.2f} | {m['wall']:.2f} | {m['rollout']:.2f} "
+            f"| {m['logprob']:.2f} | {m['update']:.2f} | {length:.1f} | {rate:.0f} "
+            f"| {m['memory'] / 1e6:.0f} | {mfu:.0%} of {peak / 1e9:.0f} GFLOP/s |"
+        )
+    if len(names) > 1:
+        step, token = [], []
+        for a, b in zip(*rounds.values()):
+            medians = [statistics.median(r["seconds"] for r in rows) for rows in (a, b)]
+            step.append(medians[1] / medians[0])
+            token.append(speed(a) / speed(b))
+        for what, ratios in (("step", step), ("token", token)):
+            each = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+            print(f"TRL / ours: {statistics.median(ratios):.2f}x per {what} ({each})")
 
 
 if __name__ == "__main__":
