@@ -385,14 +385,15 @@ def read_log(run: str | Path) -> list[dict]:
     steps, found = {}, "it is empty; has the first step ended?"
     wanted = {"step", "stage", "max_len", "group_size", "len_mean", "tokens"}
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        row = {}
-        with suppress(ValueError):  # the run is writing this line just now, or was killed in it
+        try:
             row = json.loads(line)
-        if isinstance(row, dict) and wanted <= row.keys():
+        except ValueError:  # the run is writing it just now, or was killed while it did
+            print(f"{path}:{number}: skipped a half-written line", file=sys.stderr)
+            continue
+        if wanted <= row.keys():
             steps[row["step"]] = row
         else:
             found = f"line {number} lacks some of {', '.join(sorted(wanted))}; is it a grpo.py run?"
-            print(f"{path}:{number}: skipped, it is no whole step", file=sys.stderr)
     if not steps:
         raise ValueError(f"{path}: {found}")
     return [steps[step] for step in sorted(steps)]
