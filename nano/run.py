@@ -13,6 +13,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import socket
 import sys
 import time
@@ -129,37 +130,54 @@ meeting = None  # a process group with much patience
 def guard(main: Callable, config):
     """Runs main(config). When a rank fails, every rank says which one it was and why.
 
-    torchrun ends the other ranks when one dies. A frozen rank is noticed by the time-out of the
-    collective in which the others wait for it. Nothing goes on with fewer ranks: that is what a
-    resume is for, and a resume is exact.
+    torchrun ends the other ranks (SIGTERM) when one of its own dies. A frozen rank is noticed by
+    the time-out of the collective in which the others wait for it. Nothing goes on with fewer
+    ranks: that is what a resume is for, and a resume is exact.
     """
+    if "RANK" in os.environ:
+        signal.signal(signal.SIGTERM, lambda *_: stop("it was told to"))
+        default = partial(signal.signal, signal.SIGTERM, signal.SIG_DFL)
+        os.register_at_fork(after_in_child=default)  # a helper process is no rank
     try:
         main(config)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         if store is None or not dist.is_initialized() or dist.get_world_size() == 1:
             raise
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error).lower()
-        if not lost:
-            store.set(f"end/{dist.get_rank()}", f"{type(error).__name__}: {error}"[:1000])
-            raise
-        store.set(f"end/{dist.get_rank()}", "")
-        os.write(2, f"\n{lost_ranks()}\n".encode())
-        os._exit(1)  # threads may wait in a collective that never ends
+        if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
+            stop("a connection broke")
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # this rank shows its own error
+        store.set(f"end/{os.environ['RANK']}", f"{type(error).__name__}: {error}"[:1000])
+        raise
 
 
-def lost_ranks(wait: float = 3.0) -> str:
-    """A sentence about the ranks that failed or are silent, for one that waited for them."""
-    time.sleep(wait)  # seconds, until the others have said how they ended
-    reasons = []
-    for rank in range(dist.get_world_size()):
-        if not store.check([f"end/{rank}"]):
-            host = store.get(f"host/{rank}").decode()
-            reasons.append(f"rank {rank} on {host} is silent (killed, frozen or cut off)")
-        elif reason := store.get(f"end/{rank}").decode():
-            reasons.append(f"rank {rank} failed ({reason})")
+def stop(otherwise: str):
+    """Says which ranks failed or are silent, and ends this one at once."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # saying it once is enough
+    if dist.is_initialized():
+        os.write(2, f"\n{lost_ranks(otherwise)}\n".encode())
+    os._exit(1)  # threads may wait in a collective that never ends
+
+
+def lost_ranks(otherwise: str, patience: float = 3.0) -> str:
+    """A sentence about the ranks that failed or are silent. `patience` in seconds: until then the
+    others have said how they ended."""
+    rank, world, reasons = os.environ["RANK"], int(os.environ["WORLD_SIZE"]), []
+    deadline = time.monotonic() + patience
+    try:
+        store.set(f"end/{rank}", "")
+        while not store.check([f"end/{r}" for r in range(world)]) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        for r in range(world):
+            if not store.check([f"end/{r}"]):
+                host = store.get(f"host/{r}").decode()
+                reasons.append(f"rank {r} on {host} is silent (killed, frozen or cut off)")
+            elif reason := store.get(f"end/{r}").decode():
+                reasons.append(f"rank {r} failed ({reason})")
+    except dist.DistError:
+        reasons = ["the first host's torchrun is gone"]
     return (
-        f"stopping rank {dist.get_rank()}: {'; '.join(reasons) or 'a connection broke'}. Run the "
-        "same command again, also with other ranks: it goes on from what was last saved."
+        f"stopping rank {rank}: {'; '.join(reasons) or otherwise}. Run the same command again, "
+        "also with other ranks: it goes on from what was last saved."
     )
 
 
