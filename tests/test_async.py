@@ -1,77 +1,58 @@
-"""--async_steps 1 and --tis of grpo.py, which need no vLLM: what a step trains on, and exact resume with rollouts in flight."""
+"""--async_steps 1 and --tis of grpo.py: what a step trains on, and an exact resume with rollouts in
+hand. Neither needs vLLM."""
 
-import os
 import subprocess
-import time
 
 import pytest
 import torch
-from test_grpo import command, kill_all, log_of, problem_file, run_grpo, weights_of  # noqa: F401
+from conftest import (
+    SMALL,
+    alone,
+    command,
+    environment,
+    kill_all,
+    log_of,
+    run_grpo,
+    wait_for,
+    weights_of,
+)
 
 import grpo
 
 FLAGS = dict(async_steps=1, stages="16x8x3,24x4x2", save_every=2, lr=1e-3)
 
 
-def test_one_step_behind_killed_and_resumed_is_uninterrupted(problem_file, tmp_path):  # noqa: F811
-    run_grpo(tmp_path / "whole", problem_file, **FLAGS)
+def test_one_step_behind_killed_and_resumed_is_uninterrupted(problem_file, tmp_path):
+    alone(grpo, **SMALL | FLAGS, data=problem_file, out=tmp_path / "whole")
     whole = log_of(tmp_path / "whole")
     assert [(r["max_len"], r["group_size"]) for r in whole] == [(16, 8)] * 3 + [(24, 4)] * 2
-    # the first batch comes from the weights that it trains; later ones from the weights before the last update
-    assert whole[0]["logprob_gap_max"] < 1e-4 < whole[1]["logprob_gap_max"]
-    assert all(r["logprob_gap_kl"] >= 0 for r in whole)
+    # The first batch comes from the weights that it trains, later ones from the weights before the
+    # last update.
+    assert whole[0]["logprob_gap_max"] < 1e-4
+    assert all(row["logprob_gap_max"] > 1e-4 for row in whole[1:])
+    assert all(row["logprob_gap_kl"] >= 0 for row in whole)
 
     out = tmp_path / "cut"
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    p = subprocess.Popen(
-        command(out, problem_file, **FLAGS),
-        env=env,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    end = time.time() + 200
-    while (
-        p.poll() is None
-        and time.time() < end
-        and not (out / "checkpoints" / "step-000002").exists()
-    ):
-        time.sleep(0.01)
+    quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(out, problem_file, **FLAGS), env=environment(), **quiet)
+    saved = out / "checkpoints" / "step-000002"
+    wait_for(lambda: process.poll() is not None or saved.exists(), 200)
     kill_all(str(out))
-    p.wait()
+    process.wait()
     assert "resumed after step" in run_grpo(out, problem_file, **FLAGS)
     assert log_of(out) == whole
     a, b = weights_of(tmp_path / "whole"), weights_of(out)
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_truncated_importance_sampling_scales_each_tokens_advantage(problem_file, tmp_path):  # noqa: F811
-    """off and on agree where rollout and trainer do: TorchEngine's ratio is 1 to float32's rounding"""
-    for name, tis in [("off", 0.0), ("on", 2.0), ("half", 0.5)]:
-        run_grpo(
-            tmp_path / name,
-            problem_file,
-            tis=tis,
-            stages="16x8x1",
-            kl_coef=0.0,
-            lr=1e-4,
-            max_grad_norm=1e9,
-        )
-    off, on, half = (log_of(tmp_path / n)[0]["grad_norm"] for n in ("off", "on", "half"))
-    assert on == pytest.approx(off, rel=1e-4) and half == pytest.approx(
-        off / 2, rel=1e-4
-    )  # min(1, 0.5) on every token
-
-
-@pytest.mark.parametrize(
-    "flags, hint",
-    [
-        (dict(engine="vlm"), "one of torch, vllm, http"),
-        (dict(engine="vllm", top_p=0.9), "--top_p"),
-        (dict(async_steps=2), "0 or 1"),
-        (dict(async_steps=1, tis=2.0), "--tis"),
-        (dict(async_steps=1, vllm_tp=2), "--vllm_tp"),
-    ],
-)
-def test_flags_that_do_not_go_together_end_with_one_line(flags, hint):
-    with pytest.raises(SystemExit, match=hint):
-        grpo.check_engine(grpo.Config(**flags))
+def test_truncated_importance_sampling_scales_each_tokens_advantage(problem_file, tmp_path):
+    """TorchEngine's ratio is 1 up to float32's rounding: with a bound of 2 nothing changes, with a
+    bound of .5 the weight of every token is .5."""
+    flags = SMALL | dict(stages="16x8x1", kl_coef=0.0, max_grad_norm=1e9, data=problem_file)
+    norms = {}
+    for tis in (0.0, 2.0, 0.5):
+        out = tmp_path / str(tis)
+        alone(grpo, **flags, tis=tis, out=out)
+        norms[tis] = log_of(out)[0]["grad_norm"]
+    assert norms[2.0] == pytest.approx(norms[0.0], rel=1e-4)
+    assert norms[0.5] == pytest.approx(norms[0.0] / 2, rel=1e-4)

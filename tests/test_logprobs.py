@@ -1,14 +1,13 @@
-"""logprobs.py against float64 autograd over the full logits: plain torch, and the Triton kernels.
+"""nano/logprobs.py against float64 autograd over the full logits: plain torch and Triton kernels.
 
-Without a GPU the kernels run under Triton's interpreter. It must be chosen before Triton is imported, so
-`test_kernels_under_the_interpreter` runs the cases of this file again in a process of its own. With a GPU the compiled
-kernels are tested too, and without one they are at least compiled for it.
+Without a GPU the kernels run under Triton's interpreter. It must be chosen before Triton is
+imported, so `test_kernels_under_the_interpreter` runs the cases of this file again in a process of
+its own. With a GPU the compiled kernels are tested too; without one they are at least compiled.
 """
 
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -27,18 +26,16 @@ needs_gpu = pytest.mark.skipif(
 
 @pytest.fixture(params=PATHS)
 def fused(request, monkeypatch):
-    monkeypatch.setattr(
-        logprobs, "BLOCK", 32
-    )  # several blocks in a tile of a test, the last one ragged
+    # Several blocks in a tile of a test, the last one ragged.
+    monkeypatch.setattr(logprobs, "BLOCK", 32)
     return request.param == "triton"
 
 
 def reference(hidden, weight, labels, grad, temperature=1.0, banned=()):
-    """float64 over the full logits, by autograd -> logprobs, entropy, d hidden, d weight"""
+    """float64 over the full logits by autograd -> logprobs, entropy, d hidden, d weight."""
     h, w = hidden.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
-    logits = (h @ w.T / temperature).index_fill(
-        1, torch.tensor(banned, dtype=torch.long, device=h.device), -torch.inf
-    )
+    ids = torch.tensor(banned, dtype=torch.long, device=h.device)
+    logits = (h @ w.T / temperature).index_fill(1, ids, -torch.inf)
     log_p = logits.log_softmax(-1)
     asked = labels != IGNORE
     picked = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0]
@@ -49,35 +46,32 @@ def reference(hidden, weight, labels, grad, temperature=1.0, banned=()):
 
 
 def inputs(n, v, size, scale=1.0, dtype=torch.float32, device="cpu"):
-    """logits of standard deviation `scale`; every third label is ignored, the last one is the last id"""
+    """Logits of standard deviation `scale`; every third label is ignored."""
     g = torch.Generator().manual_seed(n * v)
     hidden = torch.randn(n, size, generator=g)
     weight = torch.randn(v, size, generator=g) * scale / size**0.5
     labels, grad = torch.randint(4, v, (n,), generator=g), torch.randn(n, generator=g)
     labels[1::3] = IGNORE
-    labels[-1] = v - 1
+    labels[-1] = v - 1  # the last id
     return [x.to(device) for x in (hidden.to(dtype), weight.to(dtype), labels, grad)]
 
 
 def check(hidden, weight, labels, grad, temperature, banned, width, fused, value=1e-5, slope=1e-5):
-    """errors relative to the largest entry, or to 1 where all are smaller"""
+    """Errors are relative to the largest entry, or to 1 where all are smaller."""
     h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
     ids = torch.tensor(banned, device=h.device) if banned else None
     logprob, entropy = token_logprobs(h, w, labels, temperature, ids, width, fused)
     (logprob * grad).sum().backward()
-    assert (
-        logprob.dtype == entropy.dtype == torch.float32
-        and h.grad.dtype == h.dtype
-        and w.grad.dtype == w.dtype
-    )
+    assert logprob.dtype == entropy.dtype == torch.float32
+    assert h.grad.dtype == h.dtype
+    assert w.grad.dtype == w.dtype
     want = reference(hidden, weight, labels, grad, temperature, banned)
-    for name, got, ref, tolerance in zip(
+    names, found = (
         ("logprobs", "entropy", "d hidden", "d weight"),
         (logprob, entropy, h.grad, w.grad),
-        want,
-        (value, value, slope, slope),
-        strict=True,
-    ):
+    )
+    limits = (value, value, slope, slope)
+    for name, got, ref, tolerance in zip(names, found, want, limits, strict=True):
         error = (got.detach().double() - ref).abs().max() / ref.abs().max().clamp(min=1)
         assert error < tolerance, (name, error.item())
     ignored = labels == IGNORE
@@ -95,8 +89,8 @@ def test_values_and_gradients(n, v, size, width, temperature, fused):
 
 
 def test_extreme_logits(fused):
-    """logits of 1e4: one float32 step there is 1e-3, and that is all the error allowed; nothing overflows"""
-    # powers of two: the logits are exact, so that what is measured is the softmax and not the product
+    """At logits of 1e4 a float32 step is 1e-3, and no more error is allowed; nothing overflows."""
+    # With powers of two the logits are exact: what is measured is the softmax, not the product.
     hidden, weight, labels, grad = inputs(6, 90, 8)
     hidden, weight = hidden.sign() * 64, weight.sign() * 2.0 ** torch.randint(0, 6, (90, 1))
     assert (hidden @ weight.T).abs().max() > 1e4
@@ -106,7 +100,8 @@ def test_extreme_logits(fused):
 
 
 def test_bfloat16(fused):
-    """float32 inside: values as good as float32's; gradients rounded twice, as logits' and as the result's"""
+    """float32 inside: values as good as float32's; gradients are rounded twice, as those of the
+    logits and as the result's."""
     check(*inputs(6, 150, 24, dtype=torch.bfloat16), 0.7, (0, 3), 77, fused, slope=1e-2)
 
 
@@ -117,17 +112,14 @@ def test_a_first_tile_that_is_banned_whole_leaves_no_trace(fused):
 def test_a_banned_label_is_next_to_impossible_and_pushes_only_the_others(fused):
     hidden, weight, _, _ = inputs(4, 50, 8)
     h, w = hidden.requires_grad_(), weight.requires_grad_()
-    logprob, _ = token_logprobs(
-        h, w, torch.tensor([7, 7, 2, 7]), 1.0, torch.tensor([2, 9]), 16, fused
-    )
+    banned, labels = torch.tensor([2, 9]), torch.tensor([7, 7, 2, 7])
+    logprob, _ = token_logprobs(h, w, labels, 1.0, banned, 16, fused)
     assert logprob[2] < -1e29 and (logprob[[0, 1, 3]] > -20).all()
     logprob[2].backward()
-    p = (
-        (hidden.double() @ weight.double().T)
-        .index_fill(1, torch.tensor([2, 9]), -torch.inf)
-        .softmax(-1)
-    )
-    assert (h.grad[2] + p[2] @ weight.double()).abs().max() < 1e-5 and not w.grad[[2, 9]].any()
+    logits = (hidden.double() @ weight.double().T).index_fill(1, banned, -torch.inf)
+    p = logits.softmax(-1)
+    assert (h.grad[2] + p[2] @ weight.double()).abs().max() < 1e-5
+    assert not w.grad[banned].any()
 
 
 def test_all_labels_ignored(fused):
@@ -144,7 +136,7 @@ def test_no_tokens(fused):
 
 
 def test_tied_embeddings(fused):
-    """the head's weight is the input's table as well: both gradients arrive"""
+    """The head's weight is the input's table as well: both gradients arrive."""
     g = torch.Generator().manual_seed(0)
     table, ids = torch.randn(40, 8, generator=g), torch.randint(40, (6,), generator=g)
     labels = ids.roll(-1)
@@ -171,18 +163,15 @@ def test_nothing_larger_than_a_tile_is_ever_made(fused):
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             out = func(*args, **(kwargs or {}))
-            seen.extend(
-                x.nbytes
-                for x in (out if isinstance(out, tuple) else (out,))
-                if isinstance(x, torch.Tensor)
-            )
+            made = out if isinstance(out, tuple) else (out,)
+            seen.extend(x.nbytes for x in made if isinstance(x, torch.Tensor))
             return out
 
     h, w = torch.randn(n, size, requires_grad=True), torch.randn(v, size, requires_grad=True)
+    labels = torch.zeros(n, dtype=torch.long)
     with Watch():
-        token_logprobs(h, w, torch.zeros(n, dtype=torch.long), width=width, fused=fused)[
-            0
-        ].sum().backward()
+        logprob, _ = token_logprobs(h, w, labels, width=width, fused=fused)
+        logprob.sum().backward()
     assert max(seen) <= 4 * max(v * size, n * width) < 4 * n * v
 
 
@@ -204,7 +193,7 @@ def test_bad_labels_and_sharded_weights_are_refused():
 @pytest.mark.skipif(interpreting, reason="one path is enough")
 def test_without_triton_plain_torch_does_it(monkeypatch, capsys):
     gpu = torch.device("cuda")
-    if not torch.cuda.is_available():  # Triton is there but cannot run
+    if not torch.cuda.is_available():  # Triton may be there but cannot run
         logprobs.fused_runs.cache_clear()
         assert not logprobs.fused_runs(gpu)
         assert logprobs.triton is None or "plain torch" in capsys.readouterr().out
@@ -220,7 +209,7 @@ def test_without_triton_plain_torch_does_it(monkeypatch, capsys):
 @pytest.mark.skipif(interpreting, reason="this is the interpreter")
 def test_kernels_under_the_interpreter():
     env = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [
+    call = [
         sys.executable,
         "-m",
         "pytest",
@@ -229,33 +218,31 @@ def test_kernels_under_the_interpreter():
         "triton",
         "-p",
         "no:cacheprovider",
-        str(Path(__file__)),
+        __file__,
     ]
-    out = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert out.returncode == 0 and "passed" in out.stdout, out.stdout[-5000:] + out.stderr[-2000:]
+    done = subprocess.run(call, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    assert "passed" in done.stdout
 
 
 @needs_triton
 @pytest.mark.skipif(interpreting, reason="the interpreter has no compiler")
 @pytest.mark.parametrize("out", ["*bf16", "*fp32"])
 def test_kernels_compile_for_hopper(out, tmp_path, monkeypatch):
-    """Triton brings its own assembler: types, shapes and registers can be checked where there is no GPU"""
+    """Triton brings its own assembler: types, shapes and registers are checked without a GPU."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kinds = dict.fromkeys(("logits", "scale", "state", "grad"), "*fp32") | {
-        "scale": "fp32",
-        "out": out,
-    }
+    kinds = dict.fromkeys(("logits", "state", "grad"), "*fp32") | {"scale": "fp32", "out": out}
     kinds |= {"labels": "*i64", "banned": "*u8", "FLOOR": "constexpr", "BLOCK": "constexpr"}
     for kernel in (logprobs.absorb_kernel, logprobs.gradient_kernel):
         signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
         source = ASTSource(kernel, signature, {"FLOOR": logprobs.FLOOR, "BLOCK": logprobs.BLOCK})
-        binary = __import__("triton").compile(
-            source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}
-        )
-        assert ".target sm_90" in binary.asm["ptx"] and len(binary.asm["cubin"]) > 1000
+        hopper = GPUTarget("cuda", 90, 32)
+        binary = logprobs.triton.compile(source, target=hopper, options={"num_warps": 8})
+        assert ".target sm_90" in binary.asm["ptx"]
+        assert len(binary.asm["cubin"]) > 1000
         assert ".local " not in binary.asm["ptx"]  # everything stays in registers
 
 

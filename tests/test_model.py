@@ -1,4 +1,4 @@
-"""model.py and the packing half of data.py, held against transformers and against plain float64."""
+"""model.py and nano/packing.py against transformers and against plain float64."""
 
 import copy
 import functools
@@ -10,7 +10,7 @@ from transformers import AutoModelForImageTextToText
 
 import model
 import toy
-from nano import data, packing
+from nano import data, packing, rollout
 
 
 @pytest.fixture(scope="module")
@@ -20,26 +20,45 @@ def loaded(tiny):
 
 def sequences(records, processor, seed=0):
     g = torch.Generator().manual_seed(seed)
-    lengths = [5, 1, 17, 9, 30, 3]
-    return [
-        (packing.encode(r, processor), torch.randint(10, 400, (n,), generator=g).tolist())
-        for r, n in zip(records, lengths)
-    ]
+    out = []
+    for record, n in zip(records, [5, 1, 17, 9, 30, 3]):
+        ids = torch.randint(10, 400, (n,), generator=g).tolist()
+        out.append((packing.encode(record, processor), ids))
+    return out
 
 
-def reference_logits(tiny, prompt, ids, processor):
-    """transformers' own forward over one sequence: its sdpa attention, its position ids"""
-    hf = AutoModelForImageTextToText.from_pretrained(tiny)
-    row = torch.tensor([prompt.ids + ids])
-    kinds = (row == processor.image_token).int()
-    images = (
-        dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid)
-        if prompt.record.images
-        else {}
+def reference_logits(path, prompt, ids, processor):
+    """transformers' own forward over one sequence -> the model, logits (r, V) of its answer."""
+    hf = AutoModelForImageTextToText.from_pretrained(path)
+    row, images = torch.tensor([prompt.ids + ids]), {}
+    if prompt.record.images:
+        images = dict(pixel_values=prompt.pixel_values, image_grid_thw=prompt.image_grid)
+    out = hf(
+        input_ids=row,
+        attention_mask=torch.ones_like(row),
+        mm_token_type_ids=(row == processor.image_token).int(),
+        **images,
     )
-    return hf, hf(
-        input_ids=row, attention_mask=torch.ones_like(row), mm_token_type_ids=kinds, **images
-    ).logits[0]
+    return hf, out.logits[0, len(prompt.ids) - 1 : -1]
+
+
+def reference_logprobs(path, seqs, processor, banned):
+    """The log-probabilities and entropies of all answers, one by one, in float64."""
+    logprobs, entropy = [torch.zeros(0)], [torch.zeros(0)]
+    for prompt, ids in seqs:
+        if not ids:
+            continue
+        with torch.no_grad():
+            logits = reference_logits(path, prompt, ids, processor)[1].double()
+        log_p = logits.index_fill(1, banned, -float("inf")).log_softmax(-1)
+        logprobs.append(log_p.gather(1, torch.tensor(ids)[:, None])[:, 0])
+        entropy.append(-(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1))
+    return torch.cat(logprobs), torch.cat(entropy)
+
+
+def whole_gradients(policy):
+    trained = [(n, p) for n, p in policy.named_parameters() if p.grad is not None]
+    return {model.clean_name(n): model.full(p.grad).clone() for n, p in trained}
 
 
 def test_mrope_positions_are_those_of_transformers(tiny, loaded, pictures):
@@ -48,9 +67,8 @@ def test_mrope_positions_are_those_of_transformers(tiny, loaded, pictures):
         p = packing.encode(record, processor)
         row = torch.tensor([p.ids])
         grid = p.image_grid if len(p.image_grid) else None
-        positions, delta = policy.hf.model.get_rope_index(
-            row, (row == processor.image_token).int(), image_grid_thw=grid
-        )
+        kinds = (row == processor.image_token).int()
+        positions, delta = policy.hf.model.get_rope_index(row, kinds, image_grid_thw=grid)
         assert torch.equal(p.position_ids, positions[:, 0])
         assert p.next_position == delta.item() + len(p.ids)
 
@@ -58,20 +76,21 @@ def test_mrope_positions_are_those_of_transformers(tiny, loaded, pictures):
 def test_packed_forward_is_the_one_by_one_forward(tiny, loaded, pictures):
     policy, processor = loaded
     seqs = sequences(pictures, processor)
-    batch = packing.pack(seqs)
     with torch.no_grad():
-        logprobs, entropy = policy(batch)
-        want_logprobs, want_entropy = [], []
-        for prompt, ids in seqs:
-            logits = reference_logits(tiny, prompt, ids, processor)[1][
-                len(prompt.ids) - 1 : -1
-            ].double()
-            logits[:, policy.banned] = -float("inf")
-            log_p = logits.log_softmax(-1)
-            want_logprobs.append(log_p.gather(1, torch.tensor(ids)[:, None])[:, 0])
-            want_entropy.append(-(log_p.exp() * log_p.clamp(min=-1e9)).sum(-1))
-    assert (logprobs - torch.cat(want_logprobs)).abs().max() < 2e-5
-    assert (entropy - torch.cat(want_entropy)).abs().max() < 2e-5
+        logprobs, entropy = policy(packing.pack(seqs))
+    want_logprobs, want_entropy = reference_logprobs(tiny, seqs, processor, policy.banned)
+    assert (logprobs - want_logprobs).abs().max() < 2e-5
+    assert (entropy - want_entropy).abs().max() < 2e-5
+
+
+def test_a_temperature_divides_the_logits(tiny, loaded, pictures):
+    policy, processor = loaded
+    prompt, ids = sequences(pictures, processor)[0]
+    with torch.no_grad():
+        got, _ = policy(packing.pack([(prompt, ids)]), 0.5)
+        logits = reference_logits(tiny, prompt, ids, processor)[1].double()
+    log_p = (logits / 0.5).index_fill(1, policy.banned, -float("inf")).log_softmax(-1)
+    assert torch.allclose(got.double(), log_p.gather(1, torch.tensor(ids)[:, None])[:, 0])
 
 
 def test_packed_gradients_are_the_one_by_one_gradients(tiny, pictures):
@@ -82,8 +101,8 @@ def test_packed_gradients_are_the_one_by_one_gradients(tiny, pictures):
     total = {}
     for prompt, ids in seqs:
         hf, logits = reference_logits(tiny, prompt, ids, processor)
-        logits = logits[len(prompt.ids) - 1 : -1].index_fill(1, policy.banned, -1e30)
-        logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().backward()
+        log_p = logits.index_fill(1, policy.banned, -1e30).log_softmax(-1)
+        log_p.gather(1, torch.tensor(ids)[:, None]).sum().backward()
         for name, p in hf.named_parameters():
             if p.grad is not None:
                 total[name] = total.get(name, 0) + p.grad
@@ -94,46 +113,36 @@ def test_packed_gradients_are_the_one_by_one_gradients(tiny, pictures):
 
 
 def test_a_shared_prompt_and_its_image_go_through_once_and_change_nothing(tiny, loaded, pictures):
-    """against transformers one by one, and gradients against the same sequences with a Prompt each"""
+    """Values against transformers one by one, gradients against a Prompt for each sequence."""
     policy, processor = loaded
-    one, two, three = (
-        packing.encode(r, processor) for r in (pictures[2], pictures[4], pictures[5])
-    )
-    rollouts = [
-        (one, [20, 30, 40]),
-        (two, [10] * 9),
-        (one, [50]),
-        (three, [11, 12]),
-        (two, []),
-        (one, [60, 70]),
-        (two, [13]),
-    ]
-    shared = packing.pack(rollouts)
-    separate = packing.pack([(copy.copy(prompt), answer) for prompt, answer in rollouts])
-    assert len(shared.image_grid) == 1 + 2 and len(separate.image_grid) == 3 + 3 * 2
+    chosen = (pictures[2], pictures[4], pictures[5])
+    one, two, three = (packing.encode(record, processor) for record in chosen)
+    rows = [(one, [20, 30, 40]), (two, [10] * 9), (one, [50]), (three, [11, 12]), (two, [])]
+    rows += [(one, [60, 70]), (two, [13])]
+    shared = packing.pack(rows)
+    separate = packing.pack([(copy.copy(prompt), ids) for prompt, ids in rows])
+    assert len(shared.image_grid) == 1 + 2
+    assert len(separate.image_grid) == 3 + 3 * 2
     assert len(shared.ids) == len(separate.ids) - 2 * len(one.ids) - len(two.ids)
-    assert torch.equal(shared.labels, separate.labels) and torch.equal(shared.rows, separate.rows)
+    assert torch.equal(shared.labels, separate.labels)
     with torch.no_grad():
-        got, want = policy(shared)[0], []
-        for prompt, ids in rollouts:
-            if ids:
-                logits = reference_logits(tiny, prompt, ids, processor)[1][
-                    len(prompt.ids) - 1 : -1
-                ].double()
-                logits[:, policy.banned] = -float("inf")
-                want.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
-    assert (got - torch.cat(want)).abs().max() < 2e-5
+        got, _ = policy(shared)
+    want, _ = reference_logprobs(tiny, rows, processor, policy.banned)
+    assert (got - want).abs().max() < 2e-5
     grads = []
     for batch in (shared, separate):
         policy.zero_grad()
         policy(batch)[0].sum().backward()
-        grads.append({n: p.grad.clone() for n, p in policy.named_parameters()})
+        grads.append(whole_gradients(policy))
     for name in grads[0]:
         assert torch.allclose(grads[0][name], grads[1][name], atol=1e-5, rtol=1e-4), name
 
 
 def test_ranges_of_queries_and_keys_for_attention_on_a_gpu(loaded, pictures):
-    """what varlen_attn is given there, followed by a plain float64 loop: the last query of a piece sits at its last key"""
+    """What varlen_attn is given there, followed by a plain float64 loop.
+
+    The last query of a piece sits at its last key.
+    """
     _, processor = loaded
     prompt, other = packing.encode(pictures[0], processor), packing.encode(pictures[5], processor)
     rows = [(prompt, [20, 30, 40]), (other, [50, 60]), (prompt, [70])]
@@ -147,9 +156,8 @@ def test_ranges_of_queries_and_keys_for_attention_on_a_gpu(loaded, pictures):
         for j, t in enumerate(reversed(range(where.cu_seqlens[i], where.cu_seqlens[i + 1]))):
             seen = keys[: len(keys) - j]
             weights = (torch.einsum("hd,hsd->hs", q[:, t], k[:, seen]) / 8**0.5).softmax(-1)
-            assert torch.allclose(
-                got[t], torch.einsum("hs,hsd->hd", weights, v[:, seen]), atol=1e-5
-            )
+            want = torch.einsum("hs,hsd->hd", weights, v[:, seen])
+            assert torch.allclose(got[t], want, atol=1e-5)
 
 
 def test_text_only_batch_still_runs_the_vision_tower(loaded, pictures):
@@ -188,35 +196,28 @@ def test_a_base_model_without_a_chat_template(loaded, pictures):
     processor.tokenizer = copy.deepcopy(processor.tokenizer)
     processor.tokenizer.chat_template = None
     text = packing.prompt_text(pictures[0], processor.tokenizer, "Think .")
-    assert (
-        text.startswith("Think .")
-        and text.endswith("Assistant:")
-        and "<|vision_start|><|image_pad|>" in text
-    )
+    assert text.startswith("Think .")
+    assert text.endswith("Assistant:")
+    assert "<|vision_start|><|image_pad|>" in text
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_other_qwen_families_load_and_agree_with_transformers(family, tiny, tmp_path, pictures):
-    """tiny random Qwen2-VL and Qwen3-VL checkpoints (deepstack included): packed = one by one"""
+    """Tiny random Qwen2-VL and Qwen3-VL, deepstack included: packed is one by one."""
     path = toy.random_relative(tmp_path / family, family)
     policy, processor = model.load(path)
     seqs = sequences(pictures, processor)
     with torch.no_grad():
         logprobs, _ = policy(packing.pack(seqs))
-        want = []
-        for prompt, ids in seqs:
-            logits = reference_logits(path, prompt, ids, processor)[1][
-                len(prompt.ids) - 1 : -1
-            ].double()
-            logits[:, policy.banned] = -float("inf")
-            want.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None])[:, 0])
-    assert (logprobs - torch.cat(want)).abs().max() < 3e-5
+    want, _ = reference_logprobs(path, seqs, processor, policy.banned)
+    assert (logprobs - want).abs().max() < 3e-5
 
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "qwen2_vl", "qwen3_vl"])
 @pytest.mark.parametrize("freeze_vision", [False, True])
 def test_sharded_loading_is_transformers_loading(family, freeze_vision, tiny, tmp_path, pictures):
-    """from meta tensors and slices of safetensors: weights, buffers and log-probabilities are from_pretrained's, bit by bit"""
+    """From meta tensors and slices of safetensors: weights, buffers and log-probabilities are those
+    of from_pretrained, bit by bit."""
     single_rank()
     path = tiny if family == "qwen2_5_vl" else toy.random_relative(tmp_path / family, family)
     hf = AutoModelForImageTextToText.from_pretrained(path)
@@ -242,9 +243,8 @@ def test_a_folder_without_all_weights_is_refused(tiny, tmp_path):
     shutil.copytree(tiny, tmp_path / "m")
     state = load_file(tmp_path / "m" / "model.safetensors")
     lost = [k for k in state if "layers.1" in k]
-    save_file(
-        {k: v for k, v in state.items() if k not in lost}, tmp_path / "m" / "model.safetensors"
-    )
+    kept = {k: v for k, v in state.items() if k not in lost}
+    save_file(kept, tmp_path / "m" / "model.safetensors")
     with pytest.raises(ValueError, match=f"{len(lost)} weights are not in its"):
         model.load_sharded(tmp_path / "m", "cpu")
 
@@ -272,20 +272,16 @@ def test_a_frozen_vision_tower_sees_an_image_once_and_nothing_changes(
 
 
 def test_compiled_blocks_change_no_gradient(tiny, pictures, monkeypatch):
-    """traced and cut around attention; the code generator is left out, it takes a minute and is PyTorch's to test"""
-    monkeypatch.setattr(
-        torch.nn.Module,
-        "compile",
-        functools.partialmethod(torch.nn.Module.compile, backend="eager"),
-    )
+    """Traced and cut around attention. The code generator is left out: it takes a minute, and it is
+    PyTorch's to test."""
+    eager = functools.partialmethod(torch.nn.Module.compile, backend="eager")
+    monkeypatch.setattr(torch.nn.Module, "compile", eager)
     single_rank()
     grads = []
     for compiled in (False, True):
         policy = model.load_sharded(tiny, "cpu", freeze_vision=True, compile=compiled)
-        policy(packing.pack(sequences(pictures, model.Processor(tiny))))[0].sum().backward()
-        grads.append(
-            {n: model.full(p.grad) for n, p in policy.named_parameters() if p.grad is not None}
-        )
+        policy(packing.pack(sequences(pictures, packing.Processor(tiny))))[0].sum().backward()
+        grads.append(whole_gradients(policy))
     assert grads[0].keys() == grads[1].keys()
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-4, rtol=1e-4) for n in grads[0])
 
@@ -311,16 +307,14 @@ def test_activation_checkpointing_changes_no_gradient_and_no_name(tiny, tmp_path
         batch = packing.pack(sequences(pictures, processor))
         model.shard(policy, "cpu", activation_checkpointing=checkpointing)
         policy(batch)[0].sum().backward()
-        grads.append(
-            {model.clean_name(n): model.full(p.grad) for n, p in policy.named_parameters()}
-        )
+        grads.append(whole_gradients(policy))
     assert grads[0].keys() == grads[1].keys()
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-6) for n in grads[0])
-    whole = model.replica(policy)
-    model.copy_weights(policy, whole)
+    whole = rollout.TorchEngine(model.replica(policy), processor)
+    whole.sync(policy)
     model.export(policy, processor, tmp_path / "out")
     again = AutoModelForImageTextToText.from_pretrained(tmp_path / "out")
-    for (n, a), b in zip(again.named_parameters(), whole.parameters(), strict=True):
+    for (n, a), b in zip(again.named_parameters(), whole.policy.parameters(), strict=True):
         assert torch.equal(a, b), n
 
 
@@ -336,12 +330,8 @@ def test_a_rehearsed_step_leaves_nothing_behind(tiny, pictures):
     policy = model.load_sharded(tiny, "cpu")
     before = {n: model.full(p).clone() for n, p in policy.named_parameters()}
     optimizer = torch.optim.AdamW(policy.parameters(), lr=0.1, weight_decay=0.1)
-    model.rehearse(
-        policy,
-        optimizer,
-        packing.pack(sequences(pictures, model.Processor(tiny))),
-        reference=policy,
-    )
+    batch = packing.pack(sequences(pictures, packing.Processor(tiny)))
+    model.rehearse(policy, optimizer, batch, reference=policy)
     assert all(torch.equal(before[n], model.full(p)) for n, p in policy.named_parameters())
     assert not optimizer.state and optimizer.param_groups[0]["lr"] == 0.1
     assert all(p.grad is None for p in policy.parameters())
