@@ -27,7 +27,7 @@ import ptst
 import reward
 import toy
 from nano import budget, data, packing, run
-from nano.rollout import OneStepOff, Sample, TorchEngine
+from nano.rollout import Sample, TorchEngine
 
 # PTST (Eq. 2): (max_len, group_size, steps) of each stage. Think short and try often, then longer.
 STAGES = [(4096, 16, 100), (8192, 8, 100)]
@@ -69,7 +69,6 @@ class Config:
     max_rows: int = 256  # sequences that one rank decodes at a time
     vllm_memory: float = 0.5  # share of a GPU that vLLM may take while it samples
     vllm_tp: int = 1  # neighbouring ranks that share one vLLM (tensor parallel)
-    async_steps: Literal[0, 1] = 0  # 1 = the next batch is sampled while this one trains
     # optimization
     lr: float = 1e-6
     warmup_steps: int = 0
@@ -253,17 +252,7 @@ def make_engine(config, policy, processor, stages, device):
 
     longest = config.max_prompt_len + max(stage.max_len for stage in stages)
     settings = dict(memory=config.vllm_memory, tp=config.vllm_tp, max_num_seqs=config.max_rows)
-    awake = config.async_steps > 0  # it samples while the policy trains
-    return VLLMEngine(config.model, processor, longest, device, may_sleep=not awake, **settings)
-
-
-def ask_questions(questions, engine, stages, config: Config, step: int) -> list[list[Sample]]:
-    """This rank's questions of a step, and G answers of at most L tokens to each (Eq. 2)."""
-    _, stage = ptst.stage_at(stages, step)
-    prompts = questions.prompts(step)
-    seeds = [(config.seed, step, prompt.number) for prompt in prompts]
-    how = (config.temperature, config.top_p)
-    return engine.generate(prompts, stage.group_size, stage.max_len, seeds, *how)
+    return VLLMEngine(config.model, processor, longest, device, **settings)
 
 
 def check(config: Config, world: int):
@@ -278,11 +267,6 @@ def check(config: Config, world: int):
     if config.engine == "vllm" and config.top_p < 1:
         raise ValueError(
             "--top_p below 1: vLLM's log-probabilities would be those of the cut distribution"
-        )
-    if config.async_steps and (config.vllm_tp > 1 or config.tis):
-        raise ValueError(
-            "--async_steps 1 goes neither with --vllm_tp above 1 (two threads in collectives) "
-            "nor with --tis (its ratio is already that of trainer and sampler)"
         )
 
 
@@ -334,8 +318,7 @@ class Stats:
 
     def add(self, batch: packing.Batch, logprobs, entropy, clipped):
         """One micro-batch of the update: logprobs, entropy, clipped (N,)."""
-        needs_old = batch.old_logprobs is not None and batch.old_logprobs is not batch.logprobs
-        trainer = batch.old_logprobs if needs_old else logprobs
+        trainer = logprobs if batch.old_logprobs is None else batch.old_logprobs
         gap = (trainer - batch.logprobs).abs()  # between trainer and sampler
         kl = k3(logprobs, batch.ref_logprobs) if batch.ref_logprobs is not None else 0 * logprobs
         parts = (
@@ -450,15 +433,10 @@ def main(config: Config):
     if config.preflight:
         preflight(config, stages, questions, policy, reference, engine, optimizer, device)
 
-    ask = partial(ask_questions, questions, engine, stages, config)
-
     # ---- where an earlier try stopped
-    start, progress = run.load_checkpoint(out, policy, optimizer)
+    start = run.load_checkpoint(out, policy, optimizer)
     with run.for_people():
         check_schedule(before, stages, start, config)
-    ahead = OneStepOff(ask, lambda: engine.sync(policy), total, device)
-    if progress and config.async_steps:
-        ahead.restore(progress, questions.prompts(start), processor)
     log = run.Log(out, config, start)
     resumed = f"; resumed after step {start}" if start else ""
     run.say(f"recipe {config.recipe or 'none'}: {len(records)} questions, stages {config.stages}")
@@ -472,11 +450,11 @@ def main(config: Config):
 
         # 1. Questions, each rank its share, and 2. rollouts: G answers to each, at most L tokens.
         with timer("rollout"):
-            if config.async_steps:
-                groups = ahead(step)
-            else:
-                engine.sync(policy)
-                groups = ask(step)  # a list of G Samples for each question of this rank
+            engine.sync(policy)
+            prompts = questions.prompts(step)  # (questions of this rank)
+            seeds = [(config.seed, step, prompt.number) for prompt in prompts]
+            how = (config.temperature, config.top_p)
+            groups = engine.generate(prompts, stage.group_size, stage.max_len, seeds, *how)
             run.meet()  # one rank may sample much longer than the others
 
         # 3. Rewards: format AND answer (Sec. 3.4). Reshape sample.reward here: all below sees it.
@@ -502,15 +480,13 @@ def main(config: Config):
             minibatches.append(list(packed))
 
         # 6. Log-probabilities of the reference, and of pi_old where pi moves before they are used.
-        needs_old = config.minibatches * config.epochs > 1 and not config.async_steps
+        needs_old = config.minibatches * config.epochs > 1
         with timer("logprob"), torch.no_grad():
             for batch in chain(*minibatches):
                 if reference:
                     batch.ref_logprobs, _ = reference(batch, config.temperature)
                 if needs_old:
                     batch.old_logprobs, _ = policy(batch, config.temperature)
-                elif config.async_steps:
-                    batch.old_logprobs = batch.logprobs  # pi_old is what sampled, a step behind
 
         # 7. Update (Eq. 1): all of the objective is in policy_loss.
         stats = Stats()
@@ -535,7 +511,7 @@ def main(config: Config):
         log.write_samples([at | sample.row() for sample in shown])
         run.say(LINE.format(total=total, **row))
         if (step + 1) % config.save_every == 0 or step + 1 == total:
-            run.save_checkpoint(out, step + 1, policy, optimizer, config.keep, ahead.state())
+            run.save_checkpoint(out, step + 1, policy, optimizer, config.keep)
 
     model.export(policy, processor, out / "final")
     ended = "nothing left to do" if start == total else "done"

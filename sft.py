@@ -225,7 +225,7 @@ def main(config: Config):
     exam = Steps(held, processor, replace(config, epochs=1), width)
     if config.preflight:
         preflight(config, shape, steps, policy, optimizer, device)
-    start, _ = run.load_checkpoint(out, policy, optimizer)
+    start = run.load_checkpoint(out, policy, optimizer)
     total, told = len(steps), set()
     log = run.Log(out, config, start)
     run.say(

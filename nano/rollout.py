@@ -10,7 +10,6 @@ nano/vllm_engine.py has the same interface (sync, generate). Left out: paging, s
 """
 
 from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -315,45 +314,3 @@ def pick(logits, draws, temperature: float, top_p: float, banned):
         picked = torch.searchsorted(cdf, (draws * cdf[:, -1])[:, None], right=True)[:, 0]
         picked = picked.clamp_(max=logits.shape[1] - 1)
     return picked, logprobs.gather(1, picked[:, None])[:, 0]
-
-
-class OneStepOff:
-    """Rollouts that are sampled while the step before them trains (--async_steps 1).
-
-    They come from the weights before that step's update, except the first ones. `ask(step)` samples
-    the groups of a step, `sync()` hands the weights to the engine.
-    """
-
-    def __init__(self, ask, sync, total: int, device):
-        self.ask, self.sync, self.total = ask, sync, total
-        on_gpu = device.type == "cuda"
-        self.thread = ThreadPoolExecutor(
-            1, initializer=torch.cuda.set_device if on_gpu else None, initargs=(device,) * on_gpu
-        )
-        self.upcoming = None
-
-    def __call__(self, step: int) -> list[list[Sample]]:
-        if self.upcoming is None:
-            self.sync()
-            groups = self.ask(step)
-        else:
-            groups = self.upcoming.result()
-        self.upcoming = None
-        if step + 1 < self.total:
-            self.sync()
-            self.upcoming = self.thread.submit(self.ask, step + 1)
-        return groups
-
-    def state(self) -> list | None:
-        """The groups that are in hand, for a checkpoint, so that a resume is exact."""
-        if self.upcoming is None:
-            return None
-        groups = self.upcoming.result()
-        return [[(s.ids, s.logprobs, s.finish) for s in group] for group in groups]
-
-    def restore(self, state: list, prompts: list[Prompt], processor: Processor):
-        groups = []
-        for prompt, answers in zip(prompts, state, strict=True):
-            groups.append([make_sample(prompt, *answer, processor) for answer in answers])
-        self.upcoming = Future()
-        self.upcoming.set_result(groups)

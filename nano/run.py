@@ -455,11 +455,10 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((Path(out) / "checkpoints").glob("step-*"))
 
 
-def save_checkpoint(out: Path, step: int, policy, optimizer, keep: int, progress=None):
-    """Saves weights and optimizer, and what else each rank's loop must know to go on (`progress`,
-    tensors and plain values). Written aside, then renamed: a checkpoint is never half there.
+def save_checkpoint(out: Path, step: int, policy, optimizer, keep: int):
+    """Saves weights and optimizer. Written aside, then renamed: a checkpoint is never half there.
 
-    Random states are not saved: every draw follows from the seed and the step.
+    Nothing else is needed to go on: every draw follows from the seed and the step.
     """
     folder = Path(out) / "checkpoints"
     aside, final = folder / f"writing-{step:06d}", folder / f"step-{step:06d}"
@@ -469,8 +468,6 @@ def save_checkpoint(out: Path, step: int, policy, optimizer, keep: int, progress
     dist.barrier()
     weights, moments = get_state_dict(policy, optimizer)
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
-    if progress is not None:
-        torch.save(progress, aside / f"rank-{dist.get_rank()}.pt")
     meet()
     if is_main():
         shutil.rmtree(final, ignore_errors=True)
@@ -480,18 +477,17 @@ def save_checkpoint(out: Path, step: int, policy, optimizer, keep: int, progress
     dist.barrier()
 
 
-def load_checkpoint(out: Path, policy, optimizer) -> tuple[int, object]:
-    """Reads the run's newest checkpoint into policy and optimizer -> (step, progress of this rank).
+def load_checkpoint(out: Path, policy, optimizer) -> int:
+    """Reads the run's newest checkpoint into policy and optimizer -> its step, 0 without one.
 
-    (0, None) when there is none. A run may go on with another number of ranks.
+    A run may go on with another number of ranks.
     """
     newest = [checkpoints(out)[-1:]]  # rank 0's view: another host's may be some seconds old
     dist.broadcast_object_list(newest, src=0)
     if not newest[0]:
-        return 0, None
+        return 0
     found = newest[0][0]
     weights, moments = get_state_dict(policy, optimizer)
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=found)
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
-    own = found / f"rank-{dist.get_rank()}.pt"
-    return int(found.name.removeprefix("step-")), torch.load(own) if own.exists() else None
+    return int(found.name.removeprefix("step-"))
