@@ -506,8 +506,6 @@ def test_a_folder_of_another_method_is_not_gone_on_with(one_rank, problem_file, 
         (dict(stages="4Kx16xmany"), "stage 1 .*4Kx16xmany"),
         (dict(questions=7, minibatches=2), "multiple of ranks x minibatches"),
         (dict(engine="vllm", top_p=0.9), "--top_p"),
-        (dict(async_steps=1, tis=2.0), "--tis"),
-        (dict(async_steps=1, vllm_tp=2), "--vllm_tp"),
         (dict(data="no/such/file.jsonl"), "no/such/file.jsonl"),
     ],
 )
@@ -522,7 +520,6 @@ def test_what_cannot_be_run_ends_with_one_line(flags, hint, problem_file, tmp_pa
         (["--clip_epss", "1"], "did you mean --clip_eps"),
         (["--recipe", "vision-r1-7"], "did you mean vision-r1-7b"),
         (["--engine", "vlm"], "invalid choice"),
-        (["--async_steps", "2"], "invalid choice"),
     ],
 )
 def test_a_misspelt_flag_is_answered_with_the_nearest(argv, hint, capsys):

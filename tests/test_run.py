@@ -175,7 +175,7 @@ def test_a_changed_setting_is_refused_unless_it_only_says_how(stage, name, tmp_p
 METHOD = {  # a change of these changes the numbers
     grpo: "model data seed questions minibatches epochs system_prompt format_weight clip_eps "
     "clip_eps_high kl_coef std_norm loss_mean drop_zero_var tis temperature top_p max_prompt_len "
-    "engine async_steps lr warmup_steps weight_decay max_grad_norm freeze_vision",
+    "engine lr warmup_steps weight_decay max_grad_norm freeze_vision",
     sft: "model data holdout seed drop_chains system_prompt cutoff epochs batch_size lr "
     "warmup_ratio min_lr weight_decay max_grad_norm freeze_vision",
     evaluation: "model data seed temperature top_p max_len samples system_prompt",
@@ -253,7 +253,7 @@ def trained(layer, optimizer, steps):
         optimizer.zero_grad()
 
 
-def test_a_checkpoint_brings_weights_moments_and_progress_back(tmp_path):
+def test_a_checkpoint_brings_weights_and_moments_back(tmp_path):
     """The newest of two is read, the oldest of three is gone; training goes on bit by bit."""
     single_rank()
     pairs = []
@@ -262,13 +262,13 @@ def test_a_checkpoint_brings_weights_moments_and_progress_back(tmp_path):
         layer = torch.nn.Linear(3, 2)
         pairs.append((layer, torch.optim.AdamW(layer.parameters(), lr=0.1)))
     (layer, optimizer), (other, fresh) = pairs
-    assert run.load_checkpoint(tmp_path, other, fresh) == (0, None)
+    assert run.load_checkpoint(tmp_path, other, fresh) == 0
     for step in (1, 2, 3):
         trained(layer, optimizer, 1)
-        run.save_checkpoint(tmp_path, step, layer, optimizer, keep=2, progress=[step])
+        run.save_checkpoint(tmp_path, step, layer, optimizer, keep=2)
     assert [p.name for p in run.checkpoints(tmp_path)] == ["step-000002", "step-000003"]
     (tmp_path / "checkpoints" / "writing-000004").mkdir()  # killed while it was written
-    assert run.load_checkpoint(tmp_path, other, fresh) == (3, [3])
+    assert run.load_checkpoint(tmp_path, other, fresh) == 3
     trained(layer, optimizer, 2)
     trained(other, fresh, 2)
     assert torch.equal(layer.weight, other.weight)
