@@ -8,16 +8,7 @@ from math import comb
 
 import numpy as np
 
-from benchmarks.report import (
-    bootstrap,
-    by_question,
-    cluster,
-    counted,
-    fork_rows,
-    markdown,
-    percent,
-    read_run,
-)
+from benchmarks import report
 from nano import run
 
 
@@ -30,13 +21,13 @@ def mcnemar(only_a: int, only_b: int) -> float:
 
 def compare(rows_a: list[dict], rows_b: list[dict], key: str = "right") -> dict:
     """The paired difference of accuracy, B - A, over the questions of both, with interval and p."""
-    a, b = by_question(rows_a), by_question(rows_b)
+    a, b = report.by_question(rows_a), report.by_question(rows_b)
     same = [id for id in a if id in b]
     if not same:
         raise ValueError("the two runs have no question in common")
     x, y = (np.array([np.mean([r[key] for r in rows[id]]) for id in same]) for rows in (a, b))
-    clusters = [str(cluster(a[id][0])) for id in same]
-    spread = bootstrap(y - x, clusters)
+    clusters = [str(report.cluster(a[id][0])) for id in same]
+    spread = report.bootstrap(y - x, clusters)
     low, high = np.quantile(spread, [0.025, 0.975])
     if len(set(clusters)) == len(clusters) and {*x, *y} <= {0.0, 1.0}:
         test, p = "McNemar, exact", mcnemar(int((x > y).sum()), int((y > x).sum()))
@@ -49,22 +40,19 @@ def compare(rows_a: list[dict], rows_b: list[dict], key: str = "right") -> dict:
 
 def compare_runs(path_a, path_b) -> str:
     """A Markdown table: for every benchmark of both runs the difference by both rules."""
-    runs = [read_run(path) for path in (path_a, path_b)]
+    runs = [report.read_run(path) for path in (path_a, path_b)]
     lines = [["", "n", "A %", "B %", "B - A (95 %)", "p", "test"]]
     for bench in dict.fromkeys(r.get("bench", "all") for r in runs[0]):
         pair = [[r for r in rows if r.get("bench", "all") == bench] for rows in runs]
-        if not pair[1]:
-            continue
-        found = {bench: compare(*map(counted, pair))}
+        ways = [(bench, report.counted, "right")]
         if bench != "all":
-            kept = map(fork_rows, pair)
-            found[f"{bench}, the paper's rules"] = compare(*kept, "fork_right")
-        for words, c in found.items():
-            shares = [percent(c["a"]), percent(c["b"])]
-            ends = [100 * c[key] for key in ("difference", "low", "high")]
-            interval = "{:+.1f} ({:+.1f} to {:+.1f})".format(*ends)
+            ways.append((f"{bench}, the paper's rules", report.fork_rows, "fork_right"))
+        for words, keep, key in ways if pair[1] else []:
+            c = compare(*map(keep, pair), key)
+            interval = "{difference:+.1%} ({low:+.1%} to {high:+.1%})".format(**c).replace("%", "")
+            shares = [report.percent(c[which]) for which in "ab"]
             lines.append([words, c["n"], *shares, interval, f"{c['p']:.2g}", c["test"]])
-    return f"A: {path_a}\nB: {path_b}\n{markdown(*lines)}"
+    return f"A: {path_a}\nB: {path_b}\n{report.markdown(*lines)}"
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ Counted are whole words in any case. Lengths and duplicates of each file stand b
 paper's three data sets; the lengths are drawn in stats.png.
 """
 
-import hashlib
 import json
 import re
 import sys
@@ -15,14 +14,14 @@ from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
+from nano import run
 from nano.words import WORDS
 
-TABLE_4 = {  # records, then the count of each word
+TABLE_4 = {  # Records, then the count of each word.
     "LLaVA-CoT": (100_000, 2300, 1, 183, 251, 8332),
     "Mulberry": (260_000, 1122, 0, 8784, 68, 26421),
     "Vision-R1-cold": (200_000, 585_719, 75_853, 26_697, 188_187, 100_148),
 }
-ROLES = ("gpt", "assistant")  # who answers
 FOUND = re.compile(rf"\b(?:{'|'.join(WORDS)})\b", re.IGNORECASE)
 
 
@@ -34,18 +33,23 @@ def responses(path: str) -> Iterator[str]:
         for row in json.load(file) if is_list else map(json.loads, file):
             alone = [{"from": "gpt", "value": row.get("response")}]
             turns = row.get("conversations") or row.get("messages") or alone
-            theirs = [turn for turn in turns if turn.get("from", turn.get("role")) in ROLES]
-            yield "\n".join(turn.get("value", turn.get("content")) or "" for turn in theirs)
+            theirs = [t for t in turns if t.get("from", t.get("role")) in ("gpt", "assistant")]
+            yield "\n".join(t.get("value", t.get("content")) or "" for t in theirs)
+
+
+def word_cells(n: int, counts: list[int]) -> dict[str, str]:
+    cells = {"records": f"{n:,}"} | {word: f"{count:,}" for word, count in zip(WORDS, counts)}
+    return cells | {f"{word} per record": f"{count / n:.3f}" for word, count in zip(WORDS, counts)}
 
 
 def column(path: str) -> tuple[dict[str, str], list[int]]:
     """-> (the file's column of the table, the words in each response)"""
     counts, records_with, texts, lengths = Counter(), Counter(), set(), []
     for text in filter(None, responses(path)):
-        found = Counter(word.capitalize() for word in FOUND.findall(text))
+        found = Counter(map(str.capitalize, FOUND.findall(text)))
         counts.update(found)
         records_with.update(found.keys())
-        texts.add(hashlib.md5(text.encode()).digest())
+        texts.add(hash(text))
         lengths.append(len(text.split()))
     if not lengths:
         raise ValueError(f"{path}: no responses in it (response, conversations or messages)")
@@ -57,17 +61,11 @@ def column(path: str) -> tuple[dict[str, str], list[int]]:
     return cells, lengths
 
 
-def word_cells(n: int, counts: list[int]) -> dict[str, str]:
-    cells = {"records": f"{n:,}"} | {word: f"{count:,}" for word, count in zip(WORDS, counts)}
-    return cells | {f"{word} per record": f"{count / n:.3f}" for word, count in zip(WORDS, counts)}
-
-
 def main(files: list[str]) -> None:
     names = [file if len(file) < 32 else "..." + file[-29:] for file in files]
     columns, lengths = zip(*map(column, files))
     columns = dict(zip(names, columns))
-    for name, (n, *counts) in TABLE_4.items():
-        columns[f"Table 4: {name}"] = word_cells(n, counts)
+    columns |= {f"Table 4: {name}": word_cells(n, own) for name, (n, *own) in TABLE_4.items()}
     print(" " * 28 + "".join(f"  {name}" for name in columns))
     for head in columns[names[0]]:
         cells = [f"{cells.get(head, ''):>{len(name) + 2}}" for name, cells in columns.items()]
@@ -83,7 +81,5 @@ def main(files: list[str]) -> None:
 if __name__ == "__main__":
     if not sys.argv[1:] or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    try:
+    with run.for_people():
         main(sys.argv[1:])
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"stopped: {error}")
