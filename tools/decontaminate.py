@@ -18,7 +18,6 @@ mirrored copies are not found, nor are questions in other words or another langu
 """
 
 import argparse
-import functools
 import json
 import multiprocessing
 import os
@@ -27,6 +26,7 @@ import sys
 import unicodedata
 from collections import Counter, defaultdict, deque
 from concurrent.futures import ProcessPoolExecutor
+from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
@@ -80,7 +80,7 @@ def same_picture(a: np.ndarray, b: np.ndarray) -> bool:
     return places[..., :3].max() <= COLOUR and places[..., 3].max() <= limit
 
 
-@functools.lru_cache(4096)
+@lru_cache(4096)
 def words(question: str) -> tuple[str, ...]:
     """Lower-case words and numbers; each Chinese or Japanese sign is a word."""
     text = unicodedata.normalize("NFKC", question.replace(data.MARK, " ")).lower()
@@ -95,7 +95,7 @@ def masked(question: str) -> tuple[str, ...]:
     return tuple("0" if word[0].isdigit() else word for word in words(question))
 
 
-@functools.lru_cache(4096)
+@lru_cache(4096)
 def shingles(question: str) -> set[str]:
     text = f" {' '.join(words(question))} "
     return {text[i : i + 4] for i in range(max(1, len(text) - 3))}
@@ -125,10 +125,10 @@ def conflict(a: str, b: str) -> bool:
 
 
 class Index:
-    """What the workers know of the evaluation sets: pictures, rare grams of long questions."""
+    """The evaluation sets: their pictures, and the rare grams of their long questions."""
 
-    def __init__(self, records: list[tuple], looks: list[list]):
-        self.records = records  # [(file, row, id, problem, answer)]
+    def __init__(self, records: list[data.Record], places: list[dict], looks: list[list]):
+        self.records, self.places = records, places
         self.owner = [n for n, own in enumerate(looks) for _ in own]
         seen = [look for own in looks for look in own]
         # (pictures, 4), (pictures, 64, 64, 3), (pictures,)
@@ -137,90 +137,84 @@ class Index:
         self.shapes = np.array([shape for *_, shape in seen])
         self.texts = defaultdict(list)  # Equal questions are looked up once.
         pictures, found = defaultdict(set), defaultdict(list)
-        for n, (*_, problem, _) in enumerate(records):
-            self.texts[words(problem)].append(n)
-            pictures[masked(problem)].add(bytes(looks[n][0][0]) if looks[n] else b"")
+        for n, record in enumerate(records):
+            self.texts[words(record.problem)].append(n)
+            pictures[masked(record.problem)].add(bytes(looks[n][0][0]) if looks[n] else b"")
         self.templates = {text for text, own in pictures.items() if len(own) > 1}
-        for members in self.texts.values():
-            for gram in grams(records[members[0]][3]):
-                found[gram].append(members[0])
+        for first, *_ in self.texts.values():
+            for gram in grams(records[first].problem):
+                found[gram].append(first)
         self.grams = {gram: own for gram, own in found.items() if len(own) <= COMMON}
 
-    def pairs(self, problem: str, answer: str, looks: list) -> list[tuple]:
-        """One training record -> [(number of the eval record, kind, distance, overlap)]."""
-        found = {}
+    def pairs(self, record: data.Record, place: dict, looks: list) -> dict[int, dict]:
+        """One training record -> {number of the evaluation record: line of report.jsonl}"""
+        problem, found = record.problem, {}
+
+        def add(n: int, kind: str, distance: int | None, share: float):
+            line = dict(kind=kind, train=place, eval=self.places[n], distance=distance)
+            found[n] = line | dict(overlap=round(share, 3))
+
         for bits, thumb, shape in looks:
             distance = np.bitwise_count(self.hashes ^ bits).sum(1, dtype=np.uint16)
             for i in np.flatnonzero((distance <= NEAR) & (abs(self.shapes - shape) < 0.1)):
                 n = self.owner[i]
-                if n in found or not same_picture(thumb, self.thumbs[i]):
-                    continue
-                *_, other, gold = self.records[n]
-                share = overlap(problem, other)
-                kind = "variant" if conflict(answer, gold) else "copy"
-                kind = kind if share >= LIKE else "image shared"
-                found[n] = (n, kind, int(distance[i]), share)
+                if n not in found and same_picture(thumb, self.thumbs[i]):
+                    other = self.records[n]
+                    share = overlap(problem, other.problem)
+                    kind = "variant" if conflict(record.answer, other.answer) else "copy"
+                    add(n, kind if share >= LIKE else "image shared", int(distance[i]), share)
         hits = Counter(n for gram in grams(problem) for n in self.grams.get(gram, ()))
         for first, _ in hits.most_common(20):
-            other = self.records[first][3]
+            other = self.records[first].problem
             if numbers(problem) != numbers(other) or (share := overlap(problem, other)) < SAME:
                 continue
             kind = "template" if masked(other) in self.templates else "same question"
             for n in self.texts[words(other)]:
-                if n not in found and not conflict(answer, self.records[n][4]):
-                    found[n] = (n, kind, None, share)
-        return list(found.values())
+                if n not in found and not conflict(record.answer, self.records[n].answer):
+                    add(n, kind, None, share)
+        return found
 
 
-index = None  # Each worker of the second pool gets it once.
-
-
-def start(given: Index):
-    global index
-    index = given
-
-
-def looks_of(batch: list[tuple]) -> list[tuple]:
-    """[(file, row, record)] -> [(file, row, id, problem, answer, looks, what is wrong)]"""
-    rows = []
-    for file, row, r in batch:
-        looks, wrong = [], ""
+def looks_of(batch: list[list]) -> list[tuple[list, str]]:
+    """The images of records -> [(their looks, "") or ([], what is wrong)]"""
+    found = []
+    for images in batch:
         try:
-            looks = [look(image) for image in r.images]
+            found.append(([look(image) for image in images], ""))
         except ValueError as error:
-            wrong = str(error)
-        rows.append((file, row, r.id, r.problem, r.answer, looks, wrong))
-    return rows
+            found.append(([], str(error)))
+    return found
 
 
-def pairs_of(batch: list[tuple]) -> list[tuple]:
-    return [(*row[:3], index.pairs(*row[3:6]), row[6]) for row in looks_of(batch)]
-
-
-def spread(work, items, pool: ProcessPoolExecutor, name: str):
-    """Results of work(batch of items) in order. Only a few batches exist at a time."""
-    items, jobs = iter(items), deque()
+def looked(paths, problems: data.Problems, pool: ProcessPoolExecutor, name: str):
+    """Yields (file, row, record without images, its place, looks, broken?) in order."""
+    items = (item for path in paths for item in data.stream(path, problems, check_images=False))
+    jobs = deque()  # Only a few batches exist at a time.
     with tqdm(desc=name, unit=" records", mininterval=1) as bar:
         while (batch := list(islice(items, BATCH))) or jobs:
             if batch:
-                jobs.append(pool.submit(work, batch))
-            if not batch or len(jobs) == AHEAD:
-                results = jobs.popleft().result()
-                bar.update(len(results))
-                yield from results
+                jobs.append((batch, pool.submit(looks_of, [record.images for *_, record in batch])))
+            if batch and len(jobs) < AHEAD:
+                continue
+            batch, job = jobs.popleft()
+            bar.update(len(batch))
+            for (file, row, record), (looks, wrong) in zip(batch, job.result()):
+                record.images = []
+                if wrong:
+                    problems.add("broken image", wrong, file, row, record.id)
+                place = dict(file=str(file), row=row, id=record.id)
+                yield file, row, record, place, looks, bool(wrong)
 
 
 # ---- the cleaned files
 
 
 def relocate(row: dict, old: Path, new: Path) -> dict:
-    """A row whose relative picture paths are to be read from another folder."""
-    row = dict(row)
+    """Makes the relative picture paths of a row readable from another folder."""
     for key in {"image", "images"} & row.keys():
         images = row[key] if isinstance(row[key], list) else [row[key]]
-        for i, image in enumerate(images := list(images)):
-            if isinstance(image, str) and not os.path.isabs(image):
-                images[i] = os.path.relpath(old / image, new)
+        relative = [isinstance(image, str) and not os.path.isabs(image) for image in images]
+        images = [os.path.relpath(old / i, new) if r else i for i, r in zip(images, relative)]
         row[key] = images if isinstance(row[key], list) else images[0]
     return row
 
@@ -252,44 +246,35 @@ def check(train, against, out, drop_shared_images: bool = False, workers: int | 
 
     ValueError for files that cannot be read.
     """
-    out, problems, context = Path(out), data.Problems(), multiprocessing.get_context("spawn")
+    out, problems = Path(out), data.Problems()
     out.mkdir(parents=True, exist_ok=True)
-    records, looks = [], []
+    counts, rows, bad = Counter(), defaultdict(set), defaultdict(set)
+    pairs, by_text = [], defaultdict(list)
+    context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
-        items = (x for path in against for x in data.stream(path, problems, check_images=False))
-        for *record, seen, wrong in spread(looks_of, items, pool, "evaluation sets"):
-            records.append(tuple(record))
-            looks.append(seen)
-            if wrong:
-                problems.add("broken image", wrong, *record[:3])
-    index = Index(records, looks)
-    counts, rows, bad, pairs = Counter(), defaultdict(set), defaultdict(set), []
-    by_text = defaultdict(list)
-    with ProcessPoolExecutor(workers or os.cpu_count(), context, start, (index,)) as pool:
-        items = data.stream(train, problems, check_images=False)
-        for file, row, id, found, wrong in spread(pairs_of, items, pool, "training data"):
+        found = looked(against, problems, pool, "evaluation sets")
+        evals = [(record, place, looks) for _, _, record, place, looks, _ in found]
+        index = Index(*map(list, zip(*evals)))
+        for file, row, record, place, looks, broken in looked(
+            [train], problems, pool, "training data"
+        ):
             counts["records"] += 1
             rows[file].add(row)
-            if wrong:
-                problems.add("broken image", wrong, file, row, id)
+            if broken:
                 bad[file].add(row)
-            for n, kind, *rest in found:
-                group = by_text[n] if kind == "same question" else pairs
-                group.append((file, row, id, n, kind, *rest))
-    for group in by_text.values():  # A text that goes with many pictures is a template.
-        kind = "template" if len(group) > 3 else "same question"
-        pairs += [(*pair[:4], kind, *pair[5:]) for pair in group]
+            for n, pair in index.pairs(record, place, looks).items():
+                (by_text[n] if pair["kind"] == "same question" else pairs).append(pair)
+    for group in by_text.values():
+        if len(group) > 3:  # A text that goes with many pictures is a template.
+            group = [pair | dict(kind="template") for pair in group]
+        pairs += group
     removed = (*REMOVED, "image shared") if drop_shared_images else REMOVED
     with open(out / "report.jsonl", "w", encoding="utf-8") as f:
-        for file, row, id, n, kind, distance, share in pairs:
-            places = (file, row, id), records[n][:3]
-            ours, other = (dict(file=str(file), row=row, id=id) for file, row, id in places)
-            line = dict(kind=kind, train=ours, eval=other, distance=distance)
-            line["overlap"] = round(share, 3)
-            f.write(json.dumps(line, ensure_ascii=False) + "\n")
-            counts[kind] += 1
-            if kind in removed:
-                bad[file].add(row)
+        for pair in pairs:
+            f.write(json.dumps(pair, ensure_ascii=False) + "\n")
+            counts[pair["kind"]] += 1
+            if pair["kind"] in removed:
+                bad[Path(pair["train"]["file"])].add(pair["train"]["row"])
     counts["rows removed"] = sum(map(len, bad.values()))
     names, paths = Counter(file.name for file in rows), []
     for file in rows:
@@ -299,7 +284,7 @@ def check(train, against, out, drop_shared_images: bool = False, workers: int | 
             raise ValueError(f"{path} would overwrite {file}, or another of its name; {advice}")
         clean(file, rows[file] - bad[file], path)
         paths.append(path)
-    return counts, len(records), problems, paths
+    return counts, len(evals), problems, paths
 
 
 def main(argv: list[str] | None = None):
