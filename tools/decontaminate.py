@@ -2,8 +2,8 @@
 
   python -m tools.decontaminate TRAIN --against EVAL [EVAL ...] [--out DIR] [--drop-shared-images]
 
-It reads what nano/data.py reads. DIR/report.jsonl has a pair a line: file, row, id, hash distance,
-overlap. Beside it each file of TRAIN is written in its own layout without the rows found.
+DIR/report.jsonl has a pair a line: file, row, id, hash distance, overlap. Beside it each file of
+TRAIN is written in its own layout without the rows found.
 
   copy           the same picture and a like question                                     removed
   same question  a long question (20 words), all its numbers equal, whatever the picture  removed
@@ -31,7 +31,6 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 from tqdm import tqdm
@@ -127,67 +126,65 @@ def conflict(a: str, b: str) -> bool:
 class Index:
     """The evaluation sets: their pictures, and the rare grams of their long questions."""
 
-    def __init__(self, records: list[data.Record], places: list[dict], looks: list[list]):
-        self.records, self.places = records, places
-        self.owner = [n for n, own in enumerate(looks) for _ in own]
-        seen = [look for own in looks for look in own]
-        # (pictures, 4), (pictures, 64, 64, 3), (pictures,)
-        self.hashes = np.array([bits for bits, *_ in seen], np.uint64).reshape(-1, 4)
-        self.thumbs = np.array([thumb for _, thumb, _ in seen], np.uint8)
+    def __init__(self, evals: list[tuple]):
+        self.evals = evals  # [(record, its place, looks of its pictures)]
+        seen = [(n, *look) for n, (*_, looks) in enumerate(evals) for look in looks]
+        self.owner = [n for n, *_ in seen]
+        self.hashes = np.array([bits for _, bits, *_ in seen], np.uint64).reshape(-1, 4)
         self.shapes = np.array([shape for *_, shape in seen])
         self.texts = defaultdict(list)  # Equal questions are looked up once.
         pictures, found = defaultdict(set), defaultdict(list)
-        for n, record in enumerate(records):
+        for n, (record, _, looks) in enumerate(evals):
             self.texts[words(record.problem)].append(n)
-            pictures[masked(record.problem)].add(bytes(looks[n][0][0]) if looks[n] else b"")
+            pictures[masked(record.problem)].add(bytes(looks[0][0]) if looks else b"")
         self.templates = {text for text, own in pictures.items() if len(own) > 1}
         for first, *_ in self.texts.values():
-            for gram in grams(records[first].problem):
+            for gram in grams(evals[first][0].problem):
                 found[gram].append(first)
         self.grams = {gram: own for gram, own in found.items() if len(own) <= COMMON}
+        self.thumbs = [thumb for _, _, thumb, _ in seen]
 
     def pairs(self, record: data.Record, place: dict, looks: list) -> dict[int, dict]:
         """One training record -> {number of the evaluation record: line of report.jsonl}"""
-        problem, found = record.problem, {}
-
-        def add(n: int, kind: str, distance: int | None, share: float):
-            line = dict(kind=kind, train=place, eval=self.places[n], distance=distance)
-            found[n] = line | dict(overlap=round(share, 3))
-
+        found = {}
         for bits, thumb, shape in looks:
             distance = np.bitwise_count(self.hashes ^ bits).sum(1, dtype=np.uint16)
             for i in np.flatnonzero((distance <= NEAR) & (abs(self.shapes - shape) < 0.1)):
                 n = self.owner[i]
                 if n not in found and same_picture(thumb, self.thumbs[i]):
-                    other = self.records[n]
-                    share = overlap(problem, other.problem)
+                    other = self.evals[n][0]
+                    share = overlap(record.problem, other.problem)
                     kind = "variant" if conflict(record.answer, other.answer) else "copy"
-                    add(n, kind if share >= LIKE else "image shared", int(distance[i]), share)
-        hits = Counter(n for gram in grams(problem) for n in self.grams.get(gram, ()))
+                    found[n] = kind if share >= LIKE else "image shared", int(distance[i]), share
+        hits = Counter(n for gram in grams(record.problem) for n in self.grams.get(gram, ()))
         for first, _ in hits.most_common(20):
-            other = self.records[first].problem
-            if numbers(problem) != numbers(other) or (share := overlap(problem, other)) < SAME:
-                continue
-            kind = "template" if masked(other) in self.templates else "same question"
-            for n in self.texts[words(other)]:
-                if n not in found and not conflict(record.answer, self.records[n].answer):
-                    add(n, kind, None, share)
-        return found
+            other = self.evals[first][0].problem
+            share = overlap(record.problem, other)
+            if share >= SAME and numbers(record.problem) == numbers(other):
+                kind = "template" if masked(other) in self.templates else "same question"
+                for n in self.texts[words(other)]:
+                    if n not in found and not conflict(record.answer, self.evals[n][0].answer):
+                        found[n] = kind, None, share
+        pairs = {}
+        for n, (kind, distance, share) in found.items():
+            pair = dict(kind=kind, train=place, eval=self.evals[n][1], distance=distance)
+            pairs[n] = pair | dict(overlap=round(share, 3))
+        return pairs
 
 
-def looks_of(batch: list[list]) -> list[tuple[list, str]]:
-    """The images of records -> [(their looks, "") or ([], what is wrong)]"""
+def looks_of(batch: list[list]) -> list[tuple[list | None, str]]:
+    """The images of each record -> [(their looks, "") or (None, what is wrong)]"""
     found = []
     for images in batch:
         try:
             found.append(([look(image) for image in images], ""))
         except ValueError as error:
-            found.append(([], str(error)))
+            found.append((None, str(error)))
     return found
 
 
-def looked(paths, problems: data.Problems, pool: ProcessPoolExecutor, name: str):
-    """Yields (file, row, record without images, its place, looks, broken?) in order."""
+def looked(paths: list, problems: data.Problems, pool: ProcessPoolExecutor, name: str):
+    """Yields (record without its pictures, its place, their looks or None if broken) in order."""
     items = (item for path in paths for item in data.stream(path, problems, check_images=False))
     jobs = deque()  # Only a few batches exist at a time.
     with tqdm(desc=name, unit=" records", mininterval=1) as bar:
@@ -199,11 +196,10 @@ def looked(paths, problems: data.Problems, pool: ProcessPoolExecutor, name: str)
             batch, job = jobs.popleft()
             bar.update(len(batch))
             for (file, row, record), (looks, wrong) in zip(batch, job.result()):
-                record.images = []
                 if wrong:
                     problems.add("broken image", wrong, file, row, record.id)
-                place = dict(file=str(file), row=row, id=record.id)
-                yield file, row, record, place, looks, bool(wrong)
+                record.images = []
+                yield record, dict(file=str(file), row=row, id=record.id), looks
 
 
 # ---- the cleaned files
@@ -226,8 +222,7 @@ def clean(file: Path, rows: set[int], path: Path):
         table, start = pq.ParquetFile(file), 1
         with pq.ParquetWriter(path, table.schema_arrow) as writer:
             for batch in table.iter_batches(batch_size=256):
-                kept = [n in rows for n in range(start, start + len(batch))]
-                writer.write_batch(batch.filter(pa.array(kept)))
+                writer.write_batch(batch.take([i for i in range(len(batch)) if start + i in rows]))
                 start += len(batch)
         return
     if kind not in ("jsonl", "json"):
@@ -252,37 +247,37 @@ def check(train, against, out, drop_shared_images: bool = False, workers: int | 
     pairs, by_text = [], defaultdict(list)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
-        found = looked(against, problems, pool, "evaluation sets")
-        evals = [(record, place, looks) for _, _, record, place, looks, _ in found]
-        index = Index(*map(list, zip(*evals)))
-        for file, row, record, place, looks, broken in looked(
-            [train], problems, pool, "training data"
-        ):
+        evals = [
+            (record, place, looks or [])
+            for record, place, looks in looked(against, problems, pool, "evaluation sets")
+        ]
+        index = Index(evals)
+        for record, place, looks in looked([train], problems, pool, "training data"):
             counts["records"] += 1
-            rows[file].add(row)
-            if broken:
-                bad[file].add(row)
-            for n, pair in index.pairs(record, place, looks).items():
+            rows[place["file"]].add(place["row"])
+            if looks is None:
+                bad[place["file"]].add(place["row"])
+            for n, pair in index.pairs(record, place, looks or []).items():
                 (by_text[n] if pair["kind"] == "same question" else pairs).append(pair)
-    for group in by_text.values():
-        if len(group) > 3:  # A text that goes with many pictures is a template.
-            group = [pair | dict(kind="template") for pair in group]
-        pairs += group
+    for group in by_text.values():  # A text that goes with many pictures is a template.
+        kind = "template" if len(group) > 3 else "same question"
+        pairs += [pair | dict(kind=kind) for pair in group]
     removed = (*REMOVED, "image shared") if drop_shared_images else REMOVED
     with open(out / "report.jsonl", "w", encoding="utf-8") as f:
         for pair in pairs:
             f.write(json.dumps(pair, ensure_ascii=False) + "\n")
             counts[pair["kind"]] += 1
             if pair["kind"] in removed:
-                bad[Path(pair["train"]["file"])].add(pair["train"]["row"])
+                bad[pair["train"]["file"]].add(pair["train"]["row"])
     counts["rows removed"] = sum(map(len, bad.values()))
-    names, paths = Counter(file.name for file in rows), []
-    for file in rows:
+    names, paths = Counter(Path(file).name for file in rows), []
+    for file, found in rows.items():
+        kept, file = found - bad[file], Path(file)
         path = out / (file.name if names[file.name] == 1 else f"{file.parent.name}-{file.name}")
         if path in paths or path.exists() and path.samefile(file):
             advice = "give another --out, or one file at a time"
             raise ValueError(f"{path} would overwrite {file}, or another of its name; {advice}")
-        clean(file, rows[file] - bad[file], path)
+        clean(file, kept, path)
         paths.append(path)
     return counts, len(evals), problems, paths
 
