@@ -13,8 +13,8 @@ TRAIN is written in its own layout without the rows found.
 
 A 255-bit perceptual hash (signs of the low DCT frequencies of a 64 x 64 grey picture) finds
 candidates, then the 64 x 64 colour pictures are compared: noise of JPEG and resizing is small and
-everywhere, a changed digit is in one place and a changed colour is large. Cropped, turned or
-mirrored copies are not found, nor are questions in other words or another language.
+everywhere, a changed digit is in one place. Cropped, turned or mirrored copies are not found, nor
+questions in other words.
 """
 
 import argparse
@@ -32,6 +32,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
+from numpy.lib.stride_tricks import sliding_window_view
 from PIL import Image
 from tqdm import tqdm
 
@@ -72,9 +73,7 @@ def same_picture(a: np.ndarray, b: np.ndarray) -> bool:
     difference = a.astype(np.float32) - b
     # JPEG is coarse in colour and fine in grey.
     both = np.concatenate([difference, difference @ GREY], axis=2)  # (64, 64, 4)
-    total = np.pad(both, ((1, 0), (1, 0), (0, 0))).cumsum(0).cumsum(1)
-    sums = total[4:, 4:] - total[:-4, 4:] - total[4:, :-4] + total[:-4, :-4]
-    places = np.abs(sums) / 16  # Means over squares of 4 x 4.
+    places = np.abs(sliding_window_view(both, (4, 4), (0, 1)).mean((-2, -1)))  # (61, 61, 4)
     limit = min(WORST, SPREAD * np.abs(both[..., 3]).mean() + 3)
     return places[..., :3].max() <= COLOUR and places[..., 3].max() <= limit
 
@@ -86,8 +85,8 @@ def words(question: str) -> tuple[str, ...]:
     return tuple(re.findall(r"\d+(?:\.\d+)?|[\u3040-\u30ff\u3400-\u9fff]|[^\W\d_]+", text))
 
 
-def numbers(question: str) -> Counter:
-    return Counter(word for word in words(question) if word[0].isdigit())
+def numbers(question: str) -> list[str]:
+    return sorted(word for word in words(question) if word[0].isdigit())
 
 
 def masked(question: str) -> tuple[str, ...]:
@@ -172,34 +171,29 @@ class Index:
         return pairs
 
 
-def looks_of(batch: list[list]) -> list[tuple[list | None, str]]:
-    """The images of each record -> [(their looks, "") or (None, what is wrong)]"""
-    found = []
-    for images in batch:
-        try:
-            found.append(([look(image) for image in images], ""))
-        except ValueError as error:
-            found.append((None, str(error)))
-    return found
+def looks_of(images: list[str | bytes]) -> tuple[list | None, str]:
+    """-> (looks, "") or (None, what is wrong)"""
+    try:
+        return [look(image) for image in images], ""
+    except ValueError as error:
+        return None, str(error)
 
 
-def looked(paths: list, problems: data.Problems, pool: ProcessPoolExecutor, name: str):
+def looked(paths: list, problems: data.Problems, pool: ProcessPoolExecutor):
     """Yields (record without its pictures, its place, their looks or None if broken) in order."""
     items = (item for path in paths for item in data.stream(path, problems, check_images=False))
     jobs = deque()  # Only a few batches exist at a time.
-    with tqdm(desc=name, unit=" records", mininterval=1) as bar:
-        while (batch := list(islice(items, BATCH))) or jobs:
-            if batch:
-                jobs.append((batch, pool.submit(looks_of, [record.images for *_, record in batch])))
-            if batch and len(jobs) < AHEAD:
-                continue
-            batch, job = jobs.popleft()
-            bar.update(len(batch))
-            for (file, row, record), (looks, wrong) in zip(batch, job.result()):
-                if wrong:
-                    problems.add("broken image", wrong, file, row, record.id)
-                record.images = []
-                yield record, dict(file=str(file), row=row, id=record.id), looks
+    while (batch := list(islice(items, BATCH))) or jobs:
+        if batch:
+            images = [record.images for *_, record in batch]
+            jobs.append(zip(batch, pool.map(looks_of, images, chunksize=BATCH)))
+        if batch and len(jobs) < AHEAD:
+            continue
+        for (file, row, record), (looks, wrong) in jobs.popleft():
+            if wrong:
+                problems.add("broken image", wrong, file, row, record.id)
+            record.images = []
+            yield record, dict(file=str(file), row=row, id=record.id), looks
 
 
 # ---- the cleaned files
@@ -247,13 +241,11 @@ def check(train, against, out, drop_shared_images: bool = False, workers: int | 
     pairs, by_text = [], defaultdict(list)
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
-        evals = [
-            (record, place, looks or [])
-            for record, place, looks in looked(against, problems, pool, "evaluation sets")
-        ]
+        found = tqdm(looked(against, problems, pool), "evaluation sets", unit=" records")
+        evals = [(record, place, looks or []) for record, place, looks in found]
         index = Index(evals)
-        for record, place, looks in looked([train], problems, pool, "training data"):
-            counts["records"] += 1
+        found = tqdm(looked([train], problems, pool), "training data", unit=" records")
+        for record, place, looks in found:
             rows[place["file"]].add(place["row"])
             if looks is None:
                 bad[place["file"]].add(place["row"])
@@ -269,10 +261,11 @@ def check(train, against, out, drop_shared_images: bool = False, workers: int | 
             counts[pair["kind"]] += 1
             if pair["kind"] in removed:
                 bad[pair["train"]["file"]].add(pair["train"]["row"])
+    counts["records"] = found.n
     counts["rows removed"] = sum(map(len, bad.values()))
     names, paths = Counter(Path(file).name for file in rows), []
-    for file, found in rows.items():
-        kept, file = found - bad[file], Path(file)
+    for file, all_rows in rows.items():
+        kept, file = all_rows - bad[file], Path(file)
         path = out / (file.name if names[file.name] == 1 else f"{file.parent.name}-{file.name}")
         if path in paths or path.exists() and path.samefile(file):
             advice = "give another --out, or one file at a time"
@@ -290,9 +283,9 @@ def main(argv: list[str] | None = None):
     parser.add_argument("--out", default="runs/decontaminated", metavar="DIR")
     parser.add_argument("--drop-shared-images", action="store_true")
     parser.add_argument("--workers", type=int, help="processes (default: one per core)")
-    args = vars(parser.parse_args(argv))
+    args = parser.parse_args(argv)
     try:
-        counts, n, problems, paths = check(**args)
+        counts, n, problems, paths = check(**vars(args))
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"stopped: {error}")
     print(problems.summary() or "all data could be read")
@@ -301,7 +294,7 @@ def main(argv: list[str] | None = None):
     print(f"{against}; {removed:,} rows removed")
     for kind, count in counts.most_common():
         print(f"  {count:,} pairs: {kind}")
-    print(f"pairs: {args['out']}/report.jsonl; cleaned: {', '.join(map(str, paths))}")
+    print(f"pairs: {args.out}/report.jsonl; cleaned: {', '.join(map(str, paths))}")
 
 
 if __name__ == "__main__":
