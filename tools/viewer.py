@@ -2,10 +2,9 @@
 
   python -m tools.viewer RUN_OR_FILE      samples.jsonl of grpo.py, responses.jsonl of eval.py
 
-The page holds everything, pictures too, and asks for nothing from anywhere: it can be mailed, and
-opened from disk. Rows hold no pictures: they are found by id in the problems that the run's
-config.json names. What a model wrote is hostile until proven otherwise: it is never markup, and the
-page's policy lets no script run but its own.
+The page holds everything, pictures too, and asks for nothing from anywhere. Rows hold no pictures:
+they are found by id in the problems that the run's config.json names. What a model wrote is
+hostile: it is never markup, and the page's policy lets no script run but its own.
 """
 
 import argparse
@@ -33,30 +32,24 @@ def find_file(path: str | Path) -> Path:
     path = Path(path)
     if path.is_file():
         return path
-    if not path.is_dir():
-        expected = f"expected a run of grpo.py or eval.py, or its {' or '.join(FILES)}"
-        raise ValueError(f"{path}: no such run or file; {expected}")
-    for name in FILES:
-        if (path / name).is_file():
-            return path / name
-    below = sorted({str(f.parent) for name in FILES for f in path.rglob(name)})
-    there = ", ".join(below[:9]) or "no folder below it"
-    raise ValueError(f"{path}: no {' or '.join(FILES)} in it; there is in {there}")
+    found = [path / name for name in FILES if (path / name).is_file()]
+    if not found:
+        below = sorted({str(f.parent) for name in FILES for f in path.rglob(name)})
+        there = f"there is one in {', '.join(below[:9])}" if below else "nor is one below it"
+        raise ValueError(f"{path}: no such run or file: no {' or '.join(FILES)} in it, {there}")
+    return found[0]
 
 
 def read_rows(path: Path) -> tuple[list[dict], list[str]]:
     """-> (rows, what was wrong with others). ValueError if no row is left."""
     rows, wrong = [], []
-    for n, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            row = json.loads(line)
-            if not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in NEEDED):
-                raise TypeError(f"no {', '.join(NEEDED)} in it")
-            rows.append(row)
-        except (ValueError, RecursionError):
+    for n, row in data._jsonl(path):
+        if isinstance(row, data.BadRow):
             wrong.append(f"{path}:{n}: not JSON (the writer was killed, or still writes?)")
-        except TypeError as error:
-            wrong.append(f"{path}:{n}: {error}")
+        elif not isinstance(row, dict) or not all(isinstance(row.get(k), str) for k in NEEDED):
+            wrong.append(f"{path}:{n}: no {', '.join(NEEDED)} in it")
+        else:
+            rows.append(row)
     if not rows:
         raise ValueError(f"{path}: no rollouts in it; {wrong[0] if wrong else 'it is empty'}")
     return rows, wrong
@@ -80,13 +73,10 @@ def find_records(source: str) -> tuple[dict, str]:
 def shrink(image: str | bytes, room: int) -> str:
     """A data URI of at most `room` characters. ValueError if that cannot be."""
     picture = data.load_image(image)  # It is upright, RGB, and without what else the file held.
-    sizes = set()
     for side in SIDES:
         picture.thumbnail((side, side))  # It never becomes larger.
-        hopeless = side > SIDES[-1] and side * side > 16 * room
-        if hopeless or picture.size in sizes:
-            continue
-        sizes.add(picture.size)
+        if side > SIDES[-1] and side * side > 16 * room:
+            continue  # It would hardly fit.
         uris = []
         for kind in ("png", "jpeg"):  # Drawings stay small and sharp as PNG, and photographs don't.
             picture.save(out := BytesIO(), kind, quality=80)
@@ -124,8 +114,10 @@ def number(value, digits: int = 4):
 
 def match(row: dict, record: data.Record | str) -> tuple[list, str]:
     """-> (a row's pictures, why it has none). `record` may be a reason instead."""
-    if data.MARK not in row["problem"] or isinstance(record, str):
-        return [], record if data.MARK in row["problem"] else ""
+    if data.MARK not in row["problem"]:
+        return [], ""
+    if isinstance(record, str):
+        return [], record
     same = record.problem == row["problem"]
     return (record.images, "") if same else ([], "another problem has this id now")
 
@@ -157,21 +149,21 @@ def build(path: str | Path, source: str = "", image_mb: float = 24.0) -> tuple[d
     records, absent = find_records(source or config.get("data", ""))
     asked, groups = {}, {}
     for row in rows:
-        question, step = (row["id"], row["problem"]), number(row.get("step"), 0) or 0
-        if question not in asked:
-            asked[question] = len(asked), row, *match(row, records.get(row["id"], absent))
-        place, limit = asked[question][0], number(row.get("max_len", config.get("max_len")))
-        groups.setdefault((step, place), (step, place, limit, []))[3].append(pack_sample(row))
-    images = [image for *_, own, _ in asked.values() for image in own]
-    uris, found = embed(images, int(image_mb * 1e6))
+        step, limit = number(row.get("step"), 0) or 0, row.get("max_len", config.get("max_len"))
+        place, _ = asked.setdefault((row["id"], row["problem"]), (len(asked), row))
+        group = groups.setdefault((step, place), (step, place, number(limit), []))
+        group[3].append(pack_sample(row))
+    asked = [row for _, row in asked.values()]
+    matched = [match(row, records.get(row["id"], absent)) for row in asked]
+    uris, found = embed([image for own, _ in matched for image in own], int(image_mb * 1e6))
     problems = [
         pack_problem(row, [found[image] for image in own], note)
-        for _, row, own, note in asked.values()
+        for row, (own, note) in zip(asked, matched)
     ]
     wrong += [f"{id}: no picture: {note}" for id, *_, note in problems if note]
     embedded = dict(name="/".join(path.resolve().parts[-3:-1]), file=path.name, words=WORDS)
-    embedded |= dict(images=uris, problems=problems)
-    return embedded | dict(groups=sorted(groups.values(), key=lambda group: group[0])), wrong
+    groups = sorted(groups.values(), key=lambda group: group[0])
+    return embedded | dict(images=uris, problems=problems, groups=groups), wrong
 
 
 def page(embedded: dict) -> bytes:
