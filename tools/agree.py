@@ -76,7 +76,7 @@ def rescored(path: str | Path, rows: list[dict]) -> list[str]:
     scores, look = [], []
     for row in rows:
         if "completion" not in row:
-            raise ValueError(f"{path}: no {', '.join(OFFICIAL)} and no completion in {row}")
+            raise ValueError(f"{path}: no {', '.join(OFFICIAL)} and no completion in {str(row)[:80]}")
         truncated = row.get("why") == "truncated" or row.get("finish") == "length"
         gold = str(row.get("answer"))
         scores.append(new := reward.score(row["completion"], gold, row.get("choices"), truncated))
@@ -93,8 +93,7 @@ def rescored(path: str | Path, rows: list[dict]) -> list[str]:
     lines = [f"{path}: {len(rows)} samples, mean reward {mean:.3f}"]
     for why, count in Counter(new.why for new in scores).most_common():
         lines.append(f"  {why:10s} {count:6d}  {count / len(rows):6.1%}")
-    shown = f", the first {MOST}:" if look[MOST:] else ":"
-    return [*lines, f"{len(look)} to look at{shown}", *look[:MOST]]
+    return [*lines, f"{len(look)} to look at, at most {MOST} are shown:", *look[:MOST]]
 
 
 def agree(path: str | Path) -> str:

@@ -128,9 +128,8 @@ class Index:
     def __init__(self, evals: list[tuple]):
         self.evals = evals  # [(record, its place, looks of its pictures)]
         seen = [(n, *look) for n, (*_, looks) in enumerate(evals) for look in looks]
-        self.owner = [n for n, *_ in seen]
-        self.hashes = np.array([bits for _, bits, *_ in seen], np.uint64).reshape(-1, 4)
-        self.shapes = np.array([shape for *_, shape in seen])
+        self.owner, hashes, self.thumbs, shapes = zip(*seen) if seen else [()] * 4
+        self.hashes, self.shapes = np.array(hashes, np.uint64).reshape(-1, 4), np.array(shapes)
         self.texts = defaultdict(list)  # Equal questions are looked up once.
         pictures, found = defaultdict(set), defaultdict(list)
         for n, (record, _, looks) in enumerate(evals):
@@ -141,7 +140,6 @@ class Index:
             for gram in grams(evals[first][0].problem):
                 found[gram].append(first)
         self.grams = {gram: own for gram, own in found.items() if len(own) <= COMMON}
-        self.thumbs = [thumb for _, _, thumb, _ in seen]
 
     def pairs(self, record: data.Record, place: dict, looks: list) -> dict[int, dict]:
         """One training record -> {number of the evaluation record: line of report.jsonl}"""
@@ -231,21 +229,17 @@ def clean(file: Path, rows: set[int], path: Path):
 
 
 def check(train, against, out, drop_shared_images: bool = False, workers: int | None = None):
-    """-> (counts of records and of pairs by kind, evaluation records, Problems, cleaned files).
-
-    ValueError for files that cannot be read.
-    """
+    """-> (counts of records and of pairs by kind, evaluation records, Problems, cleaned files)"""
     out, problems = Path(out), data.Problems()
     out.mkdir(parents=True, exist_ok=True)
-    counts, rows, bad = Counter(), defaultdict(set), defaultdict(set)
-    pairs, by_text = [], defaultdict(list)
-    context = multiprocessing.get_context("spawn")
+    counts, rows, bad, by_text = Counter(), defaultdict(set), defaultdict(set), defaultdict(list)
+    pairs, context = [], multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers or os.cpu_count(), context) as pool:
         found = tqdm(looked(against, problems, pool), "evaluation sets", unit=" records")
         evals = [(record, place, looks or []) for record, place, looks in found]
         index = Index(evals)
-        found = tqdm(looked([train], problems, pool), "training data", unit=" records")
-        for record, place, looks in found:
+        bar = tqdm(looked([train], problems, pool), "training data", unit=" records")
+        for record, place, looks in bar:
             rows[place["file"]].add(place["row"])
             if looks is None:
                 bad[place["file"]].add(place["row"])
@@ -261,15 +255,14 @@ def check(train, against, out, drop_shared_images: bool = False, workers: int | 
             counts[pair["kind"]] += 1
             if pair["kind"] in removed:
                 bad[pair["train"]["file"]].add(pair["train"]["row"])
-    counts["records"] = found.n
+    counts["records"] = bar.n
     counts["rows removed"] = sum(map(len, bad.values()))
     names, paths = Counter(Path(file).name for file in rows), []
     for file, all_rows in rows.items():
         kept, file = all_rows - bad[file], Path(file)
         path = out / (file.name if names[file.name] == 1 else f"{file.parent.name}-{file.name}")
         if path in paths or path.exists() and path.samefile(file):
-            advice = "give another --out, or one file at a time"
-            raise ValueError(f"{path} would overwrite {file}, or another of its name; {advice}")
+            raise ValueError(f"{path} would overwrite {file} or its namesake; give another --out")
         clean(file, kept, path)
         paths.append(path)
     return counts, len(evals), problems, paths
@@ -289,9 +282,8 @@ def main(argv: list[str] | None = None):
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"stopped: {error}")
     print(problems.summary() or "all data could be read")
-    records, removed = counts.pop("records"), counts.pop("rows removed")
-    against = f"{records:,} training records against {n:,} evaluation records"
-    print(f"{against}; {removed:,} rows removed")
+    against = f"{counts.pop('records'):,} training records against {n:,} evaluation records"
+    print(f"{against}; {counts.pop('rows removed'):,} rows removed")
     for kind, count in counts.most_common():
         print(f"  {count:,} pairs: {kind}")
     print(f"pairs: {args.out}/report.jsonl; cleaned: {', '.join(map(str, paths))}")

@@ -10,7 +10,6 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterator
 
 from matplotlib.figure import Figure
 
@@ -25,8 +24,8 @@ TABLE_4 = {  # Records, then the count of each word.
 FOUND = re.compile(rf"\b(?:{'|'.join(WORDS)})\b", re.IGNORECASE)
 
 
-def responses(path: str) -> Iterator[str]:
-    """The assistant's side of each row; the pictures are not needed."""
+def responses(path: str):
+    """Yields the assistant's side of each row; the pictures are not needed."""
     with open(path, encoding="utf-8") as file:
         is_list = file.read(1) == "["
         file.seek(0)
