@@ -76,7 +76,8 @@ def rescored(path: str | Path, rows: list[dict]) -> list[str]:
     scores, look = [], []
     for row in rows:
         if "completion" not in row:
-            raise ValueError(f"{path}: no {', '.join(OFFICIAL)} and no completion in {str(row)[:80]}")
+            names = ", ".join(OFFICIAL)
+            raise ValueError(f"{path}: no {names} and no completion in {str(row)[:80]}")
         truncated = row.get("why") == "truncated" or row.get("finish") == "length"
         gold = str(row.get("answer"))
         scores.append(new := reward.score(row["completion"], gold, row.get("choices"), truncated))
