@@ -68,8 +68,7 @@ def candidates(text: str) -> list[str]:
 
 def option_index(letter, choices):
     """The number of the option that this capital letter names; None if there is no such option."""
-    k = ord(letter) - 65
-    return k if 0 <= k < len(choices) else None
+    return next((k for k in range(len(choices)) if letter == chr(65 + k)), None)
 
 
 def option_of(text, choices):

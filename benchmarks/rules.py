@@ -4,10 +4,9 @@
   official(name, text, question)  -> Verdict by the authors' rules, on an <answer> or on any text
   fork(name, text, question)      -> Verdict by the rules of the paper's own fork of VLMEvalKit
 
-Where the authors let a language model extract the answer or compare it, rules stand in for it. What
-the rules cannot tell is a Verdict with decided=False: wrong, unless a judge (eval.py --judge_url)
-says otherwise. Nothing that a model wrote is evaluated as code. A question is anything with answer,
-choices, problem and meta, as a data.Record has them.
+Where the authors ask a language model, rules stand in for it. What they cannot tell is a Verdict
+with decided=False: wrong, unless a judge (eval.py --judge_url) says otherwise. A question `q` is a
+data.Record, or anything else with answer, choices, problem and meta.
 """
 
 import functools
@@ -21,7 +20,7 @@ from huggingface_hub import snapshot_download
 from answers.parse import Unparsable, parse, variables
 from answers.text import clean, core_text, letters, unwrap
 from benchmarks import extract
-from benchmarks.extract import SHORT, candidates, find_option, math_value
+from benchmarks.extract import SHORT, candidates, find_option, math_value, option_index
 from nano import data, run
 from reward import verdict as reward_verdict
 
@@ -37,7 +36,7 @@ UNDECIDED = Verdict(False, "undecided: no answer found by rule", None, False)
 
 
 def by_letter(k, how, gold):
-    """The verdict on option number k, found in the way `how`, against the gold's letter."""
+    """The verdict on option number k, found in the way `how`."""
     if k is None:
         return UNDECIDED
     letter = chr(65 + k)
@@ -46,36 +45,41 @@ def by_letter(k, how, gold):
 
 # MathVista
 def kind(q):
-    """(answer type, precision) of a question, guessed from the gold where its file does not say."""
-    if q.choices:
-        return "choice", 0
+    """The answer type of a question, guessed from the gold where its file does not say."""
     gold = q.answer.strip()
-    guess = "text" if math_value(gold) is None else "float"
-    guess = "integer" if re.fullmatch(r"-?\d+", gold) else guess
-    guess = "list" if gold.startswith("[") else guess
-    precision = int(float(q.meta.get("precision") or len(gold.partition(".")[2])))
-    return q.meta.get("answer_type") or guess, precision
+    if q.choices or q.meta.get("answer_type"):
+        return "choice" if q.choices else q.meta["answer_type"]
+    if gold.startswith("["):
+        return "list"
+    if re.fullmatch(r"-?\d+", gold):
+        return "integer"
+    return "text" if math_value(gold) is None else "float"
 
 
-def mathvista_match(extraction, q):
+def chosen(k, how, q):
+    """The verdict on option number k where the gold is the text of an option."""
+    return Verdict(q.choices[k] == q.answer, f"{how}option {chr(65 + k)}", q.choices[k])
+
+
+def mathvista_match(text, q):
     """The authors' rule for an extracted answer: normalise it by its type, then compare texts."""
-    answer_type, precision = kind(q)
-    text = str(extraction).strip()
+    answer_type, text = kind(q), text.strip()
     if answer_type == "choice":
         bracketed = re.search(r"\(([a-zA-Z])\)", text)
         letter = bracketed[1].upper() if bracketed else text
-        k, how = extract.option_index(letter, q.choices) if len(letter) == 1 else None, "letter"
-        if k is None and text in q.choices:
-            k, how = q.choices.index(text), "text of the option"
-        if k is None:
-            distances = [extract.edit_distance(letter[:500], choice) for choice in q.choices]
-            k, how = distances.index(min(distances)), "nearest option by edit distance"
-        return Verdict(q.choices[k] == q.answer, f"{how}: option {chr(65 + k)}", q.choices[k])
+        k = option_index(letter, q.choices)
+        if k is not None:
+            return chosen(k, "letter: ", q)
+        if text in q.choices:
+            return chosen(q.choices.index(text), "text of the option: ", q)
+        distances = [extract.edit_distance(letter[:500], choice) for choice in q.choices]
+        return chosen(distances.index(min(distances)), "nearest option by edit distance: ", q)
     try:
         if answer_type == "integer":
             text = str(int(float(text)))  # It truncates, as theirs does.
         elif answer_type == "float":
-            text = str(round(float(text), precision))
+            digits = q.meta.get("precision") or len(q.answer.strip().partition(".")[2])
+            text = str(round(float(text), int(float(digits))))
     except (ValueError, OverflowError):
         return Verdict(False, f"{text[:40]!r} is no {answer_type}", text)
     return Verdict(text == q.answer, f"{answer_type}: {text[:60]} against {q.answer}", text)
@@ -83,29 +87,27 @@ def mathvista_match(extraction, q):
 
 def mathvista_extract(text, q):
     """What the authors' language model would take out of a response, or None."""
-    answer_type, _ = kind(q)
-    text = text.strip()
+    answer_type, text = kind(q), text.strip()
     if answer_type == "choice":
-        if text in q.choices:
-            return text
-        k, _ = find_option(text, q.choices)
+        k = None if text in q.choices else find_option(text, q.choices)[0]
         if k is not None:
             return q.choices[k]
         short = 0 < len(text) <= SHORT and "\n" not in text
-        return text if short and not letters(core_text(text)) else None  # "A or B" is no answer.
+        plain = short and not letters(core_text(text))  # "A or B" is no answer.
+        return text if plain or text in q.choices else None
     if answer_type in ("integer", "float"):
         x = extract.find_number(text)
         return None if x is None else repr(x)
     if answer_type != "list":
         return next((core_text(part) for part in candidates(text) if part), None)
     for part in candidates(text):
-        inner = re.findall(r"\[([^\[\]]{1,400})\]", part)
-        numbers = extract.NUMBER.findall(inner[-1] if inner else part)
-        if inner and not numbers:
-            return f"[{inner[-1]}]"
+        inner = re.findall(r"\[([^\[\]]{1,400})\]", part)[-1:]
+        numbers = extract.NUMBER.findall(*inner or [part])
         if numbers and (inner or len(numbers) == q.answer.count(",") + 1):
             items = [str(float(x)) if "." in x else x.replace(",", "") for x in numbers]
             return f"[{', '.join(items)}]"
+        if inner:
+            return f"[{inner[0]}]"
     return None
 
 
@@ -116,13 +118,11 @@ def mathvista(text, q):
 
 def mathvista_fork(text, q):
     """VLMEvalKit's rules: options by can_infer, numbers exactly equal, a list never right."""
-    answer_type, _ = kind(q)
+    answer_type = kind(q)
     if answer_type == "choice":
         k = extract.can_infer(text, q.choices)
         k = find_option(text, q.choices)[0] if k is None else k
-        if k is None:
-            return UNDECIDED
-        return Verdict(q.choices[k] == q.answer, f"option {chr(65 + k)}", q.choices[k])
+        return UNDECIDED if k is None else chosen(k, "", q)
     if answer_type == "list":
         return Verdict(False, "VLMEvalKit never counts a list as right", text[:200])
     given = mathvista_extract(text, q)  # in the place of an LLM
@@ -130,8 +130,8 @@ def mathvista_fork(text, q):
         return UNDECIDED
     if answer_type not in ("integer", "float"):
         return Verdict(given == q.answer, f"{given!r} against {q.answer!r}", given)
-    x = float(given) if re.fullmatch(r"[-+.\deE]+", given) else None
-    if x is None or answer_type == "integer" and x != int(x):
+    x = float(given)
+    if answer_type == "integer" and not x.is_integer():
         return Verdict(False, f"{given[:40]!r} is no {answer_type}", given)
     return Verdict(x == float(q.answer), f"{answer_type}: {x:g} against {q.answer}, exactly", given)
 
@@ -141,15 +141,15 @@ def mathverse(text, q, by_text=True):
     """The same meaning, by letters or by reward.py. by_text: an option's text is its letter."""
     gold = q.answer.strip()
     written = q.meta.get("question_for_eval") or q.meta.get("question") or ""
-    options = q.choices or extract.written_choices(written)
-    golds = letters(gold) or set()
+    options, golds = q.choices or extract.written_choices(written), letters(gold) or set()
     if not (q.meta.get("question_type", "").startswith("multi") or options and golds):
         return same_meaning(text, gold)
     if len(golds) > 1:  # "Choose 2 answers"
         for part in candidates(text):
             if given := letters(core_text(part[-1000:])):
-                shown = f"{sorted(given)} against {gold!r}"
-                return Verdict(given == golds, shown, ", ".join(sorted(given)))
+                given = sorted(given)
+                right = given == sorted(golds)
+                return Verdict(right, f"{given} against {gold!r}", ", ".join(given))
         return UNDECIDED
     k, how = find_option(text, options or [f"({c})" for c in "ABCDEFGH"])
     if k is None and letters(core_text(text)):
@@ -266,13 +266,8 @@ def mathvision_extract(text):
 def mathvision_match(given, q):
     """The text of the letter or the value, or numbers that agree to two decimals: 1/55 is 1/60."""
     gold = q.answer.strip()
-    golds = [gold]
-    if (
-        q.choices
-        and re.fullmatch("[A-Z]", gold)
-        and extract.option_index(gold, q.choices) is not None
-    ):
-        golds.append(q.choices[extract.option_index(gold, q.choices)])
+    k = option_index(gold, q.choices or [])
+    golds = [gold] if k is None else [gold, q.choices[k]]
     given = given.lower().strip()
     for g in golds:
         if given and given == g.lower().strip():
