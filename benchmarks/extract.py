@@ -1,12 +1,8 @@
 """Where is the answer in a response? Rules do what most benchmarks leave to a language model.
 
-  find_option(text, choices)  -> (number of the option that a response chooses, how it says so)
-  find_number(text)           -> the number that a response gives, or None
-  candidates(text)            -> the parts where the answer may stand, the likeliest first
-
 They read responses of any form; reward.extract_answer reads the strict one. Only the last 20,000
 characters are searched, and every repeated part of a pattern is bounded, so that the search stays
-linear on hostile text. A chain that never says what its answer is stays unread.
+linear on hostile text.
 """
 
 import functools
@@ -20,6 +16,7 @@ from reward import verdict as reward_verdict
 
 SHORT = 80  # characters of what may be an answer as a whole
 LONGEST = 20_000  # characters that are searched, counted from the end
+NO_OPTION = (None, "")
 
 NUMBER = re.compile(r"-?(?:\d[\d,]{0,60}\.?\d{0,60}|\.\d{1,60})(?:[eE][-+]?\d{1,3}(?!\d))?")
 # An inequality, or two values at once, is no number.
@@ -39,7 +36,7 @@ _NONE = re.compile(r"\W{0,9}(?:not|none|neither|no)\b", re.I)  # "not (A)", "non
 
 
 def statements(text):
-    """What a response calls its answer, each up to the end of its line, the last one first."""
+    """What a response calls its answer, the last one first."""
     found = []
     for tail in (text[-2000:], text):  # Most say it at the end; some say it first and explain then.
         for key in _KEYS.finditer(tail):
@@ -47,7 +44,7 @@ def statements(text):
                 line = tail[says.end() : says.end() + 400].partition("\n")[0]
                 sentence = re.split(r"(?<=[^\d\s])\.\s|\.\s(?=[A-Z])|。", line)[0]
                 found.append(sentence.strip().rstrip("."))
-        if found or len(text) <= 2000:
+        if found:
             break
     return found[:-20:-1]
 
@@ -67,51 +64,51 @@ def candidates(text: str) -> list[str]:
 
 
 def option_index(letter, choices):
-    """The number of the option that this capital letter names; None if there is no such option."""
+    """The number of the option that this capital letter names, or None."""
     return next((k for k in range(len(choices)) if letter == chr(65 + k)), None)
 
 
 def option_of(text, choices):
-    """(number, how) of the one option that a short text names, or (None, "")."""
+    """(number, how) of the one option that a short text names, or NO_OPTION."""
     text = text[-1000:]
     if _NONE.match(text):
-        return None, ""
+        return NO_OPTION
     core = core_text(text)
-    named = letters(core)
-    if named and len(named) == 1 and core.upper() not in (c.upper() for c in choices):
-        k = option_index(min(named), choices)
-        return (None, "") if k is None else (k, "the letter")
+    named = letters(core) or ()
+    if len(named) == 1 and core.upper() not in (choice.upper() for choice in choices):
+        k = option_index(*named, choices)
+        return NO_OPTION if k is None else (k, "the letter")
     if core in choices:
         return choices.index(core), "the option's text"
-    beside = letter_text(core, strict=False)
-    if beside and (k := option_index(beside[0], choices)) is not None:
-        return k, "letter and text"
+    if beside := letter_text(core, strict=False):
+        k = option_index(beside[0], choices)
+        if k is not None:
+            return k, "letter and text"
     marked = {m[m.lastindex].upper() for m in _MARKED.finditer(text)}
-    if len(marked) == 1 and (k := option_index(marked.pop(), choices)) is not None:
+    k = option_index(*marked, choices) if len(marked) == 1 else None
+    if k is not None:
         return k, "the letter"
     same = [k for k, c in enumerate(choices) if len(core) < 200 and reward_verdict(core, c)[0]]
-    return (same[0], "the option's value") if len(same) == 1 else (None, "")
+    return (same[0], "the option's value") if len(same) == 1 else NO_OPTION
 
 
 def find_option(text: str, choices: list[str]) -> tuple[int | None, str]:
-    """(number, how) of the option that a response chooses, or (None, "")."""
+    """(number, how) of the option that a response chooses, or NO_OPTION."""
     parts = candidates(text)
     for part in parts:
         k, how = option_of(part, choices)
         if k is not None:
             return k, how
-    marked = list(_MARKED.finditer(text[-LONGEST:]))
-    if marked and len(text) > SHORT:
-        k = option_index(marked[-1][marked[-1].lastindex].upper(), choices)
-        if k is not None:
-            return k, "the last letter in brackets"
-    last = parts[-1].lower()
-    held = []
+    marked = [m[m.lastindex].upper() for m in _MARKED.finditer(text[-LONGEST:])]
+    k = option_index(marked[-1], choices) if marked and len(text) > SHORT else None
+    if k is not None:
+        return k, "the last letter in brackets"
+    last, held = parts[-1].lower(), []
     for k, choice in enumerate(choices):
         alone = rf"(?<![\w.\\]){re.escape(choice.lower())}(?![\w]|\.\d)"
         if choice.strip() and not _NONE.match(last) and re.search(alone, last):
             held.append(k)
-    return (held[0], "the only option in the last sentence") if len(held) == 1 else (None, "")
+    return (held[0], "the only option in the last sentence") if len(held) == 1 else NO_OPTION
 
 
 def number_of(text):
@@ -130,24 +127,20 @@ def number_of(text):
         return math_value(text)
     powers = r"\^\{?(?:\\circ|[23])\}?|(?<=[a-z])[23]\b"  # of a unit
     found = NUMBER.findall(re.sub(powers, "", number_words(text)))
-    found = {float(x.replace(",", "")) for x in found}
-    return found.pop() if len(found) == 1 else None
+    values = {float(x.replace(",", "")) for x in found}
+    return values.pop() if len(values) == 1 else None
 
 
-@functools.lru_cache(16)
 def find_number(text: str) -> float | None:
     """The number that a response gives as its answer, at worst the last of a long last sentence."""
-    parts = candidates(text)
-    for part in parts:
+    for part in candidates(text):
         x = number_of(part)
         if x is not None:
             return x
-    last = parts[-1].rstrip(".")
+    last = candidates(text)[-1].rstrip(".")
     unsure = DOUBT.search(last) or re.search(r"\b(?:n?either|or|not)\b", last)
-    found = NUMBER.findall(last)
-    if len(last) <= SHORT / 2 or unsure or not found:
-        return None
-    return float(found[-1].replace(",", ""))
+    found = [] if unsure or len(last) <= SHORT / 2 else NUMBER.findall(last)
+    return float(found[-1].replace(",", "")) if found else None
 
 
 @functools.lru_cache(10_000)
@@ -173,24 +166,17 @@ def edit_distance(a, b):
 def can_infer(text, choices):
     """VLMEvalKit's rule: the one letter among the words, else the one option whose text occurs."""
     split = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
-    named = [k for k in range(len(choices)) if chr(65 + k) in split]
-    if len(named) == 1:
-        return named[0]
-    if len(text) > 2 * sum(map(len, choices)):
-        return None
-    held = [k for k, c in enumerate(choices) if c.lower() in text.lower()]
-    return held[0] if len(held) == 1 else None
+    found = [k for k in range(len(choices)) if chr(65 + k) in split]
+    if len(found) != 1 and len(text) <= 2 * sum(map(len, choices)):
+        found = [k for k, c in enumerate(choices) if c.lower() in text.lower()]
+    return found[0] if len(found) == 1 else None
 
 
 def written_choices(question):
     """The options in a question's text, written `A:...`, `A. ...` or `(A) ...`; [] without any."""
-    found = re.findall(
-        r"(?<![A-Za-z])\(?([A-H])(?:\)|[:：.．])\s*(.*?)(?=(?:[\s;,]\(?[B-H](?:\)|[:：.．]))|\n\n|$)",
-        question[-3000:],
-        re.S,
-    )
-    options = []
-    for letter, text in found:
+    mark, options = r"\(?([{}-H])(?:\)|[:：.．])", []
+    pattern = rf"(?<![A-Za-z]){mark.format('A')}\s*(.*?)(?=[\s;,]{mark.format('B')}|\n\n|$)"
+    for letter, text, _ in re.findall(pattern, question[-3000:], re.S):
         if letter == chr(65 + len(options)):
             options.append(text.strip().strip(";,. \n"))
     return options if len(options) > 1 else []

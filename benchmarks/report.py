@@ -1,14 +1,15 @@
 """From scored answers to numbers: what each benchmark reports, intervals, pass@k, majority, tables.
 
-A row is a line of responses.jsonl (eval.py): id, sample, right, given, ...; with a benchmark also
-bench, tags, meta and fork_right. Every interval is a 95 % bootstrap over whole clusters (a question
-with its samples, a seed with its variants, an image with its questions). Where all scores agree, a
-bootstrap has no width, and the interval is Wilson's.
+A row is a line of responses.jsonl (eval.py). Every interval is a 95 % bootstrap over whole clusters
+(a question with its samples, a seed with its variants, an image with its questions). Where all
+scores agree, a bootstrap has no width, and the interval is Wilson's.
 """
 
 import json
 from collections import Counter, defaultdict
+from itertools import chain
 from math import comb
+from operator import itemgetter
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,24 @@ import numpy as np
 VERSIONS = ("Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only")
 # The subtasks of MME's cognition score; the rest is perception.
 REASONING = {"code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation"}
+
+
+def grouped(rows, keys) -> dict[object, list[dict]]:
+    """The rows that belong to each key; `keys(row)` is a list."""
+    found = defaultdict(list)
+    for row in rows:
+        for key in keys(row):
+            found[key].append(row)
+    return found
+
+
+def by_question(rows):
+    return grouped(rows, lambda row: [row["id"]])
+
+
+def counted(rows):
+    """The rows without the further draws, which only the rules of the paper's fork count."""
+    return [r for r in rows if not r.get("resampled")]
 
 
 def place(row):
@@ -39,54 +58,42 @@ def cluster(row):
     return str(meta.get(key, row["id"]))
 
 
-def mean(rows, key, weight=1.0):
-    """The part of a metric that is a mean over these rows: (weight, scores, clusters)."""
-    return weight, [float(r[key]) for r in rows], [cluster(r) for r in rows]
-
-
-def all_right(rows, key, unit, weight=1.0):
-    """The part of a metric where a unit (image, seed, figure) counts when all of it is right."""
-    units = defaultdict(list)
-    for r in rows:
-        units[unit(r), r["sample"]].append(r)
-    scores = [float(all(r[key] for r in part)) for part in units.values()]
-    return weight, scores, [cluster(part[0]) for part in units.values()]
+def share(rows, key, unit=itemgetter("id"), weight=1.0):
+    """A part of a metric, (weight, scores, clusters): a unit counts when all of it is right."""
+    units = grouped(rows, lambda row: [(unit(row), row["sample"])]).values()
+    scores = [float(all(row[key] for row in part)) for part in units]
+    return weight, scores, [cluster(part[0]) for part in units]
 
 
 def metrics(bench: str, rows: list[dict], key: str = "right") -> dict[str, list]:
     """{metric: [(weight, scores, clusters), ...]}: a metric is the sum of weight * mean(scores)."""
-    by_tag = defaultdict(list)
-    for r in rows:
-        for tag in r.get("tags", ()):
-            by_tag[tag].append(r)
-    by_tag = dict(sorted(by_tag.items()))
+    by_tag = dict(sorted(grouped(rows, lambda row: row.get("tags", ())).items()))
     if bench == "mme":  # accuracy and accuracy+ (both questions of an image) of every subtask
         subtasks = {
-            tag: [mean(part, key, 100.0), all_right(part, key, cluster, 100.0)]
+            tag: [share(part, key, weight=100.0), share(part, key, cluster, 100.0)]
             for tag, part in by_tag.items()
         }
-        sums = {"SUM": [], "perception": [], "reasoning": []}
-        for tag, parts in subtasks.items():
-            sums["SUM"] += parts
-            sums["reasoning" if tag in REASONING else "perception"] += parts
-        return {k: parts for k, parts in sums.items() if parts} | subtasks
-    found = {"ALL": [mean(rows, key)]}
+        perception = [parts for tag, parts in subtasks.items() if tag not in REASONING]
+        reasoning = [parts for tag, parts in subtasks.items() if tag in REASONING]
+        sums = {"SUM": subtasks.values(), "perception": perception, "reasoning": reasoning}
+        return {name: list(chain(*parts)) for name, parts in sums.items() if parts} | subtasks
+    found = {"ALL": [share(rows, key)]}
     if bench == "mathverse" and (versions := [by_tag[v] for v in VERSIONS if v in by_tag]):
-        found = {"ALL": [mean(part, key, 1 / len(versions)) for part in versions]}
+        found = {"ALL": [share(part, key, weight=1 / len(versions)) for part in versions]}
     if bench == "dynamath":
-        found = {"average": [mean(rows, key)], "worst case": [all_right(rows, key, cluster)]}
+        found = {"average": [share(rows, key)], "worst case": [share(rows, key, cluster)]}
     if bench == "hallusionbench":
         # Figure 0 of category VS is no figure at all.
         figures = [r for r in rows if not (place(r)[0].startswith("VS") and place(r)[2] == "0")]
-        parts = {
-            "aAcc": mean(rows, key),
-            "fAcc": all_right(figures, key, lambda r: place(r)[:3]),
-            "qAcc": all_right(rows, key, lambda r: (*place(r)[:2], place(r)[3])),
+        found = {
+            "aAcc": [share(rows, key)],
+            "fAcc": [share(figures, key, lambda row: place(row)[:3])],
+            "qAcc": [share(rows, key, lambda row: (*place(row)[:2], place(row)[3]))],
         }
-        parts = {k: part for k, part in parts.items() if part[1]}
-        found = {"mean": [(1 / len(parts), *part[1:]) for part in parts.values()]}
-        found |= {k: [part] for k, part in parts.items()}
-    return found | {tag: [mean(part, key)] for tag, part in by_tag.items()}
+        found = {name: parts for name, parts in found.items() if parts[0][1]}
+        third = [(1 / len(found), *parts[0][1:]) for parts in found.values()]
+        found = {"mean": third} | found
+    return found | {tag: [share(part, key)] for tag, part in by_tag.items()}
 
 
 def bootstrap(scores, clusters, seed=0, draws=2000):
@@ -134,22 +141,10 @@ def majority(rows: list[dict]) -> bool:
     return (max(counts, key=counts.get, default=None), True) in votes
 
 
-def by_question(rows):
-    questions = defaultdict(list)
-    for r in rows:
-        questions[r["id"]].append(r)
-    return questions
-
-
-def counted(rows):
-    """The rows without the further draws, which only the rules of the paper's fork count."""
-    return [r for r in rows if not r.get("resampled")]
-
-
 def summarize(rows: list[dict]) -> dict:
     """Accuracy with its interval, mean length in tokens, rates, and pass@k of several samples."""
     rows = counted(rows)
-    found = estimate([mean(rows, "right")])
+    found = estimate([share(rows, "right")])
     summary = dict(n=len(rows), accuracy=found["value"], low=found["low"], high=found["high"])
     summary["length"] = float(np.mean([r["length"] for r in rows]))
     summary["format_rate"] = float(np.mean([r["format_ok"] for r in rows]))
@@ -197,25 +192,20 @@ def read_run(path: str | Path) -> list[dict]:
         return [json.loads(line) for line in f if line.strip()]
 
 
-# Tables 1 and 2 of the paper (arXiv 2503.06749v4): where each column comes from, and its rows.
-COLUMNS = {
-    **{task: ("mathvista", task) for task in ("GEO", "ALG", "GPS", "MWP")},
-    "MathVista": ("mathvista", "ALL"),
-    "MathVerse": ("mathverse", "ALL"),
-    "MM-Math": ("mm-math", "ALL"),
-    "DynaMath": ("dynamath", "average"),
-    "MMStar": ("mmstar", "ALL"),
-    "ChartQA": ("chartqa", "ALL"),
-    "MME": ("mme", "SUM"),
-    "HallBench": ("hallusionbench", "mean"),
-}
-LLAMA = [None, None, None, None, 62.7, 27.1, 26.1, None, 61.4, 83.9, 2190, 49.5]
+# Tables 1 and 2 of the paper (arXiv 2503.06749v4): benchmark and metric of each column, its rows.
+COLUMNS = """
+    GEO mathvista GEO; ALG mathvista ALG; GPS mathvista GPS; MWP mathvista MWP;
+    MathVista mathvista ALL; MathVerse mathverse ALL; MM-Math mm-math ALL;
+    DynaMath dynamath average; MMStar mmstar ALL; ChartQA chartqa ALL;
+    MME mme SUM; HallBench hallusionbench mean
+"""
+COLUMNS = {name: (bench, metric) for name, bench, metric in map(str.split, COLUMNS.split(";"))}
 PAPER = {
-    "Qwen2.5-VL-7B (Table 1)": [66.9, 68.7, 66.8, 76.9, 68.1, 46.7, 34.1, 50.7],
-    "Vision-R1-7B (Table 1)": [80.3, 79.0, 83.2, 80.6, 73.5, 52.4, 40.2, 56.3],
-    "Vision-R1-32B (Table 1)": [85.8, 82.6, 88.0, 78.5, 76.4, 62.1, 55.3, 65.6],
-    "Vision-R1-72B (Table 1)": [88.3, 86.8, 89.4, 79.6, 78.2, 63.2, 59.3, 66.4],
-    "Vision-R1-LlamaV-CI-11B (Table 2)": LLAMA,
+    "Qwen2.5-VL-7B (Table 1)": "66.9 68.7 66.8 76.9 68.1 46.7 34.1 50.7",
+    "Vision-R1-7B (Table 1)": "80.3 79.0 83.2 80.6 73.5 52.4 40.2 56.3",
+    "Vision-R1-32B (Table 1)": "85.8 82.6 88.0 78.5 76.4 62.1 55.3 65.6",
+    "Vision-R1-72B (Table 1)": "88.3 86.8 89.4 79.6 78.2 63.2 59.3 66.4",
+    "Vision-R1-LlamaV-CI-11B (Table 2)": "- - - - 62.7 27.1 26.1 - 61.4 83.9 2190 49.5",
 }
 
 
@@ -262,8 +252,8 @@ def paper_table(name, report):
     columns = {column: at for column, at in COLUMNS.items() if at[0] in report}
     rows = [["%", *columns]]
     for model, values in PAPER.items():
-        values = dict(zip(COLUMNS, values))
-        cells = ["" if values.get(c) is None else values[c] for c in columns]
+        values = dict(zip(COLUMNS, values.replace("-", "").split(" ")))
+        cells = [values.get(column, "") for column in columns]
         rows += [[model, *cells]] if any(cells) else []
     for how, words in (("strict", "strict: format required"), ("fork", "the paper's rules")):
         cells = [cell(report[bench][how].get(metric), bench) for bench, metric in columns.values()]
@@ -276,9 +266,9 @@ def bench_tables(name: str, report: dict, titles: dict[str, str]) -> str:
     text = [paper_table(name, report), ""]
     for bench, s in report.items():
         undecided, judged = s["undecided"], s["judged"]
+        said = ", ".join(f"{name} {value}" for name, value in facts(s).items())
         text.append(
-            f"## {titles[bench]}: {s['questions']} of {s['full']} questions\n\n"
-            f"{', '.join(f'{name} {value}' for name, value in facts(s).items())}; "
+            f"## {titles[bench]}: {s['questions']} of {s['full']} questions\n\n{said}; "
             f"by the training reward {percent(s['training'])} %. "
             f"Undecided by rule: {undecided['strict']} strict, {undecided['fork']} fork; "
             f"judged: {judged['strict']} and {judged['fork']}; "
@@ -289,8 +279,5 @@ def bench_tables(name: str, report: dict, titles: dict[str, str]) -> str:
             fork = cell(s["fork"].get(metric), bench)
             rows.append([metric, cell(strict, bench), fork, strict["n"]])
         text += [markdown(*rows), ""]
-    text.append(
-        "Intervals: 95 %, bootstrap over questions with all that belongs to them; "
-        "Wilson's where all scores agree."
-    )
-    return "\n".join(text)
+    how = "bootstrap over questions with all that belongs to them; Wilson's where all scores agree."
+    return "\n".join([*text, f"Intervals: 95 %, {how}"])
