@@ -1,8 +1,7 @@
 """The judge for what the rules leave undecided: an OpenAI-compatible server, asked once per answer.
 
-The key comes from JUDGE_API_KEY or OPENAI_API_KEY and is written nowhere. Replies are kept in
-judge.jsonl, so that a run that goes on, or is scored again, does not pay twice. A reply that is
-neither 0 nor 1, and a call that fails, leave the answer undecided.
+The key comes from JUDGE_API_KEY or OPENAI_API_KEY. Replies are kept in judge.jsonl, so that a run
+that goes on does not pay twice. A reply that is neither 0 nor 1 leaves the answer undecided.
 """
 
 import asyncio
@@ -12,7 +11,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
-from tqdm import tqdm
+from tqdm.asyncio import tqdm
 
 from benchmarks.rules import fork_prediction
 from nano import data
@@ -42,28 +41,25 @@ def undecided(rows):
 
 
 async def ask_all(config, jobs, journal) -> Counter:
-    """Puts the replies to all jobs, (name, prompt, more), into the journal; counts what failed."""
-    settings = dict(judge_url=config.judge_url, judge_model=config.judge_model, judge_tokens=16)
-    settings |= dict(temperature=0, top_p=1, backoff=1, retries=4, concurrency=CALLS)
-    server = Server("judge", SimpleNamespace(**settings), journal, Counter())
+    """Puts the replies to all jobs, (key, prompt, more), into the journal; counts what failed."""
+    settings = dict(judge_tokens=16, temperature=0, backoff=1, retries=4, concurrency=CALLS)
+    server = Server("judge", SimpleNamespace(**vars(config) | settings), journal, Counter())
     head = dict(model=config.judge_model, max_tokens=16, temperature=0)
     failed, gate = Counter(), asyncio.Semaphore(CALLS)
 
-    async def one(name, prompt, more):
+    async def one(key, prompt, more):
         body = {**head, "messages": [{"role": "user", "content": prompt}]}
         try:
             async with gate:
                 call = server.call("judge", json.dumps(body).encode())
                 reply = await asyncio.wait_for(call, PATIENCE)
-            journal.add(name, dict(text=reply["text"], **more))
+            journal.add(key, dict(text=reply["text"], **more))
         except Reject as error:
             failed[error.evidence] += 1
 
     async with open_session(120) as server.session:
-        calls = asyncio.as_completed([one(*job) for job in jobs])
         try:
-            for done in tqdm(calls, "judge", len(jobs), leave=False, disable=None):
-                await done
+            await tqdm.gather(*(one(*job) for job in jobs), desc="judge", leave=False, disable=None)
         except (Stop, asyncio.TimeoutError) as error:
             kept = "all answers are kept: give the same command again, or one without --judge_url"
             raise ValueError(f"{str(error) or server.trouble}; {kept}") from error
@@ -72,24 +68,22 @@ async def ask_all(config, jobs, journal) -> Counter:
 
 def ask(config, rows: list[dict], say) -> list[tuple[int, str, bool]]:
     """The judge's verdicts on what was left undecided: (row number, "" or "fork_", right?)."""
-    path = Path(config.out) / "judge.jsonl"
-    journal, names, jobs = Journal(path), {}, []
+    journal, keys, jobs, verdicts = Journal(Path(config.out) / "judge.jsonl"), {}, [], []
     for i, which, answer in undecided(rows):
-        row = rows[i]
-        question = row["problem"].replace(data.MARK, "")[-4000:]
-        prompt = PROMPT.format(question=question, reference=row["answer"], answer=answer[-2000:])
-        name = f"{config.judge_model}{which}{row['id']}{row['sample']}{prompt}".encode()
-        name = names[i, which] = hashlib.blake2b(name, digest_size=16).hexdigest()
-        if journal.get(name) is None:
-            more = dict(id=row["id"], sample=row["sample"], which=which or "strict")
-            jobs.append((name, prompt, more))
+        id, sample = rows[i]["id"], rows[i]["sample"]
+        question, gold = rows[i]["problem"].replace(data.MARK, "")[-4000:], rows[i]["answer"]
+        prompt = PROMPT.format(question=question, reference=gold, answer=answer[-2000:])
+        name = f"{config.judge_model}{which}{id}{sample}{prompt}".encode()
+        key = keys[i, which] = hashlib.blake2b(name, digest_size=16).hexdigest()
+        if key not in journal.places:
+            jobs.append((key, prompt, dict(id=id, sample=sample, which=which or "strict")))
     failed = asyncio.run(ask_all(config, jobs, journal))
-    journal, verdicts = Journal(path), []
-    for (i, which), name in names.items():
-        text = (journal.get(name) or {"text": ""})["text"]
-        first = text.rpartition("</think>")[2].strip()[:1]
+    journal = Journal(Path(config.out) / "judge.jsonl")
+    for (i, which), key in keys.items():
+        reply = journal.get(key) or {"text": ""}
+        first = reply["text"].rpartition("</think>")[2].strip()[:1]
         if first in ("0", "1"):
             verdicts.append((i, which, first == "1"))
     trouble = "".join(f"; {n} x {wrong}" for wrong, n in failed.items())
-    say(f"judge {config.judge_model}: {len(names)} undecided, {len(verdicts)} settled{trouble}")
+    say(f"judge {config.judge_model}: {len(keys)} undecided, {len(verdicts)} settled{trouble}")
     return verdicts

@@ -45,15 +45,7 @@ def by_letter(k, how, gold):
 
 # MathVista
 def kind(q):
-    """The answer type of a question, guessed from the gold where its file does not say."""
-    gold = q.answer.strip()
-    if q.choices or q.meta.get("answer_type"):
-        return "choice" if q.choices else q.meta["answer_type"]
-    if gold.startswith("["):
-        return "list"
-    if re.fullmatch(r"-?\d+", gold):
-        return "integer"
-    return "text" if math_value(gold) is None else "float"
+    return "choice" if q.choices else q.meta.get("answer_type", "text")
 
 
 def chosen(k, how, q):
@@ -102,7 +94,7 @@ def mathvista_extract(text, q):
         return next((core_text(part) for part in candidates(text) if part), None)
     for part in candidates(text):
         inner = re.findall(r"\[([^\[\]]{1,400})\]", part)[-1:]
-        numbers = extract.NUMBER.findall(*inner or [part])
+        numbers = extract.NUMBER.findall(inner[0] if inner else part)
         if numbers and (inner or len(numbers) == q.answer.count(",") + 1):
             items = [str(float(x)) if "." in x else x.replace(",", "") for x in numbers]
             return f"[{', '.join(items)}]"
@@ -230,9 +222,8 @@ def mmmath_same(gold, given, tolerance):
 
 # MATH-Vision
 _FLAGS = ("final answer is", "answer is", "correct answer is", "answer should be")
-_OFF = (
-    r"\text \mbox \left \right ^{\circ} ^\circ {m}^3 m^3 {units} units {km} km \$ $ \! \,".split()
-)
+_NUMERAL = r"[-+]?(?:\d+\.?\d*|\.\d+)"
+_OFF = r"\text \mbox \left \right ^{\circ} ^\circ {m}^3 m^3 {units} units {km} km \$ $ \! \, \%"
 
 
 def mathvision_extract(text):
@@ -243,7 +234,7 @@ def mathvision_extract(text):
         if text.endswith((f" {c}.", f" ({c}).")) or text.startswith(starts):
             text = c
     tail = text.split("is ")[-1].rstrip(".")
-    text = tail if re.fullmatch(r"\s*[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?\s*", tail) else text
+    text = tail if re.fullmatch(rf"\s*{_NUMERAL}(?:[eE][-+]?\d+)?\s*", tail) else text
     if "oxed{" not in text:
         for flag in [f"{the} {rest}" for rest in _FLAGS for the in ("the", "The")]:
             if flag in text:
@@ -257,7 +248,7 @@ def mathvision_extract(text):
     text = before if closed and "{" not in before else text
     text = text.split("=")[-1].split("\\approx")[-1]
     text = text.replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
-    for mark in [*_OFF, " ", "\n", "\\%"]:
+    for mark in [*_OFF.split(), " ", "\n"]:
         text = text.replace(mark, "")
     text = re.sub(r"\(([a-e])\)", r"\1", text)
     return re.sub(r"\{([a-e])\}", r"\1", text).rstrip(".").lstrip(":").strip()
@@ -269,12 +260,12 @@ def mathvision_match(given, q):
     k = option_index(gold, q.choices or [])
     golds = [gold] if k is None else [gold, q.choices[k]]
     given = given.lower().strip()
-    for g in golds:
-        if given and given == g.lower().strip():
-            return Verdict(True, f"the same text as {g!r}", given)
-        a, b = rounded(g), rounded(given)
-        if a is not None and a == b:
-            return Verdict(True, f"{given[:60]} and {g!r} are {a} to two decimals", given)
+    for gold in golds:
+        if given and given == gold.lower().strip():
+            return Verdict(True, f"the same text as {gold!r}", given)
+        value = rounded(gold)
+        if value is not None and value == rounded(given):
+            return Verdict(True, f"{given[:60]} and {gold!r} are {value} to two decimals", given)
     return Verdict(False, f"{given[:60]!r} is not {' or '.join(golds)}", given)
 
 
@@ -283,8 +274,7 @@ def rounded(text):
     """A number to two decimals, a point as a tuple; None where the authors' parser fails: units."""
     if len(text) > 300 or re.search(r"\\(?:mathrm|text|circ|degree|mbox)|°|<|>|~", text):
         return None
-    items = re.fullmatch(r"\$?\s*([(\[])(.*,.*)[)\]]\s*\$?", text)
-    if items:
+    if items := re.fullmatch(r"\$?\s*([(\[])(.*,.*)[)\]]\s*\$?", text):
         parts = [math_value(x) for x in items[2].split(",")]
         return None if None in parts else (items[1], *(round(x, 2) for x in parts))
     a, colon, b = text.replace("$", "").partition(":")
@@ -331,7 +321,7 @@ def chart_number(text):
     text = text.strip()
     if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?%?", text):
         text = text.replace(",", "")
-    if not re.fullmatch(r"[-+]?(?:\d+\.?\d*|\.\d+)%?", text):
+    if not re.fullmatch(_NUMERAL + "%?", text):
         return None
     return float(text.rstrip("%")) / (100 if text.endswith("%") else 1)
 
@@ -431,8 +421,7 @@ def files(name, path=""):
             path = snapshot_download(bench.repo, repo_type="dataset", allow_patterns=patterns)
         except Exception as error:  # The hub raises many kinds: no network, a gated repository, ...
             raise ValueError(
-                f"{bench.title} is not on this machine and could not be fetched "
-                f"({type(error).__name__}: {str(error).splitlines()[0]}). Download "
+                f"{bench.title} is not on this machine ({str(error).splitlines()[0]}). Download "
                 f"{' and '.join(patterns)} of https://huggingface.co/datasets/{bench.repo} "
                 f"elsewhere, then say --bench {name}=FOLDER"
             ) from error
@@ -447,17 +436,17 @@ def tags(name: str, meta: dict) -> list[str]:
         values = meta.get(key)
         if isinstance(values, str) and values.startswith("['"):
             values = re.findall(r"'([^']+)'", values)  # VLMEvalKit's TSV holds a list as text.
-        if isinstance(values, dict):
-            values = list(values.values())
+        values = list(values.values()) if isinstance(values, dict) else values
         for v in values if isinstance(values, list) else [values]:
-            if key == "skills" and v:  # "geometry reasoning" is GEO.
+            if v in (None, ""):
+                continue
+            if key == "skills":  # "geometry reasoning" is GEO.
                 v = v[:3].upper()
-            elif key == "task" and v:  # "geometry problem solving" is GPS.
+            elif key == "task":  # "geometry problem solving" is GPS.
                 v = "".join(word[0] for word in v.split()).upper()
             elif key == "human_or_machine":
                 v = {0: "human", 1: "augmented"}.get(v, v)
-            if v not in (None, ""):
-                found.append(f"level {v}" if key == "level" else str(v))
+            found.append(f"level {v}" if key == "level" else str(v))
     return list(dict.fromkeys(found))
 
 
@@ -466,10 +455,8 @@ def adapt(record, name, file):
     bench, meta = BENCHMARKS[name], record.meta
     missing = [n for n in bench.needs.split() if not any(x in meta for x in n.split("|"))]
     if missing:
-        raise ValueError(
-            f"{file}: not {bench.title}: question {record.id} has no {' and no '.join(missing)}; "
-            f"fields found: {', '.join(meta) or 'none beside question and answer'}"
-        )
+        fields = " and no ".join(missing)
+        raise ValueError(f"{file}: not {bench.title}: question {record.id} has no {fields}")
     in_name = re.match(r"sample(?:_variant)?(\d+)", file.stem)
     variant = meta.get("variant") or in_name and int(in_name[1])
     if name == "dynamath" and variant:  # There is one file for each variant of the same questions.
@@ -479,8 +466,7 @@ def adapt(record, name, file):
         record.problem = data.MARK * len(record.images) + asked.replace(data.MARK, "")
     if not re.search(r"yes or no", record.problem, re.I):
         record.problem += bench.ask
-    record.id = f"{name}-{record.id.removeprefix(name + '-')}"
-    record.source = bench.title
+    record.id, record.source = f"{name}-{record.id.removeprefix(name + '-')}", bench.title
     meta |= {"bench": name, "tags": tags(name, meta)}
 
 
@@ -489,17 +475,15 @@ def load(name: str, path: str | Path = "", strict: bool = False):
     if name not in BENCHMARKS:
         known = run.nearest(name, BENCHMARKS)
         raise ValueError(f"no benchmark {name!r}{known}; there are: {', '.join(BENCHMARKS)}")
-    records, problems, ids = [], data.Problems(strict), set()
+    records, problems = {}, data.Problems(strict)
     for file in files(name, path):
         part, wrong = data.read(file, strict)
         problems += wrong
         for record in part:
             adapt(record, name, file)
-            while record.id in ids:
+            while record.id in records:
                 record.id += "-copy"
-            ids.add(record.id)
-            records.append(record)
+            records[record.id] = record
     if not records:
-        where, title = path or BENCHMARKS[name].repo, BENCHMARKS[name].title
-        raise ValueError(f"{where}: no usable question of {title} in it\n{problems.summary()}")
-    return records, problems
+        raise ValueError(f"{path}: no usable question of {name} in it\n{problems.summary()}")
+    return list(records.values()), problems
