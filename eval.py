@@ -6,15 +6,13 @@
   python eval.py --model DIR --data problems.jsonl      any file, scored by the training reward
   python eval.py --model NAME --bench mathvista --engine http --url http://HOST:8000/v1
 
-Two scores of a benchmark stand side by side. The strict one wants exactly one <think> and one
-<answer> block (Sec. 3.4) and follows the authors' rules. The other is the paper's: no format is
-needed, and up to four more answers are drawn while </answer> is missing. Every response goes to
-responses.jsonl with its verdicts; a killed run goes on where it stopped.
+Two scores of a benchmark stand side by side. The strict one wants one <think> and one <answer>
+block (Sec. 3.4) and follows the authors' rules. The paper's own wants no format, and draws up to
+four more answers while </answer> is missing. A killed run goes on where it stopped.
 """
 
 import json
 import zlib
-from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -29,7 +27,7 @@ import model
 import reward
 import toy
 from benchmarks import judge, rules
-from benchmarks.report import bench_report, bench_tables, counted, summarize, table
+from benchmarks.report import bench_report, bench_tables, counted, grouped, summarize, table
 from nano import data, packing, run
 from nano.http_engine import HTTPEngine
 from nano.rollout import Sample, TorchEngine
@@ -42,10 +40,10 @@ class Config:
     out: str = ""  # folder of the run; "" = named after model and data
     model: str = ""  # a Hugging Face folder or hub name; toy:all = the toy's three models
     bench: str = ""  # NAME from the hub, NAME=FOLDER or NAME=FILE, with commas
-    data: str = ""  # instead: problems, any format of nano/data.py, or toy:NAME
+    data: str = ""  # instead: problems, any format of nano/data.py
     name: str = ""  # in the table; "" = the model's folder
     strict: bool = False  # stop at the first bad record instead of reporting it
-    limit: int = 0  # only the first so many problems (of each benchmark); 0 = all
+    limit: int = 0  # only so many problems (of each benchmark); 0 = all
     seed: int = 0
     # sampling, as in the paper
     temperature: float = 0.6  # 0 = greedy
@@ -67,9 +65,9 @@ class Config:
 
 
 # More benchmarks or more of their questions may join the answers of an earlier run.
-HOW_ONLY = (
-    *("bench", "name", "strict", "limit", "max_prompt_len", "judge_url", "judge_model"),
-    *("url", "max_rows", "vllm_memory", "vllm_tp", "chunk"),
+HOW_ONLY = tuple(
+    """bench name strict limit max_prompt_len judge_url judge_model
+    url max_rows vllm_memory vllm_tp chunk""".split()
 )
 
 RECIPES = {
@@ -87,7 +85,7 @@ def check(config: Config):
     if config.engine not in ("torch", "vllm", "http"):
         raise ValueError(f"--engine {config.engine!r}: one of torch, vllm, http")
     if not config.model or bool(config.bench) == bool(config.data):
-        raise ValueError("say --model, and one of --bench (mathvista, mathverse=FOLDER) and --data")
+        raise ValueError("say --model, and one of --bench and --data")
     if config.model == "toy:all" and config.engine != "torch":
         raise ValueError("toy:all is three models: say --model toy:base, toy:ci or toy:rl")
 
@@ -104,25 +102,25 @@ def make_engine(config: Config, device):
 
     processor, longest = packing.Processor(config.model), config.max_prompt_len + config.max_len
     settings = dict(memory=config.vllm_memory, tp=config.vllm_tp, max_num_seqs=config.max_rows)
-    engine = VLLMEngine(config.model, processor, longest, device, may_sleep=False, **settings)
-    return engine, processor
+    settings["may_sleep"] = False
+    return VLLMEngine(config.model, processor, longest, device, **settings), processor
 
 
 def questions(config: Config, processor) -> list[data.Record]:
     """The records whose prompts fit; what is wrong with the others is said."""
-    records, problems = [], data.Problems(config.strict)
+    records, problems, limit = [], data.Problems(config.strict), config.limit or None
     if config.data:
-        records, problems = data.read(config.data, strict=config.strict)
-        records = records[: config.limit or None]
+        records, problems = data.read(config.data, config.strict)
+        records = records[:limit]
     for word in filter(None, map(str.strip, config.bench.split(","))):
         name, _, path = word.partition("=")
         some, wrong = rules.load(name, path, config.strict)
-        records += some[: config.limit or None]
+        records += some[:limit]
         problems += wrong
         run.say(f"{name}: {len(some):,} of {rules.BENCHMARKS[name].full:,} questions are there")
     if processor:  # A server knows itself what is too long.
-        limit = config.max_prompt_len
-        records = packing.usable(records, processor, limit, problems, config.system_prompt)
+        asked = (config.max_prompt_len, problems, config.system_prompt)
+        records = packing.usable(records, processor, *asked)
     if problems:
         run.say(problems.summary())
     if not records:
@@ -149,7 +147,7 @@ def answer(record: data.Record, number: int, sample: Sample) -> dict:
 
 def ask(engine, encode, config: Config, records, numbers: list[int]) -> list[list[dict]]:
     """The rows of each question: its samples, then what the paper's evaluation draws once more."""
-    rows, todo, attempt = [[] for _ in records], list(range(len(records))), 0
+    rows, todo, attempt = [[] for _ in records], range(len(records)), 0
     # Ranks that share a vLLM ask together, as long as one of them has a question.
     while run.all_max(len(todo)) if config.vllm_tp > 1 else todo:
         prompts = [encode(records[i]) for i in todo]
@@ -157,18 +155,18 @@ def ask(engine, encode, config: Config, records, numbers: list[int]) -> list[lis
         seeds = [(config.seed, attempt, numbers[i]) for i in todo]
         sampling = (config.max_len, seeds, config.temperature, config.top_p)
         groups = engine.generate(prompts, 1 if attempt else config.samples, *sampling)
-        again = []
-        for i, group in zip(todo, groups):
+        asked, todo = todo, []
+        for i, group in zip(asked, groups):
             for sample in group:
                 row = answer(records[i], len(rows[i]), sample)
                 rows[i].append(row | ({"resampled": True} if attempt else {}))
             closed = any("</answer>" in row["completion"] for row in rows[i])
             if config.bench and config.temperature > 0 and len(rows[i]) < DRAWS and not closed:
-                again.append(i)
-        todo, attempt = again, attempt + 1
+                todo.append(i)
+        attempt += 1
     for group in rows:
-        for left, row in enumerate(reversed(group[:-1]), 1):
-            row["more"] = left  # lines of this question that follow
+        for number, row in enumerate(group[:-1], 1):
+            row["more"] = len(group) - number  # lines of this question that follow
     return rows
 
 
@@ -208,8 +206,7 @@ def evaluate(config: Config, device) -> dict:
     todo = [r for r in records if r.id not in finished]
 
     # 1. answers, some questions at a time
-    hide = None if rank == 0 else True
-    bar = tqdm(total=len(records), initial=len(finished), leave=False, disable=hide)
+    bar = tqdm(total=len(records), initial=len(finished), leave=False, disable=rank > 0 or None)
     for first in range(0, len(todo), config.chunk):
         some = todo[first : first + config.chunk]
         mine = some[rank::world]
@@ -235,9 +232,7 @@ def evaluate(config: Config, device) -> dict:
             rows[i] |= {f"{which}{key}": value for key, value in settled.items()}
 
     # 3. the report
-    parts = defaultdict(list)
-    for r in rows:
-        parts[r["bench"] if config.bench else r["source"]].append(r)
+    parts = grouped(rows, lambda row: [row["bench" if config.bench else "source"]])
     if config.bench:
         report = {b: bench_report(b, part, rules.BENCHMARKS[b].full) for b, part in parts.items()}
         brief = {bench: summary["accuracy"] for bench, summary in report.items()}
@@ -266,8 +261,7 @@ def evaluate_toy(config: Config, device) -> list[tuple[str, dict]]:
 
 
 def main(config: Config):
-    device = run.start_ranks()
-    first = run.is_main()
+    device, first = run.start_ranks(), run.is_main()
     with run.for_people():
         check(config)
     asked = config.data or config.bench.replace("=", ",")
@@ -281,8 +275,9 @@ def main(config: Config):
             titles = {bench: rules.BENCHMARKS[bench].title for bench in report}
             text = bench_tables(name, report, titles)
         else:
-            sources = [(f"{name}: {source}", report[source]) for source in list(report)[1:]]
-            text = table([(name, report["all"]), *(sources if len(sources) > 1 else [])])
+            whole = [(name, report.pop("all"))]
+            sources = [(f"{name}: {source}", summary) for source, summary in report.items()]
+            text = table(whole + (sources if len(sources) > 1 else []))
     if first:
         (Path(config.out) / "table.md").write_text(text + "\n")
         print(text)
