@@ -42,7 +42,7 @@ class Config:
     bench: str = ""  # NAME from the hub, NAME=FOLDER or NAME=FILE, with commas
     data: str = ""  # instead: problems, any format of nano/data.py
     name: str = ""  # in the table; "" = the model's folder
-    strict: bool = False  # stop at the first bad record instead of reporting it
+    strict: bool = False  # stop at the first bad record
     limit: int = 0  # only so many problems (of each benchmark); 0 = all
     seed: int = 0
     # sampling, as in the paper
@@ -50,15 +50,15 @@ class Config:
     top_p: float = 0.95
     max_len: int = 16384  # new tokens
     samples: int = 1  # answers per question
-    max_prompt_len: int = 8192  # a longer prompt is reported and left out
+    max_prompt_len: int = 8192  # a longer prompt is left out
     system_prompt: str = ""
-    judge_url: str = ""  # OpenAI-compatible server for what the rules leave undecided
+    judge_url: str = ""  # of a server for what the rules leave undecided
     judge_model: str = "gpt-4o-mini"  # the paper's
     # memory and speed
     engine: str = "torch"  # torch; vllm: one per rank, in this process; http: servers at --url
-    url: str = ""  # of OpenAI-compatible servers, with commas
+    url: str = ""  # of servers, with commas
     max_rows: int = 256  # sequences that one rank decodes at a time
-    vllm_memory: float = 0.9  # share of a GPU that vLLM may take: nothing else is there
+    vllm_memory: float = 0.9  # share of a GPU that vLLM may take
     vllm_tp: int = 1  # neighbouring ranks that share one vLLM (tensor parallel)
     chunk: int = 256  # questions between two writes to responses.jsonl
     resume: bool = True  # --no_resume throws earlier responses away
@@ -145,7 +145,7 @@ def answer(record: data.Record, number: int, sample: Sample) -> dict:
     return row
 
 
-def ask(engine, encode, config: Config, records, numbers: list[int]) -> list[list[dict]]:
+def ask(engine, encode, config: Config, records, numbers: list[int]) -> list[dict]:
     """The rows of each question: its samples, then what the paper's evaluation draws once more."""
     rows, todo, attempt = [[] for _ in records], range(len(records)), 0
     # Ranks that share a vLLM ask together, as long as one of them has a question.
@@ -167,7 +167,7 @@ def ask(engine, encode, config: Config, records, numbers: list[int]) -> list[lis
     for group in rows:
         for number, row in enumerate(group[:-1], 1):
             row["more"] = len(group) - number  # lines of this question that follow
-    return rows
+    return list(chain(*rows))
 
 
 def read_responses(path: Path) -> list[dict]:
@@ -176,12 +176,11 @@ def read_responses(path: Path) -> list[dict]:
     path.touch()
     with open(path, "r+b") as f:
         for line in f.readlines():
-            try:
-                question.append(json.loads(line))
-            except json.JSONDecodeError:
+            if not line.endswith(b"}\n"):
                 break
+            question.append(json.loads(line))
             read += len(line)
-            if line.endswith(b"\n") and not question[-1].get("more"):
+            if not question[-1].get("more"):
                 rows, question, good = rows + question, [], read
         f.truncate(good)
     return rows
@@ -210,9 +209,8 @@ def evaluate(config: Config, device) -> dict:
     for first in range(0, len(todo), config.chunk):
         some = todo[first : first + config.chunk]
         mine = some[rank::world]
-        answers = ask(engine, encode, config, mine, [number[r.id] for r in mine])
-        gathered = [None] * world
-        dist.all_gather_object(gathered, list(chain(*answers)))
+        gathered, numbers = [None] * world, [number[r.id] for r in mine]
+        dist.all_gather_object(gathered, ask(engine, encode, config, mine, numbers))
         new = list(chain(*gathered))
         if rank == 0:
             with open(responses, "a") as f:

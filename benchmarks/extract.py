@@ -5,8 +5,8 @@ characters are searched, and every repeated part of a pattern is bounded, so tha
 linear on hostile text.
 """
 
-import functools
 import re
+from functools import lru_cache
 
 from answers.equal import value
 from answers.parse import Unparsable, parse
@@ -49,7 +49,7 @@ def statements(text):
     return found[:-20:-1]
 
 
-@functools.lru_cache(16)
+@lru_cache(16)
 def candidates(text: str) -> list[str]:
     """Where the answer may stand: a short text as a whole, boxes, statements, the last sentence."""
     text = text.strip()[-LONGEST:]
@@ -143,7 +143,7 @@ def find_number(text: str) -> float | None:
     return float(found[-1].replace(",", "")) if found else None
 
 
-@functools.lru_cache(10_000)
+@lru_cache(10_000)
 def math_value(text: str) -> float | None:
     """The real number that a piece of LaTeX stands for, with or without a unit."""
     try:

@@ -85,14 +85,14 @@ def metrics(bench: str, rows: list[dict], key: str = "right") -> dict[str, list]
     if bench == "hallusionbench":
         # Figure 0 of category VS is no figure at all.
         figures = [r for r in rows if not (place(r)[0].startswith("VS") and place(r)[2] == "0")]
-        found = {
-            "aAcc": [share(rows, key)],
-            "fAcc": [share(figures, key, lambda row: place(row)[:3])],
-            "qAcc": [share(rows, key, lambda row: (*place(row)[:2], place(row)[3]))],
+        three = {
+            "aAcc": share(rows, key),
+            "fAcc": share(figures, key, lambda row: place(row)[:3]),
+            "qAcc": share(rows, key, lambda row: (*place(row)[:2], place(row)[3])),
         }
-        found = {name: parts for name, parts in found.items() if parts[0][1]}
-        third = [(1 / len(found), *parts[0][1:]) for parts in found.values()]
-        found = {"mean": third} | found
+        three = {name: part for name, part in three.items() if part[1]}
+        found = {"mean": [(1 / len(three), *part[1:]) for part in three.values()]}
+        found |= {name: [part] for name, part in three.items()}
     return found | {tag: [share(part, key)] for tag, part in by_tag.items()}
 
 
@@ -115,13 +115,10 @@ def wilson(right: float, n: int, z: float = 1.959964) -> list[float]:
 
 def estimate(parts: list[tuple]) -> dict[str, float]:
     """{value, low, high, n} of a metric; each part is resampled with a seed of its own."""
-    value, spread, agree = 0.0, 0.0, True
-    for seed, (weight, scores, clusters) in enumerate(parts):
-        value += weight * np.mean(scores)
-        spread = spread + weight * bootstrap(scores, clusters, seed)
-        agree &= len(set(scores)) == 1
+    value = sum(weight * np.mean(scores) for weight, scores, _ in parts)
+    spread = sum(w * bootstrap(*part, seed) for seed, (w, *part) in enumerate(parts))
     low, high = np.quantile(spread, [0.025, 0.975])
-    if agree:
+    if all(len(set(scores)) == 1 for _, scores, _ in parts):
         n = len({c for _, _, clusters in parts for c in clusters})
         ends = [(weight, wilson(np.mean(scores) * n, n)) for weight, scores, _ in parts]
         low, high = (sum(weight * end[i] for weight, end in ends) for i in (0, 1))
@@ -146,16 +143,15 @@ def summarize(rows: list[dict]) -> dict:
     rows = counted(rows)
     found = estimate([share(rows, "right")])
     summary = dict(n=len(rows), accuracy=found["value"], low=found["low"], high=found["high"])
-    summary["length"] = float(np.mean([r["length"] for r in rows]))
-    summary["format_rate"] = float(np.mean([r["format_ok"] for r in rows]))
-    summary["truncated"] = float(np.mean([r["finish"] == "length" for r in rows]))
+    means = {"length": [r["length"] for r in rows], "format_rate": [r["format_ok"] for r in rows]}
+    means["truncated"] = [r["finish"] == "length" for r in rows]
+    summary |= {name: float(np.mean(values)) for name, values in means.items()}
     questions = by_question(rows).values()
     n = min(map(len, questions))
     if n > 1:
-        summary["pass@k"] = {}
-        for k in sorted({*(2**i for i in range(1, n.bit_length())), n}):
-            chances = [pass_at_k(len(q), sum(r["right"] for r in q), k) for q in questions]
-            summary["pass@k"][k] = float(np.mean(chances))
+        right = [(len(q), sum(r["right"] for r in q)) for q in questions]
+        ks = sorted({*(2**i for i in range(1, n.bit_length())), n})
+        summary["pass@k"] = {k: float(np.mean([pass_at_k(*q, k) for q in right])) for k in ks}
         summary["majority"] = float(np.mean([majority(q) for q in questions]))
     return summary
 
@@ -170,7 +166,7 @@ def fork_rows(rows):
 
 
 def bench_report(bench: str, rows: list[dict], full: int) -> dict:
-    """All that is said about one benchmark; `full` is its number of questions when complete."""
+    """All that is said about one benchmark of `full` questions."""
     plain, kept = counted(rows), fork_rows(rows)
     report = summarize(rows) | dict(questions=len(kept), full=full, undecided={}, judged={})
     report["training"] = float(np.mean([r["training_right"] for r in plain]))
@@ -184,10 +180,8 @@ def bench_report(bench: str, rows: list[dict], full: int) -> dict:
 
 
 def read_run(path: str | Path) -> list[dict]:
-    """The rows of a run of eval.py: its folder, or a file in the form of responses.jsonl."""
+    """The rows of a run of eval.py: its folder, or a file like its responses.jsonl."""
     path = Path(path) / "responses.jsonl" if Path(path).is_dir() else Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; a run of eval.py has a responses.jsonl")
     with open(path, encoding="utf-8") as f:
         return [json.loads(line) for line in f if line.strip()]
 
@@ -210,7 +204,6 @@ PAPER = {
 
 
 def markdown(*rows):
-    """A Markdown table from rows of cells, the header first."""
     lines = ["|" + "".join(f" {c} |" if c != "" else " |" for c in row) for row in rows]
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
@@ -240,19 +233,19 @@ def facts(s):
 def table(reports: list[tuple[str, dict]]) -> str:
     """A Markdown table of (name, summary)."""
     columns = dict.fromkeys(column for _, s in reports for column in facts(s))
-    rows = [["", "accuracy % (95 % interval)", *columns]]
-    for name, s in reports:
-        cells = [facts(s).get(column, "") for column in columns]
-        rows.append([name, cell(s, value="accuracy"), *cells])
-    return markdown(*rows)
+    rows = [
+        [name, cell(s, value="accuracy"), *(facts(s).get(column, "") for column in columns)]
+        for name, s in reports
+    ]
+    return markdown(["", "accuracy % (95 % interval)", *columns], *rows)
 
 
 def paper_table(name, report):
-    """The paper's own rows, then ours by the strict score and by the rules of its evaluation."""
+    """The paper's own rows, then ours by both scores."""
     columns = {column: at for column, at in COLUMNS.items() if at[0] in report}
     rows = [["%", *columns]]
-    for model, values in PAPER.items():
-        values = dict(zip(COLUMNS, values.replace("-", "").split(" ")))
+    for model, line in PAPER.items():
+        values = dict(zip(COLUMNS, line.replace("-", "").split(" ")))
         cells = [values.get(column, "") for column in columns]
         rows += [[model, *cells]] if any(cells) else []
     for how, words in (("strict", "strict: format required"), ("fork", "the paper's rules")):
@@ -262,7 +255,7 @@ def paper_table(name, report):
 
 
 def bench_tables(name: str, report: dict, titles: dict[str, str]) -> str:
-    """Markdown for people: the paper's table, then every benchmark with its subsets."""
+    """The paper's table, then every benchmark with its subsets."""
     text = [paper_table(name, report), ""]
     for bench, s in report.items():
         undecided, judged = s["undecided"], s["judged"]

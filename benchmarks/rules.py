@@ -9,9 +9,9 @@ with decided=False: wrong, unless a judge (eval.py --judge_url) says otherwise. 
 data.Record, or anything else with answer, choices, problem and meta.
 """
 
-import functools
 import re
 from collections.abc import Callable
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -138,10 +138,9 @@ def mathverse(text, q, by_text=True):
         return same_meaning(text, gold)
     if len(golds) > 1:  # "Choose 2 answers"
         for part in candidates(text):
-            if given := letters(core_text(part[-1000:])):
-                given = sorted(given)
-                right = given == sorted(golds)
-                return Verdict(right, f"{given} against {gold!r}", ", ".join(given))
+            if given := sorted(letters(core_text(part[-1000:])) or ()):
+                shown = f"{given} against {gold!r}"
+                return Verdict(given == sorted(golds), shown, ", ".join(given))
         return UNDECIDED
     k, how = find_option(text, options or [f"({c})" for c in "ABCDEFGH"])
     if k is None and letters(core_text(text)):
@@ -153,7 +152,7 @@ def mathverse(text, q, by_text=True):
 
 
 def same_meaning(text, gold):
-    """A free-form answer: the likeliest part of the response that can be read, against the gold."""
+    """The likeliest part of a free-form answer that can be read, against the gold."""
     for part in candidates(text):
         part = part[:1000]
         right, why = reward_verdict(part, gold)
@@ -181,16 +180,16 @@ def mmmath(text, q, tolerance=1e-8):
     for gold in (boxes or q.answer, q.answer):  # all the boxes, or the last
         want, left = mmmath_items(gold), list(given)
         for item in want:
-            same = next((x for x in left if mmmath_same(item, x, tolerance)), None)
-            if same is not None:
-                left.remove(same)
+            same = [x for x in left if mmmath_same(item, x, tolerance)]
+            if same:
+                left.remove(same[0])
         if want and len(want) == len(given) and not left:
             return Verdict(True, f"{shown[:80]} is {gold[:80]}", shown)
     return Verdict(False, f"{shown[:80]} is not {q.answer[:80]}", shown[:400])
 
 
 def mmmath_items(text):
-    """The values of an answer: of all boxes, else of the last line's formulas, else of it all."""
+    """The values of all boxes, else of the last line's formulas, else of the whole answer."""
     text = text.strip()[-extract.LONGEST :]
     formulas = re.findall(r"\$([^$]{1,400})\$", text.split("\n")[-1])
     items = []
@@ -209,15 +208,14 @@ def mmmath_items(text):
 
 
 def mmmath_same(gold, given, tolerance):
-    values = []
-    for text in (gold, given):
-        plain = text.count("=") <= 1 and not extract.DOUBT.search(text)
-        values.append(math_value(text.rsplit("=", 1)[-1]) if plain else None)
-    if None in values:
+    pair = (gold, given)
+    plain = not any(text.count("=") > 1 or extract.DOUBT.search(text) for text in pair)
+    x, y = (math_value(text.rsplit("=", 1)[-1]) if plain else None for text in pair)
+    if x is None or y is None:
         return gold == given or reward_verdict(given[:1000], gold)[0]
-    numerals = re.fullmatch(r"[-\d.]+", gold) and re.fullmatch(r"[-\d.]+", given)
+    numerals = all(re.fullmatch(r"[-\d.]+", text) for text in pair)
     scales = (1, 100, 0.01) if numerals else (1,)
-    return any(abs(values[0] * scale - values[1]) <= 1.01 * tolerance for scale in scales)
+    return any(abs(x * scale - y) <= 1.01 * tolerance for scale in scales)
 
 
 # MATH-Vision
@@ -244,8 +242,8 @@ def mathvision_extract(text):
     text = text.lower().replace("{}", "")
     start, end = text.find("oxed{"), text.rfind("}")
     text = text[start + 5 : end] if 0 <= start < end else text
-    before, closed, _ = text.partition("}")
-    text = before if closed and "{" not in before else text
+    before = text.partition("}")[0]
+    text = text if "{" in before else before
     text = text.split("=")[-1].split("\\approx")[-1]
     text = text.replace("\\\\", "\\").replace("tfrac", "frac").replace("dfrac", "frac")
     for mark in [*_OFF.split(), " ", "\n"]:
@@ -255,7 +253,7 @@ def mathvision_extract(text):
 
 
 def mathvision_match(given, q):
-    """The text of the letter or the value, or numbers that agree to two decimals: 1/55 is 1/60."""
+    """The same text, or numbers that agree to two decimals: 1/55 is 1/60."""
     gold = q.answer.strip()
     k = option_index(gold, q.choices or [])
     golds = [gold] if k is None else [gold, q.choices[k]]
@@ -269,9 +267,9 @@ def mathvision_match(given, q):
     return Verdict(False, f"{given[:60]!r} is not {' or '.join(golds)}", given)
 
 
-@functools.lru_cache(10_000)
+@lru_cache(10_000)
 def rounded(text):
-    """A number to two decimals, a point as a tuple; None where the authors' parser fails: units."""
+    """A number to two decimals, a point as a tuple; None where the authors' parser fails."""
     if len(text) > 300 or re.search(r"\\(?:mathrm|text|circ|degree|mbox)|°|<|>|~", text):
         return None
     if items := re.fullmatch(r"\$?\s*([(\[])(.*,.*)[)\]]\s*\$?", text):
@@ -292,13 +290,12 @@ def mathvision(text, q):
 
 
 def one_letter(text, q, names="ABCDEFGH"):
-    """The letter of one option; `names` are the options where nothing tells what they are."""
     options = q.choices or extract.written_choices(q.meta.get("question") or q.problem)
     return by_letter(*find_option(text, options or list(names)), q.answer)
 
 
 def dynamath(text, q, relative=1e-3):
-    """A float within 0.001 or a thousandth of it; a letter; or the gold's text among the words."""
+    """A float within 0.001 or a thousandth; a letter; or the gold among the words."""
     if q.meta.get("answer_type") == "multiple choice":
         return one_letter(text, q)
     if q.meta.get("answer_type") == "float":
@@ -317,7 +314,7 @@ def dynamath(text, q, relative=1e-3):
 
 
 def chart_number(text):
-    """ChartQA's reading of a number: `1,234`, `-5.6`, `12%` = 0.12; None for any other text."""
+    """`1,234`, `-5.6`, or `12%`, which is 0.12; None for any other text."""
     text = text.strip()
     if re.fullmatch(r"-?\d{1,3}(,\d{3})+(\.\d+)?%?", text):
         text = text.replace(",", "")
@@ -358,7 +355,7 @@ class Benchmark(NamedTuple):
     repo: str  # on the hub
     files: str  # patterns of its files there
     full: int  # questions when complete
-    needs: str  # fields without which a file is another one; "a|b" is one of the two
+    needs: str  # fields that tell its files from others; "a|b" is one of the two
     subsets: str  # fields that name the subsets of which scores are reported
     official: Callable
     fork: Callable | None = None  # where the paper's fork scores by other rules
@@ -373,19 +370,17 @@ BENCHMARKS = {
     "mathverse": Benchmark("MathVerse testmini", "AI4Math/MathVerse",
         "testmini.parquet testmini_text_only.parquet", 3940,
         "problem_version question_type", "problem_version subject subfield",
-        mathverse, functools.partial(mathverse, by_text=False), prompt="query_cot"),
+        mathverse, partial(mathverse, by_text=False), prompt="query_cot"),
     "mm-math": Benchmark("MM-Math", "THU-KEG/MM_Math",
         "MM_Math/MM_Math.jsonl MM_Math/MM_Math.zip", 5929,
-        "solution difficult", "difficult year knowledge",
-        mmmath, functools.partial(mmmath, tolerance=1e-2)),
+        "solution difficult", "difficult year knowledge", mmmath, partial(mmmath, tolerance=1e-2)),
     "dynamath": Benchmark("DynaMath", "DynaMath/DynaMath_Sample", "data/sample*.parquet", 5010,
         "answer_type knowledge_level|level", "subject knowledge_level level",
-        dynamath, functools.partial(dynamath, relative=0)),
+        dynamath, partial(dynamath, relative=0)),
     "mathvision": Benchmark("MATH-Vision", "MathLLMs/MathVision", "data/test-*.parquet", 3040,
         "level subject", "subject level", mathvision),
     "mmstar": Benchmark("MMStar", "Lin-Chen/MMStar", "mmstar.parquet", 1500,
-        "category l2_category|l2-category", "category",
-        functools.partial(one_letter, names="ABCD")),
+        "category l2_category|l2-category", "category", partial(one_letter, names="ABCD")),
     "chartqa": Benchmark("ChartQA", "HuggingFaceM4/ChartQA", "data/test-*.parquet", 2500,
         "human_or_machine|split", "human_or_machine split", chartqa),
     "mme": Benchmark("MME", "lmms-lab/MME", "data/test-*.parquet", 2374,
@@ -413,9 +408,7 @@ def fork_prediction(completion: str) -> str:
 
 
 def files(name, path=""):
-    """The data files of a benchmark: under `path`, else from the hub or its cache."""
-    bench = BENCHMARKS[name]
-    patterns = bench.files.split()
+    bench, patterns = BENCHMARKS[name], BENCHMARKS[name].files.split()
     if not path:
         try:
             path = snapshot_download(bench.repo, repo_type="dataset", allow_patterns=patterns)
@@ -451,7 +444,7 @@ def tags(name: str, meta: dict) -> list[str]:
 
 
 def adapt(record, name, file):
-    """Gives a record its benchmark's prompt, id, source, meta["bench"] and meta["tags"]."""
+    """Gives a record its benchmark's prompt, id, source and tags."""
     bench, meta = BENCHMARKS[name], record.meta
     missing = [n for n in bench.needs.split() if not any(x in meta for x in n.split("|"))]
     if missing:
@@ -473,8 +466,8 @@ def adapt(record, name, file):
 def load(name: str, path: str | Path = "", strict: bool = False):
     """(records, data.Problems): the usable questions, and what is wrong with the others."""
     if name not in BENCHMARKS:
-        known = run.nearest(name, BENCHMARKS)
-        raise ValueError(f"no benchmark {name!r}{known}; there are: {', '.join(BENCHMARKS)}")
+        known = f"{run.nearest(name, BENCHMARKS)}; there are: {', '.join(BENCHMARKS)}"
+        raise ValueError(f"no benchmark {name!r}{known}")
     records, problems = {}, data.Problems(strict)
     for file in files(name, path):
         part, wrong = data.read(file, strict)
