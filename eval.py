@@ -145,14 +145,14 @@ def answer(record: data.Record, number: int, sample: Sample) -> dict:
     return row
 
 
-def ask(engine, encode, config: Config, records, numbers: list[int]) -> list[dict]:
+def ask(engine, encode, config: Config, records, number: dict[str, int]) -> list[dict]:
     """The rows of each question: its samples, then what the paper's evaluation draws once more."""
     rows, todo, attempt = [[] for _ in records], range(len(records)), 0
     # Ranks that share a vLLM ask together, as long as one of them has a question.
     while run.all_max(len(todo)) if config.vllm_tp > 1 else todo:
         prompts = [encode(records[i]) for i in todo]
         # A later draw is seeded by its attempt: it does not depend on who else needed one.
-        seeds = [(config.seed, attempt, numbers[i]) for i in todo]
+        seeds = [(config.seed, attempt, number[records[i].id]) for i in todo]
         sampling = (config.max_len, seeds, config.temperature, config.top_p)
         groups = engine.generate(prompts, 1 if attempt else config.samples, *sampling)
         asked, todo = todo, []
@@ -165,8 +165,8 @@ def ask(engine, encode, config: Config, records, numbers: list[int]) -> list[dic
                 todo.append(i)
         attempt += 1
     for group in rows:
-        for number, row in enumerate(group[:-1], 1):
-            row["more"] = len(group) - number  # lines of this question that follow
+        for k, row in enumerate(group[:-1], 1):
+            row["more"] = len(group) - k  # lines of this question that follow
     return list(chain(*rows))
 
 
@@ -208,9 +208,8 @@ def evaluate(config: Config, device) -> dict:
     bar = tqdm(total=len(records), initial=len(finished), leave=False, disable=rank > 0 or None)
     for first in range(0, len(todo), config.chunk):
         some = todo[first : first + config.chunk]
-        mine = some[rank::world]
-        gathered, numbers = [None] * world, [number[r.id] for r in mine]
-        dist.all_gather_object(gathered, ask(engine, encode, config, mine, numbers))
+        gathered = [None] * world
+        dist.all_gather_object(gathered, ask(engine, encode, config, some[rank::world], number))
         new = list(chain(*gathered))
         if rank == 0:
             with open(responses, "a") as f:

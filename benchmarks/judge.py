@@ -41,7 +41,7 @@ def undecided(rows):
 
 
 async def ask_all(config, jobs, journal) -> Counter:
-    """Puts the replies to all jobs, (key, prompt, more), into the journal; counts what failed."""
+    """Puts the replies to all jobs, (key, prompt, more), into the journal; counts failures."""
     settings = dict(judge_tokens=16, temperature=0, backoff=1, retries=4, concurrency=CALLS)
     server = Server("judge", SimpleNamespace(**vars(config) | settings), journal, Counter())
     head = dict(model=config.judge_model, max_tokens=16, temperature=0)

@@ -7,7 +7,6 @@ scores agree, a bootstrap has no width, and the interval is Wilson's.
 
 import json
 from collections import Counter, defaultdict
-from itertools import chain
 from math import comb
 from operator import itemgetter
 from pathlib import Path
@@ -69,14 +68,12 @@ def metrics(bench: str, rows: list[dict], key: str = "right") -> dict[str, list]
     """{metric: [(weight, scores, clusters), ...]}: a metric is the sum of weight * mean(scores)."""
     by_tag = dict(sorted(grouped(rows, lambda row: row.get("tags", ())).items()))
     if bench == "mme":  # accuracy and accuracy+ (both questions of an image) of every subtask
-        subtasks = {
-            tag: [share(part, key, weight=100.0), share(part, key, cluster, 100.0)]
-            for tag, part in by_tag.items()
-        }
-        perception = [parts for tag, parts in subtasks.items() if tag not in REASONING]
-        reasoning = [parts for tag, parts in subtasks.items() if tag in REASONING]
-        sums = {"SUM": subtasks.values(), "perception": perception, "reasoning": reasoning}
-        return {name: list(chain(*parts)) for name, parts in sums.items() if parts} | subtasks
+        units, found = (itemgetter("id"), cluster), {"SUM": [], "perception": [], "reasoning": []}
+        subtasks = {t: [share(part, key, u, 100.0) for u in units] for t, part in by_tag.items()}
+        for tag, parts in subtasks.items():
+            found["SUM"] += parts
+            found["reasoning" if tag in REASONING else "perception"] += parts
+        return {name: parts for name, parts in found.items() if parts} | subtasks
     found = {"ALL": [share(rows, key)]}
     if bench == "mathverse" and (versions := [by_tag[v] for v in VERSIONS if v in by_tag]):
         found = {"ALL": [share(part, key, weight=1 / len(versions)) for part in versions]}
