@@ -7,7 +7,6 @@ python -m toy teachers               print a URL and serve the teachers until st
 """
 
 import argparse
-import asyncio
 import base64
 import io
 
@@ -49,4 +48,4 @@ if __name__ == "__main__":
         show(args.seed, args.out or "toy.png")
     else:
         Reasoner.again = args.again
-        asyncio.run(serve())
+        serve()

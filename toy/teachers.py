@@ -3,20 +3,19 @@
 The MLLM knows what can be read in the picture; the reasoner sees no picture at all.
 """
 
-import asyncio
 import base64
 import functools
 import io
-import json
-import os
 import random
 import re
+import socket
 import subprocess
 import sys
 import threading
 import zlib
 from pathlib import Path
 
+from aiohttp import web
 from PIL import Image
 
 from toy.world import CELLS, DIGITS
@@ -128,44 +127,30 @@ class Reasoner:
 TEACHERS = {"toy-mllm": MLLM(), "toy-reasoner": Reasoner()}
 
 
-def reply(raw: bytes) -> tuple[str, dict]:
-    """The body of a chat completion request -> (HTTP status, body of the answer)."""
-    asked = json.loads(raw)
+async def complete(request: web.Request) -> web.Response:
+    """The answer to POST /v1/chat/completions."""
+    asked = await request.json()
     try:
         text = TEACHERS[asked["model"]].chat(asked["messages"])
     except (KeyError, TypeError, ValueError) as error:
         message = f"not a problem of the toy's world: {error!r}"
-        return "400 Bad Request", {"error": {"message": message}}
+        return web.json_response({"error": {"message": message}}, status=400)
     message = {"role": "assistant", "content": text}
     choice = {"index": 0, "message": message, "finish_reason": "stop"}
-    usage = {"prompt_tokens": len(raw) // 4, "completion_tokens": len(text.split())}  # Roughly.
-    return "200 OK", {"object": "chat.completion", "choices": [choice], "usage": usage}
+    # Tokens are counted roughly.
+    usage = {"prompt_tokens": request.content_length // 4, "completion_tokens": len(text.split())}
+    body = {"object": "chat.completion", "choices": [choice], "usage": usage}
+    return web.json_response(body)
 
 
-async def serve_connection(reader: asyncio.StreamReader, writer: asyncio.StreamWriter):
-    """POST /v1/chat/completions over HTTP/1.1. A web framework would take longer than a teacher."""
-    try:
-        while head := await reader.readuntil(b"\r\n\r\n"):
-            length = int(re.search(rb"(?i)content-length: *(\d+)", head)[1])
-            status, body = reply(await reader.readexactly(length))
-            raw = json.dumps(body).encode()
-            head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\n"
-            writer.write(f"{head}Content-Length: {len(raw)}\r\n\r\n".encode() + raw)
-    except (asyncio.IncompleteReadError, ConnectionError):
-        writer.close()
-
-
-def _end_with_the_starter():
-    sys.stdin.read()  # It returns when whoever started this process is gone.
-    os._exit(0)
-
-
-async def serve():
-    """Prints the server's URL and serves until standard input ends."""
-    server = await asyncio.start_server(serve_connection, "127.0.0.1", 0, backlog=1024)
-    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", flush=True)
-    threading.Thread(target=_end_with_the_starter, daemon=True).start()
-    await server.serve_forever()
+def serve():
+    """Prints the server's URL and serves until standard input ends: its starter is gone then."""
+    app, sock = web.Application(), socket.create_server(("127.0.0.1", 0))
+    app.router.add_post("/v1/chat/completions", complete)
+    how = dict(sock=sock, backlog=1024, handle_signals=False, access_log=None, print=None)
+    threading.Thread(target=web.run_app, args=[app], kwargs=how, daemon=True).start()
+    print(f"http://127.0.0.1:{sock.getsockname()[1]}/v1", flush=True)
+    sys.stdin.read()
 
 
 @functools.cache
