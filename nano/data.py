@@ -6,8 +6,7 @@
   the benchmarks' own   parquet, JSON, VLMEvalKit's TSV; pictures inside, beside it or in a zip
   a folder of these, or several paths separated by commas
 
-The kind of a file is told by its first bytes, never by its name. What data sets call our fields
-is listed in NAMES. A bad row is noted in `Problems`, and the other rows are used.
+The first bytes of a file tell its kind, not its name. A bad row is noted in `Problems`.
 """
 
 import ast
@@ -21,7 +20,7 @@ import zlib
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from io import BytesIO
 from pathlib import Path
 from typing import NamedTuple
@@ -44,7 +43,6 @@ NAMES = {
     "id": ("pid", "sample_index", "index"),
 }
 NOTHING = (None, "", [])
-ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 OURS = {"problem", "conversations", "messages"}  # A row with one of these has our names already.
 TASK = {*OURS, *NAMES["problem"]}  # A row without any of these is no problem.
 # What the benchmarks say beside a question. Record.meta keeps it for their rules and reports.
@@ -91,15 +89,14 @@ class Problems(list):
     def add(self, kind: str, detail: str = "", file="", line: int | None = None, id: str = ""):
         self.append(Problem(str(file), line, id, kind, detail))
         if self.strict:
-            hint = "without --strict such data is reported and the rest goes on"
-            raise ValueError(f"{self[-1]}; {hint}")
+            raise ValueError(f"{self[-1]}; without --strict it is reported and the rest goes on")
 
     def summary(self, examples: int = 3) -> str:
         """Counts by kind, each with its first examples; "" when nothing was wrong."""
         lines = [f"{len(self)} problems in the data:"] if self else []
         for kind, count in Counter(p.kind for p in self).most_common():
-            alike = [p for p in self if p.kind == kind]
-            lines += [f"  {count} x {kind}", *(f"    {p}" for p in alike[:examples])]
+            alike = [f"    {p}" for p in self if p.kind == kind]
+            lines += [f"  {count} x {kind}", *alike[:examples]]
         return "\n".join(lines)
 
 
@@ -116,8 +113,9 @@ def opened(image: str | bytes):
     try:
         with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as im:
             if im.width * im.height > MAX_PIXELS:
-                limit = f"the limit is {MAX_PIXELS:,} (data.MAX_PIXELS)"
-                raise ValueError(f"{im.width} x {im.height} pixels, {limit}")
+                raise ValueError(
+                    f"{im.width} x {im.height} pixels, at most {MAX_PIXELS:,} are read"
+                )
             yield im
     except Exception as error:  # Damaged bytes raise OSError, SyntaxError, struct.error and more.
         name = f"image of {len(image)} bytes" if isinstance(image, bytes) else str(image)
@@ -159,60 +157,43 @@ def _check_image(image: str | bytes):
 
 
 def _kind(path: Path) -> str:
-    """The kind of a file, a key of READERS, from its first bytes. ValueError for any other file."""
+    """ "json", "jsonl", "tsv" or "parquet", from the first bytes. ValueError for any other file."""
     with open(path, "rb") as f:
         head = f.read(4096)
     text = head.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if text.startswith(LFS):
-        advice = "run `git lfs pull`, or download the file itself"
-        raise ValueError(f"{path}: a git-lfs pointer instead of the file; {advice}")
-    if not text:
-        raise ValueError(f"{path}: empty file; {KNOWN}")
     if {b"question", b"answer"} <= set(text.split(b"\n")[0].strip().split(b"\t")):
         return "tsv"
     for start, kind in ((b"[", "json"), (b"{", "jsonl"), (b"PAR1", "parquet")):
         if text.startswith(start):
             return kind
-    raise ValueError(f"{path}: unknown kind of file, it begins with {head[:24]!r}; {KNOWN}")
+    wrong = f"unknown kind of file, it begins with {head[:24]!r}; {KNOWN}"
+    if text.startswith(LFS):
+        wrong = "a git-lfs pointer instead of the file; run `git lfs pull`"
+    raise ValueError(f"{path}: {wrong if text else f'empty file; {KNOWN}'}")
 
 
-def _jsonl(path: Path):
-    with open(path, "rb") as f:
-        for n, line in enumerate(f, 1):
-            try:
-                if line.strip():
-                    yield n, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                yield n, BadRow("malformed line", str(error))
+def _parsed(numbered, parse):
+    """(number, line) pairs -> (number, row) pairs, with a BadRow where `parse` fails."""
+    for n, line in numbered:
+        try:
+            yield n, parse(line)
+        except (ValueError, SyntaxError, TypeError, RecursionError) as error:
+            yield n, BadRow("malformed line", str(error))
 
 
-def _json(path: Path):
-    return enumerate(json.loads(path.read_bytes()), 1)
+def _tsv_row(row: dict, pictures: dict) -> dict:
+    """VLMEvalKit's row: a picture in base64, options in columns or as the text of a list.
 
-
-def _parquet(path: Path):
-    batches = pq.ParquetFile(path).iter_batches(batch_size=256)
-    return enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-
-
-def _tsv(path: Path):
-    """VLMEvalKit's table: pictures in base64, options in columns or as the text of a list."""
-    csv.field_size_limit(1 << 30)
-    pictures = {}  # By index: a later question about a picture gives the index instead of it.
-    with open(path, encoding="utf-8", newline="") as f:
-        for n, row in enumerate(csv.DictReader(f, delimiter="\t"), 1):
-            try:
-                columns = [row[letter] for letter in "ABCDEF" if row.get(letter)]
-                row["choices"] = ast.literal_eval(row.get("choices") or "None") or columns
-                image = row.get("image") or ""
-                image = pictures[image] if image in pictures else base64.b64decode(image)
-                row["image"] = pictures[row.get("index")] = image or None
-                yield n, row
-            except (ValueError, SyntaxError, TypeError) as error:
-                yield n, BadRow("malformed line", str(error))
-
-
-READERS = {"jsonl": _jsonl, "json": _json, "tsv": _tsv, "parquet": _parquet}
+    A later question about a picture has the index of the first in its place: `pictures` keeps them.
+    """
+    for name in ("choices", "metadata", "meta_info", "meta"):
+        if (row.get(name) or "").startswith(("[", "{")):
+            row[name] = ast.literal_eval(row[name])
+    row["choices"] = row.get("choices") or [row[key] for key in "ABCDEF" if row.get(key)]
+    image = row.get("image") or ""
+    image = pictures[image] if image in pictures else base64.b64decode(image) or None
+    row["image"] = pictures[row.get("index")] = image
+    return row
 
 
 def _broken(path: Path, kind: str, error: Exception) -> ValueError:
@@ -224,7 +205,20 @@ def _rows(path: Path):
     """(number from 1, row or BadRow) one by one. Only a JSON list must be loaded whole."""
     kind = _kind(path)
     try:
-        yield from READERS[kind](path)
+        if kind == "json":
+            yield from enumerate(json.loads(path.read_bytes()), 1)
+        elif kind == "parquet":
+            batches = pq.ParquetFile(path).iter_batches(batch_size=256)
+            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
+        elif kind == "jsonl":
+            with open(path, "rb") as f:
+                lines = ((n, line) for n, line in enumerate(f, 1) if line.strip())
+                yield from _parsed(lines, json.loads)
+        else:
+            csv.field_size_limit(1 << 30)
+            with open(path, encoding="utf-8", newline="") as f:
+                table = enumerate(csv.DictReader(f, delimiter="\t"), 1)
+                yield from _parsed(table, partial(_tsv_row, pictures={}))
     except (ValueError, RecursionError, OSError, pa.ArrowException) as error:
         raise _broken(path, kind, error) from error
 
@@ -239,8 +233,7 @@ def _files(path: str | Path) -> list[Path]:
     if not whole.is_dir():
         raise FileNotFoundError(f"{path}: no such file or folder; {KNOWN}")
     for pattern in ("data.jsonl", "*.parquet", "data/*.parquet", "*.jsonl", "*.json"):
-        found = sorted(whole.glob(pattern))
-        found = [f for f in found if f.is_file() and not f.name.startswith(".")]
+        found = [f for f in sorted(whole.glob(pattern)) if f.is_file() and f.name[0] != "."]
         if pattern == "*.json":  # Data are lists; dataset_info.json and its like are objects.
             found = [f for f in found if _kind(f) == "json"]
         if found:
@@ -254,28 +247,16 @@ def _files(path: str | Path) -> list[Path]:
 def boxes(text: str) -> list[str]:
     """Contents of every closed \\boxed{...}, in order, without the boxes inside boxes. Linear."""
     opened, closed = [], []
-    for m in re.finditer(r"\\boxed\s{0,9}\{|\\.|[{}]", text, re.S):
-        if m[0] != "}" and m[0][-1] == "{" and m[0] != "\\{":
-            opened.append((m.end(), len(m[0]) > 1))
-        elif m[0] == "}" and opened:
+    for m in re.finditer(r"(\\boxed\s{0,9})?(\{)|\\.|(\})", text, re.S):
+        if m[2]:
+            opened.append((m.end(), m[1]))
+        elif m[3] and opened:
             start, is_box = opened.pop()
             if is_box:
                 while closed and closed[-1][0] > start:
                     closed.pop()
                 closed.append((start, m.start()))
     return [text[start:end].strip() for start, end in closed]
-
-
-def _first(value):
-    return value[0] if isinstance(value, list) and value else value
-
-
-def _last_box(value):
-    return (boxes(str(value)) or [""])[-1]
-
-
-# ChartQA's label is a list, and MM-Math's solution is a text that ends in the answer.
-READ = dict.fromkeys(("ground_truth", "label", "gt_answer"), _first) | {"solution": _last_box}
 
 
 def _our_names(row: dict) -> dict:
@@ -285,26 +266,25 @@ def _our_names(row: dict) -> dict:
     row = dict(row)
     for ours, names in NAMES.items():
         for name in names:
-            if row.get(ours) in NOTHING and row.get(name) not in NOTHING:
-                row[ours] = READ[name](row[name]) if name in READ else row[name]
-    problem = row["problem"] = row.get("problem")
-    choices = row["choices"] = row.get("choices") or None
+            value = row.get(name)
+            if row.get(ours) in NOTHING and value not in NOTHING:
+                if ours == "answer" and isinstance(value, list):  # ChartQA's label is a list.
+                    value = value[0]
+                if name == "solution":  # MM-Math's is a text that ends in the answer.
+                    value = (boxes(str(value)) or [""])[-1]
+                row[ours] = value
+    problem, choices = row.get("problem"), row.get("choices") or None
     if isinstance(problem, str):
-        row["problem"] = problem = re.sub(r"<image\d*>", MARK, problem)
+        problem = re.sub(r"<image\d*>", MARK, problem)
         if isinstance(choices, list) and not all(str(c) in problem for c in choices):
             lines = [f"({chr(65 + i)}) {c}" for i, c in enumerate(choices)]
-            row["problem"] = "\n".join([problem, "Choices:", *lines])
-    return row
+            problem = "\n".join([problem, "Choices:", *lines])
+    return {**row, "problem": problem, "choices": choices}
 
 
 def _meta(row: dict) -> dict:
-    meta = {name: row[name] for name in META if row.get(name) not in (None, "")}
+    meta = {name: row[name] for name in META if row.get(name) not in NOTHING}
     for nested in (row.get("metadata"), row.get("meta_info"), row.get("meta")):
-        if isinstance(nested, str) and nested.startswith("{"):  # The TSV holds it as text.
-            try:
-                nested = ast.literal_eval(nested)
-            except (ValueError, SyntaxError) as error:
-                raise BadRow("wrong type", f"metadata is no dict: {error}") from error
         meta |= nested if isinstance(nested, dict) else {}
     return meta
 
@@ -323,15 +303,14 @@ def _text(row: dict, key: str) -> str:
 
 def _exchanges(row: dict) -> list[dict]:
     """A ShareGPT row as one plain row per question and answer; any other row as it is."""
-    turns = row["conversations"] if row.get("conversations") is not None else row.get("messages")
+    turns = row.get("conversations", row.get("messages"))
     if turns is None:
         return [row]
     if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
         raise BadRow("wrong type", "conversations is not a list of turns")
     roles = [str(turn.get("from", turn.get("role"))) for turn in turns]
-    if not turns or [ROLES.get(r) for r in roles] != ["user", "assistant"] * (len(turns) // 2):
-        expected = "expected human, gpt or user, assistant in alternation"
-        raise BadRow("odd turns", f"roles {roles}, {expected}")
+    if not re.fullmatch("((human|user) (gpt|assistant) )+", " ".join([*roles, ""])):
+        raise BadRow("odd turns", f"{roles}, expected human, gpt or user, assistant in turn")
     texts = [_text({"turn": turn.get("value", turn.get("content"))}, "turn") for turn in turns]
     rows = []
     for problem, response in zip(texts[::2], texts[1::2]):
@@ -342,9 +321,9 @@ def _exchanges(row: dict) -> list[dict]:
 
 
 def _images(row: dict, folder: Path) -> list[str | bytes]:
-    value = row["images"] if row.get("images") is not None else row.get("image")
-    images = []
-    for item in value if isinstance(value, list) else [] if value is None else [value]:
+    images = row.get("images") or row.get("image")
+    images = images if isinstance(images, list) else [] if images is None else [images]
+    for i, item in enumerate(images := list(images)):
         if isinstance(item, dict):  # Parquet has {bytes, path}.
             item = item.get("bytes") or item.get("path")
         if not isinstance(item, (str, bytes)) or not item:
@@ -352,7 +331,7 @@ def _images(row: dict, folder: Path) -> list[str | bytes]:
         if isinstance(item, str):
             path = os.path.normpath(folder / item)
             item = path if os.path.isfile(path) else _from_zip(folder, item) or path
-        images.append(item)
+        images[i] = item
     return images
 
 
@@ -378,10 +357,10 @@ def _members(folder: Path) -> dict[str, tuple[Path, str] | None]:
 
 def _from_zip(folder: Path, name: str) -> bytes | None:
     members = _members(folder)
-    found = [members[end] for end in _endings(os.path.normpath(name)) if end in members]
-    if not found or not found[0]:
+    ends = [end for end in _endings(os.path.normpath(name)) if end in members]
+    if not ends or not members[ends[0]]:
         return None
-    path, member = found[0]
+    path, member = members[ends[0]]
     try:
         with zipfile.ZipFile(path) as z:
             return z.read(member)
@@ -391,8 +370,7 @@ def _from_zip(folder: Path, name: str) -> bytes | None:
 
 def _record(row: dict, folder: Path, id: str) -> Record:
     problem, answer = _text(row, "problem"), _text(row, "answer").strip()
-    images, choices = _images(row, folder), row.get("choices")
-    marks = problem.count(MARK)
+    images, choices, marks = _images(row, folder), row.get("choices"), problem.count(MARK)
     if marks not in (0, len(images)):
         raise BadRow("image marks", f"{marks} {MARK} in the problem, {len(images)} images")
     if choices is not None and not isinstance(choices, list):
@@ -406,19 +384,18 @@ def _record(row: dict, folder: Path, id: str) -> Record:
 
 def stream(path: str | Path, problems: Problems, check_images: bool = True):
     """Yields (file, row from 1, record), for sets larger than memory; see `read`."""
-    ids, copies, checked = set(), Counter(), set()
+    ids, copies = set(), Counter()
     for file in _files(path):
         known, found = False, "no line is a JSON object"
         for n, row in _rows(file):
             name = ""
             try:
-                if isinstance(row, BadRow):
-                    raise row
                 if not isinstance(row, dict):
-                    raise BadRow("wrong type", f"{type(row).__name__}, expected an object")
+                    wrong = f"{type(row).__name__}, expected an object"
+                    raise row if isinstance(row, BadRow) else BadRow("wrong type", wrong)
                 known, found = known or bool(TASK & row.keys()), f"unknown fields {', '.join(row)}"
                 row = _our_names(row)
-                given = row.get("id") not in (None, "")
+                given = row.get("id") not in NOTHING
                 id = name = str(row["id"]) if given else f"{file.stem}-{n}"
                 parts = _exchanges(row)
                 if len(parts) > 1:  # LLaVA-CoT asks several questions about one picture.
@@ -430,9 +407,8 @@ def stream(path: str | Path, problems: Problems, check_images: bool = True):
                     for image in record.images:
                         if isinstance(image, str) and not os.path.isfile(image):
                             raise BadRow("missing image", image)
-                        if check_images and image not in checked:
+                        if check_images:
                             _check_image(image)
-                    checked.update(image for image in record.images if isinstance(image, str))
                     while record.id in ids:
                         copies[name] += 1
                         record.id = f"{name}-copy{copies[name]}"
@@ -459,14 +435,13 @@ def read(path: str | Path, strict: bool = False, check_images: bool = True):
 def write_parquet(path: str | Path, records: list[Record]):
     """Vision-R1-rl's columns (images, problem, answer) and id, source, choices, response."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    text, image = pa.string(), pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    columns = {"images": pa.list_(image), "problem": text, "answer": text, "id": text}
-    columns |= {"source": text, "choices": pa.list_(text), "response": text}
-    with pq.ParquetWriter(f"{path}.part", pa.schema(columns)) as writer:
-        for start in range(0, len(records), 256):  # Pictures are large: a row group at a time.
-            rows = []
-            for r in records[start : start + 256]:
-                images = [i if isinstance(i, bytes) else Path(i).read_bytes() for i in r.images]
-                rows.append({**vars(r), "images": [{"bytes": image} for image in images]})
-            writer.write_table(pa.Table.from_pylist(rows, writer.schema))
+    rows, text = [], pa.string()
+    for r in records:
+        images = [i if isinstance(i, bytes) else Path(i).read_bytes() for i in r.images]
+        rows.append({**vars(r), "images": [{"bytes": image} for image in images]})
+    columns = {"images": pa.list_(pa.struct([("bytes", pa.binary()), ("path", text)]))}
+    columns |= dict.fromkeys(("problem", "answer", "id", "source"), text)
+    columns |= {"choices": pa.list_(text), "response": text}
+    table = pa.Table.from_pylist(rows, pa.schema(columns))
+    pq.write_table(table, f"{path}.part", row_group_size=256)
     os.replace(f"{path}.part", path)
