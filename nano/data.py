@@ -17,11 +17,11 @@ import os
 import re
 import zipfile
 import zlib
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
-from io import BytesIO
+from functools import lru_cache
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,7 +140,7 @@ def load_image(image: str | bytes) -> Image.Image:
         return im.convert("RGB")
 
 
-def _check_image(image: str | bytes):
+def _look_into(image: str | bytes):
     """BadRow for a picture that is damaged or cut, as far as its file shows."""
     try:
         with opened(image) as im:
@@ -166,19 +166,10 @@ def _kind(path: Path) -> str:
     for start, kind in ((b"[", "json"), (b"{", "jsonl"), (b"PAR1", "parquet")):
         if text.startswith(start):
             return kind
-    wrong = f"unknown kind of file, it begins with {head[:24]!r}; {KNOWN}"
+    wrong = f"unknown kind of file, it begins with {head[:24]!r}" if text else "empty file"
     if text.startswith(LFS):
-        wrong = "a git-lfs pointer instead of the file; run `git lfs pull`"
-    raise ValueError(f"{path}: {wrong if text else f'empty file; {KNOWN}'}")
-
-
-def _parsed(numbered, parse):
-    """(number, line) pairs -> (number, row) pairs, with a BadRow where `parse` fails."""
-    for n, line in numbered:
-        try:
-            yield n, parse(line)
-        except (ValueError, SyntaxError, TypeError, RecursionError) as error:
-            yield n, BadRow("malformed line", str(error))
+        wrong = "a git-lfs pointer instead of the file, run `git lfs pull`"
+    raise ValueError(f"{path}: {wrong}; {KNOWN}")
 
 
 def _tsv_row(row: dict, pictures: dict) -> dict:
@@ -196,31 +187,34 @@ def _tsv_row(row: dict, pictures: dict) -> dict:
     return row
 
 
-def _broken(path: Path, kind: str, error: Exception) -> ValueError:
-    size = f"{path.stat().st_size:,} bytes"
-    return ValueError(f"{path}: broken {kind} of {size}, half downloaded? ({error})")
-
-
 def _rows(path: Path):
     """(number from 1, row or BadRow) one by one. Only a JSON list must be loaded whole."""
-    kind = _kind(path)
+    kind, pictures = _kind(path), {}
+    csv.field_size_limit(1 << 30)
     try:
-        if kind == "json":
-            yield from enumerate(json.loads(path.read_bytes()), 1)
-        elif kind == "parquet":
-            batches = pq.ParquetFile(path).iter_batches(batch_size=256)
-            yield from enumerate((row for batch in batches for row in batch.to_pylist()), 1)
-        elif kind == "jsonl":
-            with open(path, "rb") as f:
-                lines = ((n, line) for n, line in enumerate(f, 1) if line.strip())
-                yield from _parsed(lines, json.loads)
-        else:
-            csv.field_size_limit(1 << 30)
-            with open(path, encoding="utf-8", newline="") as f:
-                table = enumerate(csv.DictReader(f, delimiter="\t"), 1)
-                yield from _parsed(table, partial(_tsv_row, pictures={}))
+        with open(path, "rb") as file:
+            rows = file
+            if kind == "json":
+                rows = json.load(file)
+            elif kind == "parquet":
+                batches = pq.ParquetFile(path).iter_batches(batch_size=256)
+                rows = (row for batch in batches for row in batch.to_pylist())
+            elif kind == "tsv":
+                rows = csv.DictReader(TextIOWrapper(file, "utf-8", newline=""), delimiter="\t")
+            for n, row in enumerate(rows, 1):
+                if kind == "jsonl" and not row.strip():
+                    continue
+                try:
+                    if kind == "tsv":
+                        row = _tsv_row(row, pictures)
+                    elif kind == "jsonl":
+                        row = json.loads(row)
+                    yield n, row
+                except (ValueError, SyntaxError, TypeError, RecursionError) as error:
+                    yield n, BadRow("malformed line", str(error))
     except (ValueError, RecursionError, OSError, pa.ArrowException) as error:
-        raise _broken(path, kind, error) from error
+        size = f"{path.stat().st_size:,} bytes"
+        raise ValueError(f"{path}: broken {kind} of {size}, half downloaded? ({error})") from error
 
 
 def _files(path: str | Path) -> list[Path]:
@@ -282,13 +276,6 @@ def _our_names(row: dict) -> dict:
     return {**row, "problem": problem, "choices": choices}
 
 
-def _meta(row: dict) -> dict:
-    meta = {name: row[name] for name in META if row.get(name) not in NOTHING}
-    for nested in (row.get("metadata"), row.get("meta_info"), row.get("meta")):
-        meta |= nested if isinstance(nested, dict) else {}
-    return meta
-
-
 def _text(row: dict, key: str) -> str:
     value = row.get(key)
     if type(value) in (int, float) and value == value:  # "answer": 80 is common, NaN is no answer.
@@ -335,32 +322,30 @@ def _images(row: dict, folder: Path) -> list[str | bytes]:
     return images
 
 
-def _endings(name: str) -> list[str]:
-    parts = Path(name).parts  # a/b/c.png -> a/b/c.png, b/c.png, c.png
-    return ["/".join(parts[k:]) for k in range(len(parts))]
-
-
 @lru_cache(maxsize=8)
-def _members(folder: Path) -> dict[str, tuple[Path, str] | None]:
-    """Any ending of a path in the folder's zips -> (zip, path in it); None where two share it."""
-    members = {}
+def _members(folder: Path) -> dict[str, list[tuple[Path, str]]]:
+    """The last part of a name in the folder's zips -> all (zip, name) with it."""
+    members = defaultdict(list)
     for path in sorted(folder.glob("*.zip")):
         try:
-            names = zipfile.ZipFile(path).namelist()
+            for name in zipfile.ZipFile(path).namelist():
+                members[Path(name).name].append((path, name))
         except (zipfile.BadZipFile, OSError) as error:
-            raise _broken(path, "zip", error) from error
-        for name in names:
-            for end in _endings(name):
-                members[end] = None if end in members else (path, name)
+            size = f"{path.stat().st_size:,} bytes"
+            raise ValueError(f"{path}: broken zip of {size}, half downloaded? ({error})") from error
     return members
 
 
 def _from_zip(folder: Path, name: str) -> bytes | None:
-    members = _members(folder)
-    ends = [end for end in _endings(os.path.normpath(name)) if end in members]
-    if not ends or not members[ends[0]]:
+    """The picture whose path in a zip ends as `name` does; None if there are none or several."""
+    found, asked = _members(folder).get(Path(name).name, []), f"/{os.path.normpath(name)}"
+    if len(found) > 1:
+        found = [
+            (path, m) for path, m in found if f"/{m}".endswith(asked) or asked.endswith(f"/{m}")
+        ]
+    if len(found) != 1:
         return None
-    path, member = members[ends[0]]
+    path, member = found[0]
     try:
         with zipfile.ZipFile(path) as z:
             return z.read(member)
@@ -379,7 +364,10 @@ def _record(row: dict, folder: Path, id: str) -> Record:
     source = _text(row, "source") if row.get("source") else ""
     response = _text(row, "response") if row.get("response") is not None else None
     choices = [str(c) for c in choices] if choices else None
-    return Record(id, problem, answer, images, source, response, choices, _meta(row))
+    meta = {name: row[name] for name in META if row.get(name) not in NOTHING}
+    for nested in (row.get("metadata"), row.get("meta_info"), row.get("meta")):
+        meta |= nested if isinstance(nested, dict) else {}
+    return Record(id, problem, answer, images, source, response, choices, meta)
 
 
 def stream(path: str | Path, problems: Problems, check_images: bool = True):
@@ -408,7 +396,7 @@ def stream(path: str | Path, problems: Problems, check_images: bool = True):
                         if isinstance(image, str) and not os.path.isfile(image):
                             raise BadRow("missing image", image)
                         if check_images:
-                            _check_image(image)
+                            _look_into(image)
                     while record.id in ids:
                         copies[name] += 1
                         record.id = f"{name}-copy{copies[name]}"
