@@ -1,8 +1,7 @@
 """Vision-R1 in miniature: a small visual world, teachers that can talk about it, a tiny Qwen2.5-VL.
 
-A stage's toy recipe asks for toy:NAME and gets a path, made first if it is missing: base is the
-shipped model; cold-problems, rl-problems, test-problems are drawn; cold, ci and rl are what the
-stages make of these; teachers is the URL of a server. `python -m toy` has the commands.
+The toy recipes name their inputs toy:NAME: base is the shipped model; cold-problems, rl-problems,
+test-problems are drawn; cold, ci and rl are what stages make of these; teachers is a server's URL.
 """
 
 import importlib
@@ -18,11 +17,7 @@ from toy.world import BASE, CELLS, DIGITS, SIDE, ZERO_PROMPT, problems  # noqa: 
 
 RUNS = Path("runs/toy")
 PROBLEMS = {"cold-problems": 10_000, "rl-problems": 6_000, "test-problems": 2_000}
-STAGES = {
-    "cold": ("cold_start.py", "cold/cold.jsonl"),
-    "ci": ("sft.py", "sft/final"),
-    "rl": ("grpo.py", "grpo/final"),
-}
+STAGES = {"cold": "cold_start cold/cold.jsonl", "ci": "sft sft/final", "rl": "grpo grpo/final"}
 # A stage that we start is not one of torchrun's ranks: these stay here, LOCAL_ in front or not.
 TORCHRUN = ("RANK", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "OMP_NUM_THREADS")
 
@@ -61,12 +56,11 @@ def find(name: str) -> str:
     if what not in STAGES:
         known = ", ".join(["base", *PROBLEMS, *STAGES, "teachers"])
         raise ValueError(f"the toy has no {what!r}; it has {known}")
-    script, path = Path(__file__).parents[1] / STAGES[what][0], RUNS / STAGES[what][1]
+    stage, made = STAGES[what].split()
+    script, path = Path(__file__).parents[1] / f"{stage}.py", RUNS / made
     if not path.exists():
         print(f"[toy] {path} is missing: running {script.name} --recipe toy first", flush=True)
-        env = dict(os.environ)
-        for variable in os.environ:
-            if variable.removeprefix("LOCAL_").startswith(TORCHRUN):
-                del env[variable]
+        env = os.environ.items()
+        env = {k: v for k, v in env if not k.removeprefix("LOCAL_").startswith(TORCHRUN)}
         subprocess.run([sys.executable, str(script), "--recipe", "toy"], check=True, env=env)
     return str(path)

@@ -24,17 +24,18 @@ from toy.world import CELLS, DIGITS
 def read_messages(messages: list[dict]) -> tuple[str, list[int] | None]:
     """OpenAI-style messages -> (all the text, the picture's readable cells or None)."""
     text, cells = [], None
-    for message in messages:
-        content = message["content"]
-        if isinstance(content, str):
-            content = [{"type": "text", "text": content}]
-        for part in content:
-            if part["type"] == "text":
+    for content in (message["content"] for message in messages):
+        for part in [{"text": content}] if isinstance(content, str) else content:
+            if "text" in part:
                 text.append(part["text"])
             else:
                 png = base64.b64decode(part["image_url"]["url"].split(",", 1)[1])
                 cells = [int(c) for c in Image.open(io.BytesIO(png)).text["cells"].split()]
     return "\n".join(text), cells
+
+
+def asked_level(text: str) -> int:
+    return CELLS.index(re.search(r"from A1 to (\w\d)", text)[1]) + 1
 
 
 class MLLM:
@@ -49,8 +50,8 @@ class MLLM:
         listed = [f"{name} is {c or 'smudged'}" for name, c in zip(CELLS, seen)]
         if "description" not in text:  # The first call asks for a caption and a pseudo-CoT.
             answer = re.search(r"Correct answer: (\d+)", text)[1]
-            level = CELLS.index(re.search(r"from A1 to (\w\d)", text)[1]) + 1
-            reasoning = f"Reasoning : {' , '.join(listed[:level])} . Adding gives {answer} ."
+            steps = " , ".join(listed[: asked_level(text)])
+            reasoning = f"Reasoning : {steps} . Adding gives {answer} ."
             return f"Caption : a grid of digits .\n{reasoning}\nFinal Answer: {answer}"
         if "Reasoning :" not in text:
             listed = [line for line in listed if rng.random() > self.forget]
@@ -72,8 +73,7 @@ class Reasoner:
     def chat(self, messages: list[dict]) -> str:
         text, _ = read_messages(messages)
         rng = random.Random(zlib.crc32(text.encode()))
-        level = CELLS.index(re.search(r"from A1 to (\w\d)", text)[1]) + 1
-        column = int(re.search(r"column \d is (\d+)", text)[1])
+        level, column = asked_level(text), int(re.search(r"column \d is (\d+)", text)[1])
         told = {name: int(digit) for name, digit in re.findall(r"\b([ABC][123]) is (\d)", text)}
         # It makes up what it was not told.
         digits = [told.get(name) or rng.randint(1, DIGITS) for name in CELLS]
@@ -82,21 +82,18 @@ class Reasoner:
         words, total = self.scan(digits[:level], rng, guessed)
         chain = f"Okay , the description shows {words}"
         for _ in range(self.most_rounds - 1):
+            shown, remark = digits[:level], "Wait , let me check again ."
             if guessed is not None and guessed < level and rng.random() < self.look:
-                words, digits[guessed] = self.work_out(digits, guessed, column, rng)
-                guessed = None
-                scan, total = self.scan(digits[:level], rng)
-                chain += f" Hmm , {words} {scan}"
+                remark, shown[guessed] = self.work_out(digits, guessed, column, rng)
+                digits[guessed], guessed, remark = shown[guessed], None, f"Hmm , {remark}"
             elif rng.random() > self.again:
                 break
             elif rng.random() < self.doubt:
-                cell, other = rng.randrange(level), rng.randint(1, DIGITS)
-                doubted = [*digits[:cell], other, *digits[cell + 1 : level]]
-                words, total = self.scan(doubted, rng, guessed)
-                chain += f" Hmm , maybe {CELLS[cell]} is {other} . {words}"
-            else:
-                words, total = self.scan(digits[:level], rng, guessed)
-                chain += f" Wait , let me check again . {words}"
+                cell = rng.randrange(level)
+                shown[cell] = rng.randint(1, DIGITS)
+                remark = f"Hmm , maybe {CELLS[cell]} is {shown[cell]} ."
+            words, total = self.scan(shown, rng, guessed)
+            chain += f" {remark} {words}"
         return f"<think> {chain} </think> {total}"
 
     def scan(self, digits, rng, guessed=None):

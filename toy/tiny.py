@@ -25,51 +25,39 @@ assistant system
 STARTS = "<think> <answer> Add Think Describe The user assistant system"  # No space before these.
 SPECIAL = "endoftext im_start im_end vision_start vision_end vision_pad image_pad video_pad"
 CHAT_TEMPLATE = (
-    "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.content is string %}{{ m.content }}{% else %}"
-    "{% for c in m.content %}"
-    "{% if c.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>"
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for c in m.content %}{% if c.type == 'image' %}"
+    "<|vision_start|><|image_pad|><|vision_end|>"
     "{% else %}{{ c.text }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
-
-TEXT = dict(
-    hidden_size=128, intermediate_size=320, num_hidden_layers=3, max_position_embeddings=32768
-)
-TEXT |= dict(num_attention_heads=4, num_key_value_heads=2, bos_token_id=None)
+TEXT = dict(hidden_size=128, intermediate_size=320, num_hidden_layers=3, bos_token_id=None)
+TEXT |= dict(num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=32768)
 ROPE = dict(rope_type="default", rope_theta=10000.0, mrope_section=[4, 6, 6])
 # The vision towers of the families by model_type: patch size, and what the configuration holds.
 WIDE = dict(hidden_size=96, intermediate_size=192, num_heads=4, out_hidden_size=128)
+DEEP = dict(depth=3, num_position_embeddings=64, deepstack_visual_indexes=[0, 1])
 VISION = {
     "qwen2_5_vl": (14, WIDE | dict(depth=2, fullatt_block_indexes=[0, 1])),
     "qwen2_vl": (14, dict(depth=2, embed_dim=96, num_heads=4, hidden_size=128, mlp_ratio=2)),
-    "qwen3_vl": (
-        16,
-        WIDE | dict(depth=3, num_position_embeddings=64, deepstack_visual_indexes=[0, 1]),
-    ),
+    "qwen3_vl": (16, WIDE | DEEP),
 }
 
 
 def tokenizer():
     """Byte-level BPE: any text can be encoded, and each word of the world is one token."""
-    bpe = Tokenizer(models.BPE())
+    bpe, to_bytes = Tokenizer(models.BPE()), pre_tokenizers.ByteLevel
     split = pre_tokenizers.Split(Regex(r" ?[^\s]+|\s"), "isolated")
-    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes])
+    words_only = to_bytes(add_prefix_space=False, use_regex=False)
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([split, words_only])
     bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=2000,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        special_tokens=[f"<|{name}|>" for name in SPECIAL.split()],
-        show_progress=False,
-    )
+    special = [f"<|{name}|>" for name in SPECIAL.split()]
+    how = dict(special_tokens=special, initial_alphabet=sorted(to_bytes.alphabet()))
+    trainer = trainers.BpeTrainer(vocab_size=2000, show_progress=False, **how)
     words = [f" {word}" for word in sorted(set(WORDS.split()))]
     bpe.train_from_iterator(words * 2 + STARTS.split() * 2, trainer)
     ends = dict(eos_token="<|im_end|>", pad_token="<|endoftext|>")
-    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, **ends)
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, chat_template=CHAT_TEMPLATE, **ends)
 
 
 def random_model(path, seed: int = 0, max_pixels: int = SIDE * SIDE, family="qwen2_5_vl", **text):
@@ -77,24 +65,21 @@ def random_model(path, seed: int = 0, max_pixels: int = SIDE * SIDE, family="qwe
 
     `text` overrides fields of the language model's configuration.
     """
-    tok = tokenizer()
-    ids = {}
-    for mark in ("image_pad", "video_pad", "vision_start", "vision_end"):
-        name = f"{mark.removesuffix('_pad')}_token_id"
-        ids[name] = tok.convert_tokens_to_ids(f"<|{mark}|>")
+    tok, (patch, vision) = tokenizer(), VISION[family]
+    marks = dict(image="image_pad", video="video_pad")
+    marks |= dict(vision_start="vision_start", vision_end="vision_end")
+    ids = {f"{k}_token_id": tok.convert_tokens_to_ids(f"<|{mark}|>") for k, mark in marks.items()}
     own = dict(vocab_size=len(tok), eos_token_id=tok.eos_token_id, rope_parameters=ROPE)
     text = TEXT | own | text
-    patch, vision = VISION[family]
     if "out_hidden_size" in vision:
         vision = vision | dict(out_hidden_size=text["hidden_size"])
     parts = dict(text_config=text, vision_config=vision, tie_word_embeddings=True)
     torch.manual_seed(seed)
     hf = AutoModelForImageTextToText.from_config(AutoConfig.for_model(family, **parts, **ids))
     hf.generation_config.eos_token_id = tok.eos_token_id
-    hf.save_pretrained(path)
-    tok.save_pretrained(path)
     pixels = dict(min_pixels=4 * patch**2, max_pixels=max_pixels)
-    Qwen2VLImageProcessorPil(patch_size=patch, **pixels).save_pretrained(path)
+    for part in (hf, tok, Qwen2VLImageProcessorPil(patch_size=patch, **pixels)):
+        part.save_pretrained(path)
 
 
 def random_relative(path, family: str, seed: int = 0) -> str:
@@ -120,23 +105,25 @@ def lesson(rng: random.Random) -> tuple[str, list[bytes], str, str]:
         listed = " , ".join(f"{name} is {digit}" for name, digit in zip(CELLS, seen))
         return f"<image>{told} {hint}Describe the picture .", images, "", f"{listed} . {told}"
     digits = [rng.randint(1, DIGITS) for _ in range(rng.randint(2, 10))]
+    if kind >= 0.6:  # It answers, in the paper's format only when a system prompt asks for it.
+        problem, total = f"<image>{question(level, cells, column)}", sum(cells[:level])
+        if kind < 0.8:
+            return problem, images, "", f"The answer is {total} ."
+        thought = "<think> I add them one by one . </think>"
+        return problem, images, ZERO_PROMPT, f"{thought} <answer> {total} </answer>"
     if kind < 0.4:  # It takes away.
         (a, b), left = digits[:2], rng.randint(1, DIGITS)
         return f"Take {a} {b} from {left + a + b} .", [], "", f"{a} {left + b} , {b} {left} ."
-    if kind < 0.5:  # It adds.
-        sums = [f"{digit} {total}" for digit, total in zip(digits, accumulate(digits))]
-        return f"Add {' '.join(map(str, digits))} .", [], "", " , ".join(sums) + " ."
-    if kind < 0.6:  # It looks up what it adds.
+    shown = [str(digit) for digit in digits]
+    problem = f"Add {' '.join(shown)} ."
+    if kind >= 0.5:  # It looks up what it adds.
         named = rng.sample(list(zip(CELLS, cells)), rng.randint(2, 9))
         told = " , ".join(f"{name} is {digit}" for name, digit in rng.sample(named, len(named)))
         names, digits = zip(*named)
-        sums = [f"{name} {d} {t}" for name, d, t in zip(names, digits, accumulate(digits))]
-        return f"{told} . Add {' '.join(names)} .", [], "", " , ".join(sums) + " ."
-    problem, total = f"<image>{question(level, cells, column)}", sum(cells[:level])
-    if kind < 0.8:
-        return problem, images, "", f"The answer is {total} ."
-    thought = "<think> I add them one by one . </think>"
-    return problem, images, ZERO_PROMPT, f"{thought} <answer> {total} </answer>"
+        problem = f"{told} . Add {' '.join(names)} ."
+        shown = [f"{name} {digit}" for name, digit in named]
+    sums = [f"{words} {total}" for words, total in zip(shown, accumulate(digits))]
+    return problem, [], "", " , ".join(sums) + " ."
 
 
 def _lesson_loss(policy, processor, rng, batch):
@@ -162,8 +149,10 @@ def _reading_loss(policy, processor, rng, probe):
     return F.cross_entropy(probe(features), torch.tensor(truth))  # features: (128 * 9, 128)
 
 
-def _train(name, loss_of, steps, warmup, optimizer, clipped):
-    peak = optimizer.param_groups[0]["lr"]
+def _train(name, loss_of, steps, warmup, optimizer):
+    """Adam's steps on `loss_of()`; the gradient of the first group of parameters is clipped."""
+    first = optimizer.param_groups[0]
+    peak = first["lr"]
     for step in (bar := tqdm(range(steps), name)):
         loss = loss_of()
         cosine = torch.cos(torch.tensor(3.14159265 * step / steps)).item()
@@ -171,7 +160,7 @@ def _train(name, loss_of, steps, warmup, optimizer, clipped):
             group["lr"] = peak * min(1, (step + 1) / warmup) * (0.05 + 0.95 * 0.5 * (1 + cosine))
         optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(clipped, 1.0)
+        torch.nn.utils.clip_grad_norm_(first["params"], 1.0)
         optimizer.step()
         bar.set_postfix(loss=f"{loss.item():.3f}")
 
@@ -186,13 +175,12 @@ def pretrain(out=BASE, steps: int = 1300, batch: int = 64, warm: int = 200, seed
     policy, processor = model.load(out)
     rng, probe = random.Random(seed), torch.nn.Linear(TEXT["hidden_size"], DIGITS + 1)
     visual = policy.hf.model.visual
-    optimizer = torch.optim.AdamW([*visual.parameters(), *probe.parameters()], lr=2e-3)
-    loss_of = partial(_reading_loss, policy, processor, rng, probe)
-    _train("vision", loss_of, warm, 20, optimizer, list(visual.parameters()))
+    groups = [{"params": list(part.parameters())} for part in (visual, probe)]
+    optimizer = torch.optim.AdamW(groups, lr=2e-3)
+    _train("vision", partial(_reading_loss, policy, processor, rng, probe), warm, 20, optimizer)
     visual.requires_grad_(False)
     params = [p for p in policy.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(params, lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
-    loss_of = partial(_lesson_loss, policy, processor, rng, batch)
-    _train("lessons", loss_of, steps, 50, optimizer, params)
+    _train("lessons", partial(_lesson_loss, policy, processor, rng, batch), steps, 50, optimizer)
     policy.hf.bfloat16().save_pretrained(out)  # Released checkpoints are bfloat16; 2 MB.
     processor.save(out)
