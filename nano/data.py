@@ -106,10 +106,7 @@ class BadRow(ValueError):
 
 @contextmanager
 def opened(image: str | bytes):
-    """The PIL image with its header read and its pixels not yet decoded.
-
-    Whatever is wrong with it, in the body of the `with` too, becomes a ValueError that names it.
-    """
+    """The PIL image, its pixels not yet decoded. Whatever is wrong becomes a ValueError."""
     try:
         with Image.open(BytesIO(image) if isinstance(image, bytes) else image) as im:
             if im.width * im.height > MAX_PIXELS:
@@ -125,16 +122,13 @@ def opened(image: str | bytes):
 
 
 def load_image(image: str | bytes) -> Image.Image:
-    """A path or encoded bytes -> an upright RGB image. ValueError if it cannot be decoded.
-
-    Transparency goes on white, as in qwen_vl_utils; convert("RGB") would show hidden colours.
-    """
+    """A path or encoded bytes -> an upright RGB image. ValueError if it cannot be decoded."""
     with opened(image) as im:
         im = ImageOps.exif_transpose(im)  # Phones store the turn in EXIF.
         if im.mode.startswith("I"):  # convert("RGB") would clip 16-bit grey at 255.
             grey = np.clip(np.asarray(im), 0, 65535) // 257
             im = Image.fromarray(grey.astype(np.uint8))
-        elif im.has_transparency_data:
+        elif im.has_transparency_data:  # It goes on white, as in qwen_vl_utils.
             im = im.convert("RGBA")
             im = Image.alpha_composite(Image.new("RGBA", im.size, "white"), im)
         return im.convert("RGB")
@@ -151,9 +145,6 @@ def _look_into(image: str | bytes):
                 im.verify()
     except ValueError as error:
         raise BadRow("broken image", str(error)) from error
-
-
-# ---- files -> rows (dicts)
 
 
 def _kind(path: Path) -> str:
@@ -173,10 +164,7 @@ def _kind(path: Path) -> str:
 
 
 def _tsv_row(row: dict, pictures: dict) -> dict:
-    """VLMEvalKit's row: a picture in base64, options in columns or as the text of a list.
-
-    A later question about a picture has the index of the first in its place: `pictures` keeps them.
-    """
+    """VLMEvalKit's row: base64 (or the index of a row before with this picture), lists as text."""
     for name in ("choices", "metadata", "meta_info", "meta"):
         if (row.get(name) or "").startswith(("[", "{")):
             row[name] = ast.literal_eval(row[name])
@@ -233,9 +221,6 @@ def _files(path: str | Path) -> list[Path]:
         if found:
             return found
     raise ValueError(f"{path}: no data.jsonl, *.parquet, *.jsonl or JSON list in this folder")
-
-
-# ---- rows -> records
 
 
 def boxes(text: str) -> list[str]:
@@ -340,9 +325,7 @@ def _from_zip(folder: Path, name: str) -> bytes | None:
     """The picture whose path in a zip ends as `name` does; None if there are none or several."""
     found, asked = _members(folder).get(Path(name).name, []), f"/{os.path.normpath(name)}"
     if len(found) > 1:
-        found = [
-            (path, m) for path, m in found if f"/{m}".endswith(asked) or asked.endswith(f"/{m}")
-        ]
+        found = [x for x in found if f"/{x[1]}".endswith(asked) or asked.endswith(f"/{x[1]}")]
     if len(found) != 1:
         return None
     path, member = found[0]
@@ -378,9 +361,10 @@ def stream(path: str | Path, problems: Problems, check_images: bool = True):
         for n, row in _rows(file):
             name = ""
             try:
+                if isinstance(row, BadRow):
+                    raise row
                 if not isinstance(row, dict):
-                    wrong = f"{type(row).__name__}, expected an object"
-                    raise row if isinstance(row, BadRow) else BadRow("wrong type", wrong)
+                    raise BadRow("wrong type", f"{type(row).__name__}, expected an object")
                 known, found = known or bool(TASK & row.keys()), f"unknown fields {', '.join(row)}"
                 row = _our_names(row)
                 given = row.get("id") not in NOTHING
@@ -411,10 +395,9 @@ def stream(path: str | Path, problems: Problems, check_images: bool = True):
 
 
 def read(path: str | Path, strict: bool = False, check_images: bool = True):
-    """-> (all usable Records behind `path`, the Problems of the others).
+    """-> (all usable Records behind `path`, the Problems of the others, or a ValueError if strict).
 
-    ValueError for a file of no known kind, and for the first bad row when strict. check_images
-    looks into each picture (minutes for 200K); without it a picture's file must merely exist.
+    check_images looks into each picture (minutes for 200K), which else must merely exist.
     """
     problems = Problems(strict)
     return [record for _, _, record in stream(path, problems, check_images)], problems

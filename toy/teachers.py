@@ -59,10 +59,7 @@ class MLLM:
 
 
 class Reasoner:
-    """It writes chains as DeepSeek-R1 does, unseeing: it guesses, slips, doubts and looks again.
-
-    Nothing here knows which chains will be kept.
-    """
+    """It writes chains as DeepSeek-R1 does, unseeing: it guesses, slips, doubts and looks again."""
 
     slip = 0.003  # Rate per cell of a wrong digit or total.
     look = 0.7  # How often it works out a smudged digit that it has guessed so far.
@@ -118,8 +115,6 @@ class Reasoner:
                 words += f" , {CELLS[other]} {digits[other]} {left}"
         return f"{words} . so {CELLS[cell]} is {left} .", left
 
-
-# ---- the server
 
 TEACHERS = {"toy-mllm": MLLM(), "toy-reasoner": Reasoner()}
 

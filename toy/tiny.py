@@ -66,9 +66,9 @@ def random_model(path, seed: int = 0, max_pixels: int = SIDE * SIDE, family="qwe
     `text` overrides fields of the language model's configuration.
     """
     tok, (patch, vision) = tokenizer(), VISION[family]
-    marks = dict(image="image_pad", video="video_pad")
-    marks |= dict(vision_start="vision_start", vision_end="vision_end")
-    ids = {f"{k}_token_id": tok.convert_tokens_to_ids(f"<|{mark}|>") for k, mark in marks.items()}
+    marks = [name for name in SPECIAL.split()[3:] if name != "vision_pad"]
+    ids = {mark.removesuffix("_pad"): tok.convert_tokens_to_ids(f"<|{mark}|>") for mark in marks}
+    ids = {f"{name}_token_id": number for name, number in ids.items()}
     own = dict(vocab_size=len(tok), eos_token_id=tok.eos_token_id, rope_parameters=ROPE)
     text = TEXT | own | text
     if "out_hidden_size" in vision:
@@ -87,9 +87,6 @@ def random_relative(path, family: str, seed: int = 0) -> str:
     more = dict(head_dim=32) if family == "qwen3_vl" else {}
     random_model(path, seed, 64 * VISION[family][0] ** 2, family, **more)
     return str(path)
-
-
-# ---- pretraining
 
 
 def lesson(rng: random.Random) -> tuple[str, list[bytes], str, str]:

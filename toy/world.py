@@ -1,9 +1,8 @@
 """The toy's world: pictures of nine digits, and problems about them.
 
 "Column 2 is 11. Add the numbers from A1 to B3." asks for the sum of the first cells of the 3 x 3
-grid, in reading order; the level, 2 to 9, is how many. Reading takes the vision tower, adding takes
-several steps. In a hard problem one of these cells is smudged: a short chain can only guess it, and
-a longer one works it out from the column's total.
+grid; the level, 2 to 9, is how many. In a hard problem one of these cells is smudged: a short chain
+can only guess it, and a longer one works it out from the column's total.
 """
 
 import functools
@@ -30,19 +29,17 @@ def shade(rng: random.Random, low: int, high: int) -> tuple:
 
 def draw(cells: list[int], rng: random.Random, smudged: int | None = None) -> bytes:
     """Nine digits -> a PNG, whose text chunk tells the MLLM what can be read (0: smudged)."""
-    light = rng.random() < 0.5
-    paper = shade(rng, 200, 255) if light else shade(rng, 0, 60)
-    image = Image.new("RGB", (SIDE, SIDE), paper)
+    paper, ink = ((200, 255), (0, 110)) if rng.random() < 0.5 else ((0, 60), (150, 255))
+    image = Image.new("RGB", (SIDE, SIDE), shade(rng, *paper))
     pen = ImageDraw.Draw(image)
     for i, digit in enumerate(cells):
-        x = CELL * (i % 3) + CELL // 2 + rng.randint(-3, 3)
-        y = CELL * (i // 3) + CELL // 2 + rng.randint(-3, 3)
-        ink = shade(rng, 0, 110) if light else shade(rng, 150, 255)
+        x, y = (CELL * at + CELL // 2 + rng.randint(-3, 3) for at in (i % 3, i // 3))
+        fill = shade(rng, *ink)
         if i == smudged:  # A blot leaves no trace of the digit.
             left, top, right, bottom = (rng.randint(8, 11) for _ in range(4))
-            pen.ellipse((x - left, y - top, x + right, y + bottom), fill=ink)
+            pen.ellipse((x - left, y - top, x + right, y + bottom), fill=fill)
         else:
-            pen.text((x, y), str(digit), fill=ink, font=font(rng.randint(16, 22)), anchor="mm")
+            pen.text((x, y), str(digit), fill=fill, font=font(rng.randint(16, 22)), anchor="mm")
     readable = ["0" if i == smudged else str(digit) for i, digit in enumerate(cells)]
     truth, out = PngImagePlugin.PngInfo(), io.BytesIO()
     truth.add_text("cells", " ".join(readable))
