@@ -14,6 +14,7 @@ OUT/journal.jsonl at once: the same command goes on after a kill and ends with t
 import asyncio
 import errno
 import fcntl
+import gc
 import hashlib
 import json
 import os
@@ -120,7 +121,11 @@ async def bridge(config: Config, record: Record, mllm: Server, reasoner: Server)
     question = record.problem.replace(MARK, "").strip()
     if not record.images:
         raise Reject("input", "no image", "there is nothing to bridge")
-    images = "".join(image_part(path) for path in record.images)
+    try:
+        parts = [json.dumps(image_part(Path(path).read_bytes())) + ", " for path in record.images]
+    except FileNotFoundError as error:
+        raise Reject("input", "missing image", str(error)) from error
+    images = "".join(parts)
 
     # 1. The MLLM sees image, question and answer -> pseudo-CoT: a caption and structured reasoning.
     pseudo_cot = draft = ""
@@ -202,15 +207,15 @@ def claim(config: Config):
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise Stop(f"another cold_start.py writes to {out}; give this one another --out") from None
+    for name in ("config.json", "journal.jsonl", "log.jsonl") if config.fresh else ():
+        (out / name).unlink(missing_ok=True)
     path = out / "config.json"
-    for old in (path, out / "journal.jsonl", out / "log.jsonl") if config.fresh else ():
-        old.unlink(missing_ok=True)
     before = json.loads(path.read_text()) if path.exists() else settings
-    for name, value in settings.items():
-        if name not in ("recipe", "out", "fresh", *HOW_ONLY) and before.get(name) != value:
+    for name in [name for name in settings if name not in ("recipe", "out", "fresh", *HOW_ONLY)]:
+        if before.get(name) != settings[name]:
             print(
-                f"{out}: {name} was {before.get(name)!r} and is {value!r} now. Files are replaced, "
-                "equal calls are not repeated (--fresh repeats them, another --out keeps the files)"
+                f"{out}: {name} was {before.get(name)!r} and is {settings[name]!r} now. Equal "
+                "calls are not repeated (--fresh repeats them, another --out keeps the files)"
             )
     path.write_text(json.dumps(settings, indent=1) + "\n")
     return lock
@@ -224,20 +229,20 @@ class Output:
         names = ("cold.jsonl", "rejected.jsonl", *(f"{name}.json" for name in chains.RELEASED))
         self.files = {name: open(out / f"{name}.part", "w", encoding="utf-8") for name in names}
         self.early, self.next = {}, 0  # results that wait for an earlier one; the next to write
-        self.kept, self.lost, self.again = Counter(), Counter(), 0
+        self.kept, self.lost = Counter(), Counter()
         self.pictures = set()  # paths of those that this run wrote
         self.several = False  # some record has several pictures
 
     def save(self, name: str, image: bytes) -> str:
         """A picture that came as bytes becomes a file: memory would not hold them all."""
         safe = re.sub(r"[^A-Za-z0-9_.-]", "_", name)[:80]
-        path = self.out / "images" / f"{safe}.{image_kind(image)}"
-        if safe != name or str(path) in self.pictures:
+        path = f"{self.out}/images/{safe}.{image_kind(image)}"
+        if safe != name or path in self.pictures:
             digest = hashlib.sha256(name.encode()).hexdigest()[:8]
-            path = path.with_name(f"{safe}-{digest}.{image_kind(image)}")
-        path.write_bytes(image)
-        self.pictures.add(str(path))
-        return str(path)
+            path = f"{self.out}/images/{safe}-{digest}.{image_kind(image)}"
+        Path(path).write_bytes(image)
+        self.pictures.add(path)
+        return path
 
     def add(self, n: int, record: Record, result: str | Reject) -> None:
         self.early[n] = (record, result)
@@ -247,23 +252,22 @@ class Output:
             write = self.reject if isinstance(result, Reject) else self.keep
             write(record, result)
 
+    def write(self, name: str, row: dict, before: str = "", after: str = "\n") -> None:
+        self.files[name].write(before + json.dumps(row, ensure_ascii=False) + after)
+
     def reject(self, record: Record, why: Reject) -> None:
         self.lost[why.step, why.rule] += 1
-        self.again += why.again
         for image in self.pictures.intersection(record.images):
             os.unlink(image)
-        row = {"id": record.id, "step": why.step, "rule": why.rule, "evidence": why.evidence}
-        row |= {"answer": record.answer, "source": record.source}
-        self.files["rejected.jsonl"].write(json.dumps(row, ensure_ascii=False) + "\n")
+        more = {"answer": record.answer, "source": record.source}
+        self.write("rejected.jsonl", {"id": record.id, **vars(why), **more})
 
     def keep(self, record: Record, response: str) -> None:
         record.response = response
         record.images = [os.path.relpath(image, self.out) for image in record.images]
-        row = {name: getattr(record, name) for name in chains.FIELDS}
-        self.files["cold.jsonl"].write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.write("cold.jsonl", {name: getattr(record, name) for name in chains.FIELDS})
         name, row = chains.released(record, self.several)
-        start = ",\n" if self.kept[name] else "[\n"
-        self.files[f"{name}.json"].write(start + json.dumps(row, ensure_ascii=False))
+        self.write(f"{name}.json", row, ",\n" if self.kept[name] else "[\n", "")
         self.kept[name] += 1
 
     def close(self) -> None:
@@ -275,7 +279,7 @@ class Output:
         for name, file in self.files.items():
             file.close()
             os.replace(self.out / f"{name}.part", self.out / name)
-        for name in set(chains.RELEASED) - set(self.kept):
+        for name in chains.RELEASED.keys() - self.kept.keys():
             (self.out / f"{name}.json").unlink()
 
     def funnel(self) -> str:
@@ -329,20 +333,21 @@ async def work_all(config: Config, records, mllm: Server, reasoner: Server, outp
     bar = tqdm(total=len(records), unit=" records", desc="bridging")
     async with open_session(config.timeout) as mllm.session:
         reasoner.session = mllm.session
-        workers = [work(config, todo, mllm, reasoner, output) for _ in range(config.concurrency)]
-        workers = asyncio.gather(*workers)
-        while not workers.done():
-            await asyncio.wait([workers], timeout=2)
-            done, kept, tally = output.next + len(output.early), output.kept.total(), mllm.tally
-            row = {"seconds": round(time.monotonic() - start, 2), "done": done, "kept": kept}
-            row |= {"cpu": round(time.process_time() - cpu, 2), "records": len(records), **tally}
+        crew = [work(config, todo, mllm, reasoner, output) for _ in range(config.concurrency)]
+        crew = asyncio.gather(*crew)
+        while not crew.done():
+            await asyncio.wait([crew], timeout=2)
+            row = {"seconds": time.monotonic() - start, "cpu": time.process_time() - cpu}
+            row = {name: round(seconds, 2) for name, seconds in row.items()}
+            row |= {"done": output.next + len(output.early), "kept": output.kept.total()}
+            row |= {"records": len(records), **mllm.tally}
             row["trouble"] = mllm.trouble or reasoner.trouble
             with open(output.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
-            bar.set_postfix_str(f"kept {kept:,} {row['trouble']}")
-            bar.update(done - bar.n)
+            bar.set_postfix_str(f"kept {row['kept']:,} {row['trouble']}")
+            bar.update(row["done"] - bar.n)
         bar.close()
-        await workers  # raises what ended one of them
+        await crew  # raises what ended one of them
 
 
 def main(config: Config) -> None:
@@ -359,14 +364,15 @@ def main(config: Config) -> None:
 
         output = Output(Path(config.out))
         records = load(config, output)
+        gc.freeze()  # Else each collection would look at all the records again.
         asyncio.run(work_all(config, records, mllm, reasoner, output))
         output.close()
 
         print(output.funnel())
         calls = f"{tally['calls']:,} calls, {tally['from_journal']:,} from the journal"
         print(f"{output.kept.total():,} records in {config.out}/cold.jsonl; {calls}")
-        if output.again:
-            print(f"{output.again} had no answer from a server; the same command tries them again")
+        if again := sum(n for (_, rule), n in output.lost.items() if rule == "no answer"):
+            print(f"{again} had no answer from a server; the same command tries them again")
 
 
 def guarded(config: Config) -> None:

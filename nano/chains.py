@@ -32,7 +32,10 @@ REPLACEMENTS = [  # (pattern in any case, new text), in this order
     (r"\b(as|is|are|was|were) described\b", r"\1 shown"),
     (r"\bthe captions?\b", r"the image"),
 ]
-REPLACEMENTS = [(re.compile(pattern, re.I), new) for pattern, new in REPLACEMENTS]
+REPLACEMENTS = [  # Before each a guard for small letters: without re.I and \b it is much faster.
+    (re.compile(pattern.removeprefix(r"\b")), re.compile(pattern, re.I), new)
+    for pattern, new in REPLACEMENTS
+]
 
 
 def reword(new: str, match: re.Match) -> str:
@@ -47,8 +50,9 @@ def as_seen(chain: str) -> str:
     for i, sentence in enumerate(sentences):
         # Every pattern has one of these two in it, and most sentences have neither.
         if "descri" in sentence.lower() or "caption" in sentence.lower():
-            for pattern, new in REPLACEMENTS:
-                sentence = pattern.sub(partial(reword, new), sentence)
+            for guard, pattern, new in REPLACEMENTS:
+                if guard.search(sentence.lower()):
+                    sentence = pattern.sub(partial(reword, new), sentence)
             sentences[i] = sentence
     return ".".join(sentences)
 

@@ -24,10 +24,10 @@ STOPS = ("wrong key", "unknown model", "out of quota", "bad certificate")  # end
 
 
 class Reject(Exception):
-    """One record is left out; `again`: not by its own fault, and a later run tries again."""
+    """One record is left out; for "no answer" it is not to blame, and a later run asks again."""
 
-    def __init__(self, step: str, rule: str, evidence: str, again: bool = False):
-        self.step, self.rule, self.evidence, self.again = step, rule, evidence, again
+    def __init__(self, step: str, rule: str, evidence: str):
+        self.step, self.rule, self.evidence = step, rule, evidence
 
 
 class Stop(ValueError):
@@ -65,53 +65,88 @@ class Journal:
         self.end += len(line)
 
 
-def image_part(path: str) -> str:
-    """A picture, as it is, as a part of a message (JSON); raises Reject when it is missing."""
-    try:
-        image = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise Reject("input", "missing image", str(error)) from error
-    url = f"data:image/{image_kind(image)};base64,{base64.b64encode(image).decode()}"
-    return f'{{"type": "image_url", "image_url": {{"url": "{url}"}}}}, '
-
-
 def image_kind(image: bytes) -> str:
     return next((kind for magic, kind in IMAGE_KINDS.items() if image.startswith(magic)), "png")
 
 
-def open_session(timeout: float) -> aiohttp.ClientSession:
+def image_part(image: bytes) -> dict:
+    """A picture, as it is, as a part of a message."""
+    url = f"data:image/{image_kind(image)};base64,{base64.b64encode(image).decode()}"
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def open_session(timeout: float | None) -> aiohttp.ClientSession:
     """The connections to all servers; `timeout`: seconds for one answer."""
-    connector = aiohttp.TCPConnector(limit=0)  # The caller limits the calls.
-    limits = aiohttp.ClientTimeout(total=timeout, sock_connect=60)
-    return aiohttp.ClientSession(connector=connector, timeout=limits)
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),  # The caller limits the calls.
+        timeout=aiohttp.ClientTimeout(total=timeout, sock_connect=60),
+        cookie_jar=aiohttp.DummyCookieJar(),
+    )
 
 
-class Server:
-    """An OpenAI-compatible chat server; `session` must be set before the first question."""
+class Client:
+    """The chat of one OpenAI-compatible server; `session` must be set before the first question."""
+
+    def __init__(self, url: str, key_name: str):
+        self.url, self.key_name, at = url, key_name, urlsplit(url)
+        self.key = os.environ.get(key_name) or os.environ.get("OPENAI_API_KEY") or "EMPTY"
+        headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
+        # aiohttp's trust_env would look it up at every call, and stumble over ~/.netrc.
+        direct = at.hostname in ("localhost", "127.0.0.1", "::1") or proxy_bypass(at.hostname)
+        proxy = None if direct else getproxies().get(at.scheme)
+        self.how = {"headers": headers, "proxy": proxy, "allow_redirects": False}
+
+    async def attempt(self, body: bytes) -> tuple[str, dict | str, float]:
+        """-> (what the answer means, the reply or what went wrong, seconds to wait)"""
+        kind, reply, retry_after = await self.post(body)
+        if kind != "ok":
+            reply = reply.replace(self.key, "***")[:300]  # Servers echo a wrong key.
+        return kind, reply, retry_after
+
+    async def post(self, body: bytes) -> tuple[str, dict | str, float]:
+        url = f"{self.url}/chat/completions"
+        try:
+            async with self.session.post(url, data=body, **self.how) as answer:
+                raw = bytearray()
+                async for piece in answer.content.iter_any():
+                    raw += piece
+                    if len(raw) > MAX_ANSWER:
+                        raise ValueError(f"an answer of more than {MAX_ANSWER:,} bytes")
+        except aiohttp.ClientConnectorCertificateError as error:
+            return "bad certificate", f"{error} (trusted: SSL_CERT_FILE)", 0.0
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            return "busy or down", str(error), 0.0
+        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
+            return "failed", f"{type(error).__name__}: {error}", 0.0
+        asked = re.fullmatch(r"\d+(\.\d+)?", answer.headers.get("Retry-After", ""))
+        meant = parse_reply(raw) if answer.status == 200 else meaning(answer.status, raw)
+        return *meant, float(asked[0]) if asked else 0.0
+
+
+class Server(Client):
+    """A teacher: what it was asked before comes from the journal."""
 
     def __init__(self, name: str, config, journal: Journal, tally: dict):
         self.name, self.config, self.journal, self.tally = name, config, journal, tally
-        self.url = getattr(config, f"{name}_url").rstrip("/")
-        model, at = getattr(config, f"{name}_model"), urlsplit(self.url)
+        url, model = (getattr(config, f"{name}_{what}").rstrip("/") for what in ("url", "model"))
+        at = urlsplit(url)
         if at.scheme not in ("http", "https") or not at.hostname or at.username or not model:
             raise Stop(
                 f"--{name}_url and --{name}_model are needed: like http://host:8000/v1 "
                 "(no key in it), and the model's name"
             )
-        self.label = f"{name} at {self.url}, model {model}"
+        super().__init__(url, f"{name.upper()}_API_KEY")
+        self.label = f"{name} at {url}, model {model}"
         settings = {"model": model, "max_tokens": getattr(config, f"{name}_tokens")}
         settings |= {"temperature": config.temperature, "top_p": config.top_p}
         self.head = json.dumps(settings)[:-1]  # Every request begins with it.
-        self.key_name = f"{name.upper()}_API_KEY"
-        self.key = os.environ.get(self.key_name) or os.environ.get("OPENAI_API_KEY") or "EMPTY"
-        self.headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
-        # aiohttp's trust_env would look it up at every call, and stumble over ~/.netrc.
-        direct = at.hostname in ("localhost", "127.0.0.1", "::1") or proxy_bypass(at.hostname)
-        self.proxy = None if direct else getproxies().get(at.scheme)
         self.given_up, self.trouble = 0, ""  # records in a row; what went wrong last
 
     async def ask(self, id: str, step: str, prompt: str, images: str = "") -> dict:
-        """The reply {text, finish, in, out} for record `id`, from the journal if it is there."""
+        """The reply {text, finish, in, out} for record `id`, from the journal if it is there.
+
+        `images`: parts of the message as JSON, with a comma behind each.
+        """
         text = json.dumps(prompt)
         digest = hashlib.sha256(images.encode()).digest() if images else b""
         key = "\0".join([id, step, self.head, text, ""]).encode() + digest
@@ -139,48 +174,26 @@ class Server:
             if kind == "ok":
                 self.given_up, self.trouble = 0, ""
                 return reply
-            text = reply.replace(self.key, "***")[:300]  # Servers echo a wrong key.
-            self.trouble = f"{self.name} {kind}: {text[:80]}"
+            self.trouble = f"{self.name} {kind}: {reply[:80]}"
             if kind == "context overflow":
-                return {"text": text, "finish": kind, "in": 0, "out": 0}
+                return {"text": reply, "finish": kind, "in": 0, "out": 0}
             if kind in STOPS:
-                hint = f"set {self.key_name}" if kind == "wrong key" else text
+                hint = f"set {self.key_name}" if kind == "wrong key" else reply
                 raise Stop(f"{self.label}: {kind}: {hint}")
             failures += kind == "failed"
             if kind == "bad request" or failures > self.config.retries:
                 self.given_up += 1
                 if self.given_up <= max(4, self.config.concurrency):
-                    raise Reject(step, "no answer", f"{kind}: {text}", again=True)
+                    raise Reject(step, "no answer", f"{kind}: {reply}")
                 lost = f"{self.given_up} records in a row were given up"
-                raise Stop(f"{self.label}: {lost}; {kind}: {text}")
+                raise Stop(f"{self.label}: {lost}; {kind}: {reply}")
             await asyncio.sleep(retry_after or wait * (0.5 + random.random()))
             wait = min(2 * wait, 60)
-
-    async def attempt(self, body: bytes) -> tuple[str, dict | str, float]:
-        """-> (what the answer means, the reply or what went wrong, seconds to wait)"""
-        url, how = f"{self.url}/chat/completions", {"headers": self.headers, "proxy": self.proxy}
-        try:
-            async with self.session.post(url, data=body, allow_redirects=False, **how) as answer:
-                raw = bytearray()
-                async for piece in answer.content.iter_any():
-                    raw += piece
-                    if len(raw) > MAX_ANSWER:
-                        raise ValueError(f"an answer of more than {MAX_ANSWER:,} bytes")
-        except aiohttp.ClientConnectorCertificateError as error:
-            return "bad certificate", f"{error} (trusted: SSL_CERT_FILE)", 0.0
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            return "busy or down", str(error), 0.0
-        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError) as error:
-            return "failed", f"{type(error).__name__}: {error}", 0.0
-        if answer.status == 200:
-            return *parse_reply(raw), 0.0
-        asked = re.fullmatch(r"\d+(\.\d+)?", answer.headers.get("Retry-After", ""))
-        return *meaning(answer.status, raw), float(asked[0]) if asked else 0.0
 
 
 def meaning(status: int, raw: bytes) -> tuple[str, str]:
     """-> (what an HTTP status other than 200 means, its text)"""
-    text = f"status {status} {raw[:500].decode('utf-8', 'replace')}"
+    text = f"status {status}, {raw[:500].decode('utf-8', 'replace')}"
     if status == 429 and re.search("insufficient_quota|billing", text):
         return "out of quota", text
     if status in (400, 422) and TOO_LONG.search(text):
@@ -198,8 +211,7 @@ def parse_reply(raw: bytes) -> tuple[str, dict | str]:
         if thought and "</think>" not in text:
             text = f"<think>{thought}</think>{text}"
         reply = {"text": text, "finish": choice.get("finish_reason")}
-        reply["in"] = int(usage.get("prompt_tokens") or 0)
-        reply["out"] = int(usage.get("completion_tokens") or 0)
-        return "ok", reply
+        sizes = (int(usage.get(f"{side}_tokens") or 0) for side in ("prompt", "completion"))
+        return "ok", reply | dict(zip(("in", "out"), sizes))
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         return "failed", f"malformed answer ({error!r}): {bytes(raw[:80])!r}"

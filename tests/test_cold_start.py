@@ -722,7 +722,7 @@ def test_the_guards_before_patterns_change_nothing():
 
     for _ in range(3000):
         text = plain = " ".join(rng.choices(words, k=rng.randint(3, 25)))
-        for pattern, new in chains.REPLACEMENTS:
+        for _, pattern, new in chains.REPLACEMENTS:
             plain = substitute(pattern, new, plain)
         assert chains.as_seen(text) == plain
         blind = re.search(chains.BLIND.pattern, text.replace("’", "'"), re.I)
@@ -731,7 +731,7 @@ def test_the_guards_before_patterns_change_nothing():
 
 def test_every_replacement_rule_is_used_by_a_test_line():
     lines = next(m for m in test_word_replacement.pytestmark if m.name == "parametrize").args[1]
-    for pattern, _ in chains.REPLACEMENTS:
+    for _, pattern, _ in chains.REPLACEMENTS:
         assert any(pattern.search(before) for before, _ in lines), pattern.pattern
 
 
