@@ -8,6 +8,7 @@ import copy
 import math
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -27,24 +28,11 @@ class GPU(NamedTuple):
 
 
 # From the vendors' data sheets, without sparsity. The first wins whose words are all in a name.
-GPUS = [
-    GPU("H100 PCIe", 756, 2.0),
-    GPU("H100 NVL", 835, 3.9),
-    GPU("H100", 989, 3.35),
-    GPU("H800", 989, 3.35),
-    GPU("H200", 989, 4.8),
-    GPU("B200", 2250, 8.0),
-    GPU("H20", 148, 4.0),
-    GPU("A100 40GB", 312, 1.555),
-    GPU("A100", 312, 2.04),
-    GPU("A800", 312, 2.04),
-    GPU("L40S", 362, 0.864),
-    GPU("A6000", 155, 0.768),
-    GPU("6000 Ada", 364, 0.96),
-    GPU("5090", 209, 1.79),
-    GPU("4090", 165, 1.01),
-    GPU("3090", 71, 0.936),
-]
+GPUS = """H100 PCIe 756 2.0, H100 NVL 835 3.9, H100 989 3.35, H800 989 3.35, H200 989 4.8,
+    B200 2250 8.0, H20 148 4.0, A100 40GB 312 1.555, A100 312 2.04, A800 312 2.04, L40S 362 0.864,
+    A6000 155 0.768, 6000 Ada 364 0.96, 5090 209 1.79, 4090 165 1.01, 3090 71 0.936"""
+GPUS = [row.strip().rsplit(maxsplit=2) for row in GPUS.split(",")]
+GPUS = [GPU(name, float(tera), float(bandwidth)) for name, tera, bandwidth in GPUS]
 
 
 def gpu(name: str) -> GPU | None:
@@ -97,10 +85,8 @@ def shape(config: PreTrainedConfig) -> Shape:
     )
 
 
-TEXT_FIELDS = (
-    "vocab_size hidden_size intermediate_size "
-    "num_hidden_layers num_attention_heads num_key_value_heads"
-).split()
+TEXT_FIELDS = "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads"
+TEXT_FIELDS = [*TEXT_FIELDS.split(), "num_key_value_heads"]
 # As published, for machines without the hub: TEXT_FIELDS, and the width of the vision tower's MLP.
 PUBLISHED = {
     "qwen2-vl-2b": (151936, 1536, 8960, 28, 12, 2, None),
@@ -115,13 +101,12 @@ def published_config(name: str) -> PreTrainedConfig:
     """Build the config of a model in PUBLISHED."""
     *text, mlp = PUBLISHED[name]
     hidden = text[1]
-    vision = {"hidden_size": hidden}  # In Qwen2-VL this is the width of the tower's output.
-    if mlp:
-        vision = {"hidden_size": 1280, "intermediate_size": mlp, "out_hidden_size": hidden}
+    vision = {"hidden_size": 1280, "intermediate_size": mlp, "out_hidden_size": hidden}
     return AutoConfig.for_model(
         "qwen2_5_vl" if mlp else "qwen2_vl",
         text_config=dict(zip(TEXT_FIELDS, text)),
-        vision_config=vision,
+        # In Qwen2-VL hidden_size is the width of the tower's output.
+        vision_config=vision if mlp else {"hidden_size": hidden},
         tie_word_embeddings=hidden <= 2048,  # So it is in the models below 7B.
     )
 
@@ -184,16 +169,15 @@ def activations(s: Shape, tokens: int, patches: int, cuda: bool, checkpointing: 
     attention = e * (2 * s.query + 2 * s.kv if cuda else 5 * s.query)
     if family == "qwen3_vl":  # It has norms of q and k, whose outputs are not kept.
         attention += (4 + e) * (s.query + s.kv)
-    norms = 2 * (4 + 2 * e) * s.text.hidden_size
-    layer = tokens * (norms + attention + 4 * e * s.text.intermediate_size)
+    hidden = (4 + 2 * e) * s.text.hidden_size
+    layer = tokens * (2 * hidden + attention + 4 * e * s.text.intermediate_size)
     # A vision block keeps two norms, 7 values for each channel of its attention (v keeps the whole
     # of qkv alive), and 4, 3 or 2 times the width of its MLP: SiLU gate, quick GELU or GELU.
-    rms = family == "qwen2_5_vl"
-    norm, mlp = (4 if rms else 0) + 2 * e, {"qwen2_vl": 3, "qwen2_5_vl": 4, "qwen3_vl": 2}[family]
-    block = patches * ((2 * norm + 7 * e) * s.vision_hidden + mlp * e * s.vision_inner)
+    norm = 4 + 2 * e if family == "qwen2_5_vl" else 2 * e
+    mlp = {"qwen2_vl": 3, "qwen2_5_vl": 4, "qwen3_vl": 2}[family] * e * s.vision_inner
+    block = patches * ((2 * norm + 7 * e) * s.vision_hidden + mlp)
     mergers = 1 + len(getattr(s.vision, "deepstack_visual_indexes", ()))
-    ends = tokens * (4 + 2 * e) * s.text.hidden_size
-    ends += patches * mergers * (norm + 2 * e) * s.vision_hidden
+    ends = tokens * hidden + patches * mergers * (norm + 2 * e) * s.vision_hidden
     layers, depth = s.text.num_hidden_layers, s.vision.depth
     if checkpointing:  # The input of every block, and one block while it is made again.
         inputs = e * (layers * tokens * s.text.hidden_size + depth * patches * s.vision_hidden)
@@ -224,31 +208,28 @@ def memory(
     """
     n = shard_size or world
     e = 2 if cuda else 4
-    trained = s.params - (s.vision_params if frozen_vision else 0)
-    shard = 0 if offload else trained / n
+    shard = 0 if offload else (s.params - (s.vision_params if frozen_vision else 0)) / n
     patches = 0 if frozen_vision else patches
-    kept = activations(s, tokens, patches, cuda, activation_checkpointing)
     # token_logprobs makes float32 logits of some columns at a time; a GPU adds their bf16 gradient.
     logits = max(2**27, 2048 * tokens) if cuda else max(2**22, 1024 * tokens)
     tile = min(tokens * s.text.vocab_size, logits) * (6 if cuda else 4)
-    frozen = e * s.vision_params if frozen_vision else 0
     # An estimate after FSDP2's documentation: the root (embeddings, head, merger) and two text
     # layers in bf16 with their gradients, and one float32 buffer of the largest unit.
     block = s.text_matrices / s.text.num_hidden_layers
     gathered = 4 * (s.root_params + 2 * block) + 4 * max(s.root_params, block) if cuda else 0
-    fixed = 0
-    if reference in ("float32", "bfloat16"):
-        fixed = (4 if reference == "float32" else 2) * (s.params - s.vision_params) / n
+    # The reference keeps its vision tower whole.
+    fixed = {"float32": 4, "bfloat16": 2}.get(reference, 0) * (s.params - s.vision_params) / n
+    if fixed:
         fixed += e * s.vision_params + (2 * s.root_params if cuda else 0)
-    copied = e * s.params if replica else 0
     # The cache grows by doubling, and may come to nearly twice this size.
-    cache = 2 * e * s.text.num_hidden_layers * s.kv * rows * row_tokens if replica else 0
+    cache = replica * 2 * e * s.text.num_hidden_layers * s.kv * rows * row_tokens
     smaller = "nothing but a smaller model"
     more = f"more GPUs to a shard (now {n}), or --offload to the CPU"
     freeze = more if frozen_vision else f"{more}, --freeze_vision"
     micro = "" if activation_checkpointing else "activation_checkpointing, or "
     micro += f"micro_tokens (now {tokens}; as many as the longest sequence at least)"
     no_reference = "--kl_coef 0 (none), or --offload reference (to the CPU)"
+    kept = activations(s, tokens, patches, cuda, activation_checkpointing)
     items = [
         Item(f"activations of {tokens} tokens", kept, "training", micro),
         Item("a tile of logits", tile, "training", "a smaller width in token_logprobs"),
@@ -256,10 +237,10 @@ def memory(
         Item("master weights, float32", 4 * shard, "always", more),
         Item("gradients, float32", 4 * shard, "training", freeze),
         Item("AdamW's m and v", 8 * shard, "always", more),
-        Item("frozen vision tower, whole", frozen, "always", smaller),
+        Item("frozen vision tower, whole", frozen_vision * e * s.vision_params, "always", smaller),
         Item("gathered layers and their gradients", gathered, "training", smaller),
         Item(f"reference, {reference}", fixed, "always", no_reference),
-        Item("replica to sample from", copied, "always", "vLLM, which sleeps meanwhile"),
+        Item("replica to sample from", replica * e * s.params, "always", "vLLM, which sleeps"),
         Item(f"KV cache of {rows} x {row_tokens} tokens", cache, "sampling", "fewer max_rows"),
         Item("vLLM's share", vllm_bytes, "sampling", "a smaller --vllm_memory"),
     ]
@@ -268,7 +249,7 @@ def memory(
 
 def peak(items: list[Item]) -> float:
     """Add up what is always there and the larger of training and sampling, in bytes."""
-    part = {"always": 0, "training": 0, "sampling": 0}
+    part = Counter()
     for item in items:
         part[item.when] += item.bytes
     return part["always"] + max(part["training"], part["sampling"])
@@ -278,27 +259,25 @@ def preflight(items: list[Item], capacity: float | None = None) -> str:
     """Write the table of the memory. `capacity` is what the GPU has in bytes, None on the CPU."""
     top = peak(items)
     unit, word = (GIB, "GiB") if capacity or top > GIB else (2**20, "MiB")
-    lines = [f"memory per {'GPU' if capacity else 'rank'}, computed:"]
-    for item in items:
-        when = "" if item.when == "always" else f" ({item.when})"
-        lines.append(f"{item.bytes / unit:8.2f}  {item.name}{when}")
-    lines.append(f"{top / unit:8.2f}  {word} at the peak")
+    rows = [(item.bytes, item.name, item.when) for item in items] + [(top, word, "at the peak")]
+    lines = [f"{size / unit:8.2f}  {name} ({when})" for size, name, when in rows]
+    text = "\n".join(lines)
     if capacity:
-        lines[-1] += f", the GPU has {capacity / GIB:.1f}"
-        if top > 0.9 * capacity:
-            lines[-1] += ": this will not fit" if top > capacity else ": tight"
-    return "\n".join(lines)
+        text += f", the GPU has {capacity / GIB:.1f}"
+    if capacity and top > 0.9 * capacity:
+        text += ": this will not fit" if top > capacity else ": tight"
+    return f"memory per {'GPU' if capacity else 'rank'}, computed:\n{text}"
 
 
 def explain_oom(error: Exception, items: list[Item], capacity: float) -> str:
     """Turn torch.OutOfMemoryError into a message that names the knobs, the largest item first."""
     asked = re.search(r"allocate ([\d.]+ [KMG]iB)", str(error))
-    more = f" ({asked[1]} more were wanted)" if asked else ""
+    more, top = f" ({asked[1]} more were wanted)" if asked else "", peak(items)
     lines = [f"out of GPU memory{more}; what fills it, and what to turn:"]
     for item in sorted(items, key=lambda item: -item.bytes):
-        if item.bytes >= 0.01 * peak(items):
+        if item.bytes >= 0.01 * top:
             lines.append(f"{item.bytes / GIB:8.2f} GiB  {item.name}: {item.knob}")
-    lines.append(f"{peak(items) / GIB:8.2f} GiB  at the peak; the GPU has {capacity / GIB:.1f}")
+    lines.append(f"{top / GIB:8.2f} GiB  at the peak; the GPU has {capacity / GIB:.1f}")
     loose = re.search(r"([\d.]+) GiB is reserved by PyTorch but unallocated", str(error))
     if loose and float(loose[1]) >= 1:
         lines.append(f"{loose[1]} GiB are in fragments, which this setting may free:")
@@ -326,16 +305,14 @@ def announce_run(config, policy, device, say, tokens: int, patches: int, **more)
     if device.type == "cuda" and getattr(config, "engine", "") == "vllm":
         capacity = torch.cuda.get_device_properties(device).total_memory
         more["vllm_bytes"] = config.vllm_memory * capacity
-    items = memory(
-        shape(policy.hf.config),
-        tokens,
-        patches,
+    settings = dict(
         world=dist.get_world_size(),
         shard_size=config.shard_size or None,
         cuda=device.type == "cuda",
         activation_checkpointing=config.activation_checkpointing,
         frozen_vision=config.freeze_vision,
+        reference="",
         offload=config.offload in (True, "all"),
-        **more,
     )
+    items = memory(shape(policy.hf.config), tokens, patches, **settings | more)
     announce(items, device, say)
