@@ -42,10 +42,10 @@ class Config:
     fresh: bool = False  # forget the calls of an earlier run in `out`
     strict: bool = False  # stop at the first bad input row instead of reporting it
     limit: int = 0  # use only the first so many records; 0 means all
-    mllm_url: str = ""  # OpenAI-compatible server that sees, up to and with /v1, or toy:teachers
-    mllm_model: str = ""  # its model name
-    reasoner_url: str = ""  # the same for the text-only reasoner
-    reasoner_model: str = ""
+    mllm_url: str = "http://localhost:8000/v1"  # OpenAI-compatible server that sees, with /v1
+    mllm_model: str = "Qwen/Qwen2.5-VL-72B-Instruct"  # its model name. Sec. 4.1
+    reasoner_url: str = "http://localhost:8001/v1"  # the same for the text-only reasoner
+    reasoner_model: str = "deepseek-ai/DeepSeek-R1"  # Sec. 4.1
     mllm_tokens: int = 4096  # longest answer of the MLLM. ours
     reasoner_tokens: int = 16384  # longest chain; the cutoff length of the released SFT config
     temperature: float = 0.6  # DeepSeek-R1's model card; the paper is silent
@@ -73,15 +73,10 @@ RECIPES = {
         template="<think> {chain} </think> <answer> {answer} </answer>",
         min_chars=20,
     ),
-    "vision-r1-cold": dict(  # Sec. 4.1
-        out="runs/vision-r1-cold",
-        mllm_url="http://localhost:8000/v1",
-        mllm_model="Qwen/Qwen2.5-VL-72B-Instruct",
-        reasoner_url="http://localhost:8001/v1",
-        reasoner_model="deepseek-ai/DeepSeek-R1",
-    ),
+    "vision-r1-cold": dict(out="runs/vision-r1-cold"),  # the defaults
 }
-HOW_ONLY = ("strict", "mllm_url", "reasoner_url", "concurrency", "timeout", "retries", "backoff")
+HOW_ONLY = ("recipe", "out", "fresh", "strict", "mllm_url", "reasoner_url")
+HOW_ONLY += ("concurrency", "timeout", "retries", "backoff")
 
 # ---- Prompts. The wording is ours; the paper shows what goes into each call (Fig. 2).
 
@@ -211,11 +206,11 @@ def claim(config: Config):
         (out / name).unlink(missing_ok=True)
     path = out / "config.json"
     before = json.loads(path.read_text()) if path.exists() else settings
-    for name in [name for name in settings if name not in ("recipe", "out", "fresh", *HOW_ONLY)]:
-        if before.get(name) != settings[name]:
+    for name, now in settings.items():
+        if name not in HOW_ONLY and before.get(name) != now:
             print(
-                f"{out}: {name} was {before.get(name)!r} and is {settings[name]!r} now. Equal "
-                "calls are not repeated (--fresh repeats them, another --out keeps the files)"
+                f"{out}: {name} was {before.get(name)!r} and is {now!r} now. Equal calls are not "
+                "repeated (--fresh repeats them, another --out keeps the files)"
             )
     path.write_text(json.dumps(settings, indent=1) + "\n")
     return lock
@@ -337,11 +332,10 @@ async def work_all(config: Config, records, mllm: Server, reasoner: Server, outp
         crew = asyncio.gather(*crew)
         while not crew.done():
             await asyncio.wait([crew], timeout=2)
-            row = {"seconds": time.monotonic() - start, "cpu": time.process_time() - cpu}
-            row = {name: round(seconds, 2) for name, seconds in row.items()}
-            row |= {"done": output.next + len(output.early), "kept": output.kept.total()}
-            row |= {"records": len(records), **mllm.tally}
-            row["trouble"] = mllm.trouble or reasoner.trouble
+            row = dict(seconds=time.monotonic() - start, cpu=time.process_time() - cpu)
+            row |= dict(done=output.next + len(output.early), kept=output.kept.total())
+            row |= dict(records=len(records), **mllm.tally)
+            row |= dict(trouble=mllm.trouble or reasoner.trouble)
             with open(output.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
             bar.set_postfix_str(f"kept {row['kept']:,} {row['trouble']}")

@@ -2,8 +2,8 @@
 
   vllm serve MODEL --generation-config vllm    (or SGLang, or a hosted service)
 
-Without that flag vLLM adds the model's own settings, e.g. a repetition penalty. The key of a
-server is EVAL_API_KEY or OPENAI_API_KEY.
+Without that flag vLLM adds the model's own settings, e.g. a repetition penalty. The key is
+EVAL_API_KEY or OPENAI_API_KEY.
 """
 
 import asyncio
@@ -25,12 +25,9 @@ WAITS = (0, 1, 2, 4, 8, 16, 32, 60)  # seconds before each try
 PATIENCE = 30.0  # seconds until we ask if the server is alive
 AGAIN = "Start it again and repeat the command: answered questions are kept."
 TOO_LONG = "Too long for the server? Lower --max_len or give it more context."
-HINTS = {
-    "bad request": TOO_LONG,
-    "context overflow": TOO_LONG,
-    "wrong key": "Set EVAL_API_KEY to a key that it takes.",
-    "unknown model": "The URL goes up to and with /v1, its /models must list the model.",
-}
+HINTS = {"bad request": TOO_LONG, "context overflow": TOO_LONG}
+HINTS["wrong key"] = "Set EVAL_API_KEY to a key that it takes."
+HINTS["unknown model"] = "The URL goes up to and with /v1, its /models must list the model."
 
 
 class HTTPEngine(Client):
@@ -87,11 +84,10 @@ class HTTPEngine(Client):
     async def patiently(self, body: bytes) -> tuple[str, dict | str]:
         """As attempt, but hours may pass, as long as the server is alive."""
         post = asyncio.ensure_future(self.attempt(body))
-        limit = aiohttp.ClientTimeout(total=PATIENCE)
+        alive = {"timeout": aiohttp.ClientTimeout(total=PATIENCE), **self.how}
         try:
             while not (await asyncio.wait([post], timeout=PATIENCE))[0]:
-                async with self.session.get(f"{self.url}/models", timeout=limit, **self.how):
-                    pass
+                (await self.session.get(f"{self.url}/models", **alive)).release()
             return (await post)[:2]
         except (aiohttp.ClientError, asyncio.TimeoutError) as error:
             return "failed", f"{type(error).__name__}: {error}"

@@ -3,10 +3,8 @@
   torchrun --nproc_per_node 8 grpo.py --engine vllm ...
 
 Each rank, or each team of `tp` ranks, has one vLLM in the training process, which sleeps while the
-policy is updated. A sync is a fixed order of acts, and any that fails ends the run: wake the
-weights, stream them bucket by bucket, drop what was cached under the old ones, wake the KV cache,
-check. A vLLM that keeps an old vision tower looks just like a policy that learns slowly, so the
-check compares the log-probabilities of a probe with an image.
+policy is updated. Any act of a sync that fails ends the run. A vLLM that keeps an old vision tower
+looks just like a policy that learns slowly, so a sync ends with a probe that has an image.
 
 Written for vllm 0.32.0. Left out: pipeline parallelism, LoRA, quantized rollouts.
 """
@@ -66,15 +64,14 @@ def base_seed(seeds: tuple[int, ...]) -> int:
 
 def check_rollout(prompt: Prompt, read_ids, finish: str, versions: set[str], version: str):
     """What holds for every rollout, or the trainer sees another prompt or policy than vLLM."""
-    trouble = ""
-    if list(read_ids) != prompt.ids:
-        trouble = f"vLLM read {len(read_ids)} prompt tokens, the trainer other {len(prompt.ids)}"
-    if finish not in ("stop", "length"):
-        trouble = f"a rollout of vLLM ended with {finish!r}"
-    if versions - {version}:
-        trouble = f"vLLM sampled with weights {versions}, expected {version}"
-    if trouble:
-        raise RuntimeError(f"{prompt.record.id}: {trouble}")
+    read = f"vLLM read {len(read_ids)} prompt tokens, the trainer other {len(prompt.ids)}"
+    for fails, trouble in (
+        (list(read_ids) != prompt.ids, read),
+        (finish not in ("stop", "length"), f"a rollout of vLLM ended with {finish!r}"),
+        (versions - {version}, f"vLLM sampled with weights {versions}, expected {version}"),
+    ):
+        if fails:
+            raise RuntimeError(f"{prompt.record.id}: {trouble}")
 
 
 class Ban(LogitsProcessor, LogitsProcessorV2):
@@ -92,7 +89,7 @@ class Ban(LogitsProcessor, LogitsProcessorV2):
         return False
 
     def update_state(self, batch_update):
-        """Nothing is kept per request."""
+        pass  # Nothing is kept per request.
 
 
 class BucketTransfer(WeightTransferEngine):
@@ -119,13 +116,11 @@ class BucketTransfer(WeightTransferEngine):
             if isinstance(module, ParallelLMHead) and hasattr(module, "cpu_linear"):
                 module.quant_method.process_weights_after_loading(module)
         if self.missing:
-            raise RuntimeError(
-                f"weight sync: nothing arrived for {len(self.missing)} parameters, "
-                f"e.g. {sorted(self.missing)[:3]}"
-            )
+            some = f"{len(self.missing)} parameters, e.g. {sorted(self.missing)[:3]}"
+            raise RuntimeError(f"weight sync: nothing arrived for {some}")
 
     def shutdown(self, *_):
-        """Nobody has to be met or left in the same process."""
+        pass  # Nobody has to be met or left in the same process.
 
     init_transfer_engine = receive_weights = shutdown
 
@@ -138,13 +133,12 @@ def buckets(policy, dtype: torch.dtype, size: int = BUCKET):
 
     A tensor is gathered from its shards when its turn comes: no rank ever holds the whole model.
     """
-    bucket, held = [], 0
+    bucket = []
     for name, whole in policy.full_weights():
         bucket.append((name, whole.to(dtype)))
-        held += bucket[-1][1].nbytes
-        if held >= size:
+        if sum(tensor.nbytes for _, tensor in bucket) >= size:
             yield bucket
-            bucket, held = [], 0
+            bucket = []
     if bucket:
         yield bucket
 
@@ -183,31 +177,20 @@ class VLLMEngine:
         cuda = device.type == "cuda"
         self.dtype = torch.bfloat16 if cuda else torch.float32  # as in the trainer's forward
         self.sleeps, self.asleep = may_sleep and cuda, False
-        # On the CPU nothing is compiled, and no prompt comes in pieces: for these vLLM asks a
-        # seeded generator for what it lacks there.
-        room = max(8192, max_len)
-        cpu = dict(enforce_eager=True, enable_chunked_prefill=False, max_num_batched_tokens=room)
+        settings = dict(dtype=self.dtype, max_model_len=max_len, max_num_seqs=max_num_seqs)
+        settings |= dict(gpu_memory_utilization=memory, enable_sleep_mode=self.sleeps)
+        settings |= dict(tensor_parallel_size=tp, distributed_executor_backend="external_launcher")
+        settings |= dict(limit_mm_per_prompt={"video": 0}, generation_config="vllm")
+        # After temperature, ban and top_p; hence training refuses a top_p below 1.
+        settings |= dict(logprobs_mode="processed_logprobs", logits_processors=[Ban])
+        if not cuda:  # For these vLLM asks a seeded generator for what it lacks on the CPU.
+            settings |= dict(enforce_eager=True, enable_chunked_prefill=False)
+            settings |= dict(max_num_batched_tokens=max(8192, max_len))
         # vLLM reads torchrun's variables, which a plain `python` lacks, and changes some of them.
         names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD")
         before = {name: os.environ[name] for name in names if name in os.environ}
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0"} | before
-        self.llm = LLM(
-            path,
-            dtype=self.dtype,
-            max_model_len=max_len,
-            distributed_executor_backend="external_launcher",
-            tensor_parallel_size=tp,
-            gpu_memory_utilization=memory,
-            max_num_seqs=max_num_seqs,
-            enable_sleep_mode=self.sleeps,
-            limit_mm_per_prompt={"video": 0},
-            generation_config="vllm",
-            # After temperature, ban and top_p; hence training refuses a top_p below 1.
-            logprobs_mode="processed_logprobs",
-            logits_processors=[Ban],
-            weight_transfer_config={"backend": "buckets"},
-            **({} if cuda else cpu),
-        )
+        self.llm = LLM(path, weight_transfer_config={"backend": "buckets"}, **settings)
         for name in names:
             os.environ.pop(name, None)
         os.environ |= before
@@ -260,8 +243,8 @@ class VLLMEngine:
         limit = 0.05 if device.type == "cuda" else 1e-3  # rounding of bf16, of float32
         if not self.gap < limit:
             raise RuntimeError(
-                f"weight sync: on the probe, vLLM's log-probabilities are {self.gap:.2g} away from "
-                f"the trainer's, {limit} is the limit: stale caches, or weights in the wrong place"
+                f"weight sync: on the probe, vLLM's log-probabilities are off by {self.gap:.2g} "
+                f"(limit {limit}): stale caches, or weights in the wrong place"
             )
 
     def generate(self, prompts, group_size, max_len, seeds, temperature=1.0, top_p=1.0):
@@ -279,10 +262,10 @@ class VLLMEngine:
             dist.all_gather_object(parts, (light, seeds), group=self.team)
             first = sum(len(part) for part, _ in parts[: dist.get_rank(self.team)])
             asked, seeds = ([x for part in column for x in part] for column in zip(*parts))
-        settings = {"max_tokens": max_len, "temperature": temperature, "top_p": top_p}
-        settings |= {"n": group_size if temperature else 1}  # Greedy answers are all the same.
-        settings |= {"stop_token_ids": self.processor.eos_ids, "detokenize": False}
-        settings |= {"logprobs": 0, "flat_logprobs": True}  # of the sampled tokens alone
+        settings = dict(max_tokens=max_len, temperature=temperature, top_p=top_p)
+        settings |= dict(n=group_size if temperature else 1)  # Greedy answers are all the same.
+        settings |= dict(stop_token_ids=self.processor.eos_ids, detokenize=False)
+        settings |= dict(logprobs=0, flat_logprobs=True)  # of the sampled tokens alone
         params = [SamplingParams(seed=base_seed(seed), **settings) for seed in seeds]
         requests = [request(prompt, self.processor) for prompt in asked]
         answers = self.llm.generate(requests, params, use_tqdm=False)
