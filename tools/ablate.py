@@ -188,26 +188,23 @@ class Plan:
     def __init__(self, root: str | Path, setting: Setting):
         self.root, self.setting, self.tasks = Path(root), setting, {}
 
-    def add(self, out: Path, words: list, parent: Path | None = None) -> Path:
-        """Add a command, which needs those whose folders it reads or continues."""
-        command = [str(word) for word in words]
-        read = [f"{word}/" for word in [parent, *command] if word != str(out)]
-        tasks = self.tasks.values()
-        needs = [t for t in tasks if any(word.startswith(f"{t.out}/") for word in read)]
-        self.tasks.setdefault(out, Task(out, command, needs, parent))
-        return out
-
-    def stage(self, script: str, out: Path, flags: dict, switches: str = "", parent=None) -> Path:
+    def add(self, script: str, out: Path, flags: dict, switches: str = "", parent=None) -> Path:
+        """Add a command of a stage, which needs those whose folders it reads or continues."""
         words = [script, "--recipe", "toy", "--out", out, *switches.split()]
         for name, value in flags.items():
             words += [f"--{name}", value]
-        return self.add(out, words, parent)
+        read = [f"{word}/" for word in [parent, *words] if word != out]
+        tasks = self.tasks.values()
+        needs = [t for t in tasks if any(word.startswith(f"{t.out}/") for word in read)]
+        self.tasks.setdefault(out, Task(out, [str(word) for word in words], needs, parent))
+        return out
 
     def problems(self, name: str, n: int) -> Path:
         setting = Setting() if name == "cold" else self.setting
         out = self.root / "data" / (name + setting.tag("hard"))
-        words = ["tools/ablate.py", "draw", out, n, name, setting.hard]
-        return self.add(out, words) / "problems.parquet"
+        words = ["tools/ablate.py", "draw", str(out), str(n), name, str(setting.hard)]
+        self.tasks.setdefault(out, Task(out, words, [], None))
+        return out / "problems.parquet"
 
     def start(self, kind: str, seed: int) -> str:
         """Plan the model that RL starts from -> its folder."""
@@ -218,12 +215,12 @@ class Plan:
         flags = dict(data=self.problems("cold", self.setting.cold))
         flags |= dict(mllm_url=teachers, reasoner_url=teachers)
         switches = "--pseudo_cot_only --min_chars 5" if kind == "pseudo" else ""
-        cold = self.stage("cold_start.py", self.root / f"cold-{what}{tag}", flags, switches)
+        cold = self.add("cold_start.py", self.root / f"cold-{what}{tag}", flags, switches)
         # The filter drops four in ten chains but no pseudo-CoT, of which three epochs are as many
         # steps as five epochs of the chains.
         switches = {"answers": "--drop_chains", "pseudo": "--epochs 3"}.get(kind, "")
         out = self.root / f"seed-{seed}" / f"sft-{kind}{tag}"
-        self.stage("sft.py", out, dict(data=cold / "cold.jsonl", seed=seed), switches)
+        self.add("sft.py", out, dict(data=cold / "cold.jsonl", seed=seed), switches)
         return str(out / "final")
 
     def grpo(self, kind: str, stages: tuple, seed: int) -> Path:
@@ -238,7 +235,7 @@ class Plan:
             flags |= dict(format_weight=1, system_prompt=toy.ZERO_PROMPT)
         name = f"rl-{kind}-{text.replace(',', '-')}{self.setting.tag(*VARIED)}"
         out = self.root / f"seed-{seed}" / name
-        return self.stage("grpo.py", out, flags, "--no_preflight", parent)
+        return self.add("grpo.py", out, flags, "--no_preflight", parent)
 
     def row(self, row: str, seed: int, evals: tuple) -> dict:
         """Plan a row -> {"rl": folder or None, name of each evaluation: folder}."""
@@ -253,7 +250,7 @@ class Plan:
         runs = {"rl": rl}
         for how, temperature in evals:
             flags["temperature"] = temperature
-            runs[how] = self.stage("eval.py", folder / f"eval-{name}-{how}", flags)
+            runs[how] = self.add("eval.py", folder / f"eval-{name}-{how}", flags)
         return runs
 
 
@@ -536,28 +533,27 @@ def draw_map(levers: list[str], seeds: list[int], jobs: int, root: Path) -> None
     for cell in runs:
         arms = [[read_answers(runs[cell][arm, seed]["t1"]) for seed in seeds] for arm in ARMS]
         between[cell] = difference([(ptst["right"], long["right"]) for long, ptst in zip(*arms)])
-        words = [
-            f"{percent([a['right'] for a in arm])}, {average(a['length'] for a in arm)}"
-            for arm in arms
-        ]
-        lines.append([cell[0], f"{cell[1]:g}", f"{cell[2]:.0%}", *words, between[cell]])
+        cells = [cell[0], f"{cell[1]:g}", f"{cell[2]:.0%}"]
+        for arm in arms:
+            cells.append(
+                f"{percent([a['right'] for a in arm])}, {average(a['length'] for a in arm)}"
+            )
+        lines.append([*cells, between[cell]])
     head = "| lever | value | smudged | Long %: T=1, length | PTST %: T=1, length | PTST - Long |"
     text = markdown(head, lines) + "\n"
     (root / "map.md").write_text(text)
-    fig, axes = plt.subplots(
-        1, len(levers), figsize=(5 * len(levers), 4), squeeze=False, layout="constrained"
-    )
-    most = max(4, *(abs(float(words.split()[0])) for words in between.values()))
+    fig, axes = plt.subplots(1, len(levers), squeeze=False, layout="constrained")
+    fig.set_size_inches(5 * len(levers), 4)
+    points = {cell: float(words.split()[0]) for cell, words in between.items()}
+    most = 2 * max(4, *map(abs, points.values()))  # one scale for all levers, pale enough for words
     for ax, lever in zip(axes[0], levers):
         label, values = MAP[lever]
-        grid = [
-            [between[lever, value, hard].removesuffix(" q") for hard in MAP_HARD]
-            for value in values
-        ]
-        points = [[float(words.split()[0]) for words in row] for row in grid]
-        ax.imshow(points, cmap="RdBu", vmin=-2 * most, vmax=2 * most, aspect="auto")
-        for (i, j), words in np.ndenumerate(grid):
-            ax.text(j, i, words, ha="center", va="center")
+        grid = [[(lever, value, hard) for hard in MAP_HARD] for value in values]
+        colours = [[points[cell] for cell in row] for row in grid]
+        ax.imshow(colours, cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+        for i, row in enumerate(grid):
+            for j, cell in enumerate(row):
+                ax.text(j, i, between[cell], ha="center", va="center")
         ax.set_xticks(range(len(MAP_HARD)), [f"{hard:.0%}" for hard in MAP_HARD])
         ax.set_yticks(range(len(values)), [f"{value:g}" for value in values])
         ax.set(xlabel="RL and test problems with a smudged cell", ylabel=label)

@@ -1,12 +1,12 @@
 """Price a recipe of grpo.py in advance: `python -m tools.cost --recipe vision-r1-7b --gpus 8`.
 
-This is arithmetic on paper. Every assumption is a flag, and stands in the output. Every answer has
-the mean length. Forwards and backwards run at the MFU. Sampling decodes so many rows at a time,
-and each of its steps reads the text weights once and the keys and values of each row. Left out
-are rewards, weight sync, the optimizer, FSDP's gathers, and the last answers that others wait for.
+Every assumption is a flag and stands in the output; every answer has the mean length. Each step of
+sampling reads the text weights once, and the keys and values of each row. Left out are rewards,
+weight sync, the optimizer, FSDP's gathers, and the last answers that others wait for.
 """
 
 import argparse
+import contextlib
 import re
 from dataclasses import asdict
 
@@ -32,26 +32,22 @@ def find_shape(model: str) -> tuple[budget.Shape, str]:
 
     A name without a family ("runs/vision-r1-ci-7b/final") is taken for Qwen2.5-VL, the paper's.
     """
-    try:
+    with contextlib.suppress(OSError):
         return budget.shape(AutoConfig.from_pretrained(model, local_files_only=True)), model
-    except OSError:
-        family = re.search(r"qwen[\d.]+-vl", model.lower())
-        size = re.search(r"(?<![\d.])\d+b\b", model.lower())
-        name = f"{family[0] if family else 'qwen2.5-vl'}-{size[0] if size else ''}"
+    family = re.search(r"qwen[\d.]+-vl", model.lower())
+    size = re.search(r"(?<![\d.])\d+b\b", model.lower())
+    name = f"{family[0] if family else 'qwen2.5-vl'}-{size[0] if size else ''}"
     if name in budget.PUBLISHED:
         return budget.shape(budget.published_config(name)), f"{name}, published shape"
-    known = ", ".join(budget.PUBLISHED)
-    raise ValueError(
-        f"{model}: no config.json is there, and --model takes a folder or one of {known}"
-    )
+    raise ValueError(f"{model}: no config.json is there; known are {', '.join(budget.PUBLISHED)}")
 
 
 def cost(s: budget.Shape, stage: tuple, recipe: dict, gpu: budget.GPU, gpus: int, assumed: dict):
     """Price a step of a stage -> {part of the step: (FLOPs of all GPUs, seconds)}."""
     questions, group = recipe["questions"], stage[1]
     answers, length = questions * group, assumed["mean-fill"] * stage[0]
-    prompt = assumed["image-tokens"] + assumed["prompt-tokens"]
     patches = assumed["image-tokens"] * s.vision.spatial_merge_size**2
+    prompt = assumed["image-tokens"] + assumed["prompt-tokens"]
     image = budget.flops(s, [], 0, [(1, 32, patches / 32)])
     asked, whole = budget.flops(s, [prompt]), budget.flops(s, [prompt + length], length)
     # A group spans several micro-batches, and each of them encodes the image once.
@@ -72,7 +68,7 @@ def cost(s: budget.Shape, stage: tuple, recipe: dict, gpu: budget.GPU, gpus: int
     read = 2 * (s.text_matrices + s.head_matrix) / rows + kv_bytes * (prompt + length / 2)
     bandwidth = gpus * gpu.bandwidth * 1e12 * assumed["bandwidth-share"]
     seconds["sampling"] = max(seconds["sampling"], answers * length * read / bandwidth)
-    return {part: (flops[part], seconds[part]) for part in flops if flops[part]}
+    return {part: (count, seconds[part]) for part, count in flops.items() if count}
 
 
 def main():
@@ -90,19 +86,19 @@ def main():
         parser.error("--gpu must be in the list of --help, and all numbers positive")
     s, source = find_shape(args.model or recipe["model"])
     print(f"{args.recipe}: {source}, {s.params / 1e9:.2f} G parameters, {args.gpus} x {gpu.name}")
-    print(f"{recipe['questions']} questions a step; assumed: ", end="")
-    print(", ".join(f"{flag} {value:g}" for flag, value in assumed.items()))
+    told = ", ".join(f"{flag} {value:g}" for flag, value in assumed.items())
+    print(f"{recipe['questions']} questions a step; assumed: {told}")
     hours = sampled = 0
     for stage in ptst.parse(recipe["stages"]):
         parts = cost(s, stage, recipe, gpu, args.gpus, assumed)
-        seconds = sum(part[1] for part in parts.values())
+        seconds = sum(part for _, part in parts.values())
         print(f"{ptst.format_stages([stage])}: {seconds:.0f} s a step, of it")
-        for name, part in parts.items():
-            print(f"  {name:10} {part[1]:6.1f} s, {part[0] / 1e15:6.1f} PFLOP")
+        for name, (flops, part) in parts.items():
+            print(f"  {name:10} {part:6.1f} s, {flops / 1e15:6.1f} PFLOP")
         hours += seconds * stage.steps / 3600
         sampled += ptst.total_tokens([stage]) * recipe["questions"] * assumed["mean-fill"]
-    print(f"the run: {hours:.1f} hours, {hours * args.gpus:.0f} GPU hours, ", end="")
-    print(f"{sampled / 1e9:.2f} G tokens sampled")
+    whole = f"{hours:.1f} hours, {hours * args.gpus:.0f} GPU hours"
+    print(f"the run: {whole}, {sampled / 1e9:.2f} G tokens sampled")
 
 
 if __name__ == "__main__":

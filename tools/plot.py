@@ -8,12 +8,12 @@ wrong chains (Fig. 1 A). RUN is a folder of grpo.py, or one of eval.py, which ha
 import argparse
 import contextlib
 import json
-import math
 from itertools import accumulate
 from pathlib import Path
 from typing import NamedTuple
 
 import matplotlib
+import numpy as np
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -26,15 +26,8 @@ from nano.run import for_people, read_log
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"]
 RIGHT, WRONG, GREY = "#009E73", "#D55E00", "#555555"
 BANDS = ["#EFF4F9", "#FBF3E6", "#EEF6F0"]  # backgrounds of the stages
-STYLE = {
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlelocation": "left",
-    "axes.titlesize": 11,
-    "axes.titleweight": "bold",
-    "axes.axisbelow": True,
-    "grid.color": "#DDDDDD",
-}
+STYLE = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}
+STYLE |= {"axes.titleweight": "bold", "axes.axisbelow": True, "grid.color": "#DDDDDD"}
 PANELS = [  # field of log.jsonl, title, scale, horizontal axis
     ("len_mean", "Mean length (tokens)", 1, "step"),
     ("accuracy", "Accuracy (%)", 100, "step"),
@@ -42,16 +35,9 @@ PANELS = [  # field of log.jsonl, title, scale, horizontal axis
     ("len_mean", "Mean length (tokens)", 1, "tokens sampled"),
     ("accuracy", "Accuracy (%)", 100, "tokens sampled"),
 ]
-BOXES = {
-    "orientation": "horizontal",
-    "widths": 0.6,
-    "whis": (5, 95),
-    "showfliers": False,
-    "showmeans": True,
-    "patch_artist": True,
-    "medianprops": {"color": "black"},
-    "meanprops": {"marker": "o", "mfc": "white", "mec": "black"},
-}
+MEANS = dict(marker="o", mfc="white", mec="black")
+BOXES = dict(orientation="horizontal", widths=0.6, whis=(5, 95), showfliers=False, showmeans=True)
+BOXES |= dict(patch_artist=True, medianprops=dict(color="black"), meanprops=MEANS)
 
 
 class Curve(NamedTuple):
@@ -59,7 +45,6 @@ class Curve(NamedTuple):
     log: list[dict]  # a row for each step
     at: dict[str, list]  # horizontal axis -> where each step stands on it
     colour: str
-    style: str
 
 
 def read_chains(run: str) -> tuple[list, list]:
@@ -78,15 +63,12 @@ def read_chains(run: str) -> tuple[list, list]:
     return right, wrong
 
 
-def smooth(log: list[dict], key: str, scale: float, width: int) -> list[float]:
+def smooth(log: list[dict], key: str, scale: float, width: int) -> np.ndarray:
     """Average a field over `width` steps around each (odd). No value, such as null, is a gap."""
-    values = [math.nan if row.get(key) is None else row[key] * scale for row in log]
-    means = []
-    for i in range(len(values)):
-        window = values[max(0, i - width // 2) : i + width // 2 + 1]
-        known = [value for value in window if not math.isnan(value)]
-        means.append(sum(known) / len(known) if known else math.nan)
-    return means
+    values = scale * np.array([row.get(key) for row in log], float)  # None becomes nan.
+    padded = np.pad(values, width // 2, constant_values=np.nan)
+    windows = np.lib.stride_tricks.sliding_window_view(padded, width)  # (steps, width)
+    return np.ma.masked_invalid(windows).mean(axis=1).filled(np.nan)
 
 
 def spans(log: list[dict], at: list) -> list[tuple]:
@@ -115,15 +97,13 @@ def draw_curves(ax, panel: tuple, curves: list[Curve], width: int) -> None:
         if width > 1:  # The single steps stand behind their mean.
             ax.plot(at, smooth(curve.log, key, scale, 1), color=curve.colour, lw=0.8, alpha=0.3)
         mean = smooth(curve.log, key, scale, width)
-        marker = "o" if len(at) < 20 else None
-        ax.plot(at, mean, curve.style, color=curve.colour, lw=2.2, label=name, marker=marker, ms=4)
+        ax.plot(at, mean, color=curve.colour, lw=2.2, label=name)
         if key == "len_mean" and len(curves) == 1:
             kinds = [("len_correct", "right answers", RIGHT), ("len_wrong", "wrong answers", WRONG)]
             for field, label, colour in kinds:
                 ax.plot(at, smooth(curve.log, field, 1, width), color=colour, lw=1.2, label=label)
     if key == "len_mean":
         ax.set_ylim(bottom=0)
-    ax.margins(y=0.12)
     ax.set_title(title, pad=22 if shared else 6)
     ax.set_xlabel(axis)
     ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -172,8 +152,7 @@ def plot(runs: list[str], out: str = "") -> Path:
             log = read_log(run)
             sampled = list(accumulate(row["tokens"] for row in log))
             at = {"step": [row["step"] for row in log], "tokens sampled": sampled}
-            style = ["-", "--", ":"][i // len(COLOURS) % 3]
-            curves.append(Curve(name, log, at, COLOURS[i % len(COLOURS)], style))
+            curves.append(Curve(name, log, at, COLOURS[i % len(COLOURS)]))
     plt.rcParams.update(STYLE)
     if curves:
         fig, axes = plt.subplots(2, 3, figsize=(11, 6.8), dpi=160, layout="constrained")
