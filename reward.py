@@ -149,7 +149,7 @@ def stats() -> dict[str, int]:
 
 def main():
     if len(sys.argv) == 3 and sys.argv[1] == "audit":
-        print(f"this is now `python -m tools.audit {sys.argv[2]}`", file=sys.stderr)
+        print(f"this is now `python -m tools.agree {sys.argv[2]}`", file=sys.stderr)
         sys.exit(2)
     if len(sys.argv) < 3:
         sys.exit("usage: python reward.py PREDICTION GOLD [CHOICE ...]")

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import reward as R
-from tools import audit
+from tools import agree
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -650,24 +650,25 @@ def test_command_line():
     assert "verdict: not equal" in command("reward.py", "6 (or 5)", "5").stdout
     assert "usage" in command("reward.py").stderr
     moved = command("reward.py", "audit", "s.jsonl")
-    assert moved.returncode == 2 and "python -m tools.audit s.jsonl" in moved.stderr
+    assert moved.returncode == 2 and "python -m tools.agree s.jsonl" in moved.stderr
 
 
-def test_audit(tmp_path, capsys):
+def test_answers_of_a_run_and_released_ones_are_judged_again(tmp_path):
     rows = [
         {"completion": wrap(5), "answer": "5", "why": "ok", "reward": 1.0},
         {"completion": wrap(6), "answer": "5", "reward": 1.0},
         {"completion": "5", "answer": "5"},
     ]
     (tmp_path / "s.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    out = command("-m", "tools.audit", str(tmp_path / "s.jsonl")).stdout
+    out = command("-m", "tools.agree", str(tmp_path / "s.jsonl")).stdout
     assert "3 samples" in out and "reward was 1.0" in out and "format" in out
-    missing = command("-m", "tools.audit", str(tmp_path / "none.jsonl"))
+    missing = command("-m", "tools.agree", str(tmp_path / "none.jsonl"))
     assert missing.returncode == 1 and len(missing.stderr.splitlines()) == 1
     official = dict(item_id="q7", gt_answer="5", choices=None, correct=True)
-    audit.audit_official([official | {"extracted": "5"}, official | {"extracted": "6"}])
-    out = capsys.readouterr().out
-    assert "2 answers, 50.00%" in out and "q7: '6' against '5', officially right" in out
+    both = [official | {"extracted": "5"}, official | {"extracted": "6"}]
+    (tmp_path / "released.jsonl").write_text("\n".join(map(json.dumps, both)))
+    out = agree.agree(str(tmp_path / "released.jsonl"))
+    assert "2 answers, 50.00%" in out and "wrong by us ('6' against '5'), officially right" in out
 
 
 # ---- real data -----------------------------------------------------------------------------------
