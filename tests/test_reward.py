@@ -17,7 +17,6 @@ from pathlib import Path
 import pytest
 
 import reward as R
-from tools import agree
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data"
@@ -664,6 +663,8 @@ def test_answers_of_a_run_and_released_ones_are_judged_again(tmp_path):
     assert "3 samples" in out and "reward was 1.0" in out and "format" in out
     missing = command("-m", "tools.agree", str(tmp_path / "none.jsonl"))
     assert missing.returncode == 1 and len(missing.stderr.splitlines()) == 1
+    from tools import agree  # brings torch, which the reward does without
+
     official = dict(item_id="q7", gt_answer="5", choices=None, correct=True)
     both = [official | {"extracted": "5"}, official | {"extracted": "6"}]
     (tmp_path / "released.jsonl").write_text("\n".join(map(json.dumps, both)))
