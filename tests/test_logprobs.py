@@ -235,10 +235,10 @@ def test_kernels_compile_for_hopper(out, tmp_path, monkeypatch):
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     kinds = dict.fromkeys(("logits", "state", "grad"), "*fp32") | {"scale": "fp32", "out": out}
-    kinds |= {"labels": "*i64", "banned": "*u8", "FLOOR": "constexpr", "BLOCK": "constexpr"}
+    kinds |= {"labels": "*i64", "banned": "*u8", "BLOCK": "constexpr"}
     for kernel in (logprobs.absorb_kernel, logprobs.gradient_kernel):
         signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
-        source = ASTSource(kernel, signature, {"FLOOR": logprobs.FLOOR, "BLOCK": logprobs.BLOCK})
+        source = ASTSource(kernel, signature, {"BLOCK": logprobs.BLOCK})
         hopper = GPUTarget("cuda", 90, 32)
         binary = logprobs.triton.compile(source, target=hopper, options={"num_warps": 8})
         assert ".target sm_90" in binary.asm["ptx"]
