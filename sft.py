@@ -23,7 +23,7 @@ from transformers import AutoConfig
 import model
 import toy
 from nano import budget, data, generic, run
-from nano.steps import Shelf, Steps, ahead, batches, encode, kind, shelve
+from nano.steps import Steps, ahead, batches, encode, kind, shelve
 
 
 @dataclass
@@ -48,7 +48,6 @@ class Config:
     batch_size: int = 32  # sequences per step over all ranks (released config: 8 GPUs x 1 x 4)
     lr: float = 5e-6  # released config
     warmup_ratio: float = 0.05  # released config
-    min_lr: float = 0.0  # where the cosine ends
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     freeze_vision: bool = False
@@ -59,10 +58,10 @@ class Config:
     compile: bool = False  # torch.compile of the blocks
     offload: bool = False  # weights, gradients and optimizer live in the CPU's memory
     shard_size: int = 0  # ranks that share one copy of the weights (HSDP); 0 means all ranks
-    preflight: bool = True  # first show what memory will hold, and try the greatest length
+    preflight: bool = True  # first show what memory will hold, and try a step at the cutoff
     # the run
     eval_every: int = 250  # steps; and after the last one
-    save_every: int = 500  # steps; the last one is always saved
+    save_every: int = 500  # steps; and after the last one
     keep: int = 1  # checkpoints
     resume: bool = True  # --no_resume starts over
     wandb: bool = False
@@ -76,50 +75,40 @@ HOW_ONLY = (
     *("wandb", "tensorboard"),
 )
 
+TOY = dict(model="toy:base", data="toy:cold", lr=2e-3, epochs=5, freeze_vision=True, cutoff=1024)
+TOY |= dict(micro_tokens=4096, workers=0, activation_checkpointing=False, save_every=200)
+LLAMA = "meta-llama/Llama-3.2-11B-Vision-Instruct"  # Table 2's has no chat template; this one has
+
 RECIPES = {
-    "toy": dict(
-        model="toy:base",
-        data="toy:cold",
-        lr=2e-3,
-        epochs=5,
-        freeze_vision=True,
-        cutoff=1024,
-        micro_tokens=4096,
-        workers=0,
-        activation_checkpointing=False,
-        save_every=200,
-    ),
-    # App. A: Vision-R1-CI in its three sizes, and the answers-only start of Zero+SFT+PTST
+    "toy": TOY,
+    # App. A: Vision-R1-CI in three sizes, and the answers-only start of Zero+SFT+PTST
     "vision-r1-ci-7b": dict(out="runs/vision-r1-ci-7b"),
     "vision-r1-ci-32b": dict(model="Qwen/Qwen2.5-VL-32B-Instruct", out="runs/vision-r1-ci-32b"),
     "vision-r1-ci-72b": dict(model="Qwen/Qwen2.5-VL-72B-Instruct", out="runs/vision-r1-ci-72b"),
     "zero-sft": dict(out="runs/zero-sft", drop_chains=True),
-    # Table 2 says "Llama-3.2-11B-Vision"; we take the one that has a chat template.
-    "vision-r1-llamav-ci": dict(
-        model="meta-llama/Llama-3.2-11B-Vision-Instruct", out="runs/vision-r1-llamav"
-    ),
+    "vision-r1-llamav-ci": dict(model=LLAMA, out="runs/vision-r1-llamav"),
 }
 
 
 def learning_rate(step: int, total: int, config: Config) -> float:
-    """Linear warm-up, then a cosine down to min_lr. `step` is counted from 0."""
+    """Linear warm-up, then a cosine down to 0. `step` is counted from 0."""
     warmup = math.ceil(config.warmup_ratio * total)
     if step < warmup:
         return config.lr * (step + 1) / warmup
     turn = (step - warmup) / max(1, total - warmup)
-    return config.min_lr + (config.lr - config.min_lr) * 0.5 * (1 + math.cos(math.pi * turn))
+    return config.lr * 0.5 * (1 + math.cos(math.pi * turn))
 
 
 def sft_loss(logprobs: torch.Tensor, tokens: int) -> torch.Tensor:
-    """This micro-batch's part of the mean over the response tokens of all ranks; logprobs (N,)."""
+    """A micro-batch's part of the mean over the response tokens of all ranks; logprobs (N,)."""
     return -logprobs.sum() / max(tokens, 1)
 
 
 @torch.no_grad()
 def evaluate(steps: Steps, policy, device, told: set) -> dict:
-    """Held-out records: mean loss of response tokens, share of them that the model finds likeliest.
+    """Held-out records: mean loss of response tokens, share that the model finds likeliest.
 
-    Every rank takes part, with or without records of its own.
+    Every rank takes part (a collective).
     """
     loss = right = tokens = 0
     for sequences, problems in ahead(steps, 0, steps.config.workers):
@@ -144,43 +133,29 @@ def report(problems: data.Problems, told: set, strict: bool):
             told.add(problem)
 
 
-def model_flops(shape, sequences: list, freeze_vision: bool) -> float:
-    """What these sequences cost, forward and backward; 0 for a model of unknown shape."""
-    if shape is None:
-        return 0.0
+def model_flops(shape: budget.Shape, sequences: list, freeze_vision: bool) -> float:
+    """What these sequences cost, forward and backward."""
     grids = [grid for prompt, _ in sequences for grid in prompt.image_grid.tolist()]
     lengths = [len(prompt.ids) + len(ids) for prompt, ids in sequences]
     labels = sum(len(ids) for _, ids in sequences)
     return budget.flops(shape, lengths, labels, grids).training(freeze_vision)
 
 
-def preflight(config: Config, shape, steps: Steps, policy, optimizer, device):
-    """Memory on paper, then one step at the cutoff: too little shows now, with the knob to turn."""
-    processor, world = steps.processor, dist.get_world_size()
-    some = [steps.records[i] for i in range(min(20, len(steps.records)))]
-    sequences = encode(some, processor, config, data.Problems())
-    prompts = [prompt for prompt, _ in sequences or [kind(processor).blank(processor)]]
-    prompt = max(prompts, key=lambda prompt: len(prompt.ids))
-    copies = 1
-    if shape is None:
+def preflight(config: Config, steps: Steps, policy, optimizer, device):
+    """Memory on paper, then one step at the cutoff: too little of it shows now."""
+    processor, module, copies = steps.processor, kind(steps.processor), 1
+    some = [steps.record(i) for i in range(min(20, len(steps.spans)))]
+    sequences = encode(some, processor, config, data.Problems()) or [module.blank(processor)]
+    prompt = max((prompt for prompt, _ in sequences), key=lambda prompt: len(prompt.ids))
+    if module is generic:
         run.say("no table of its memory: budget.py knows the Qwen-VL models")
     else:
-        copies = max(1, min(config.micro_tokens // config.cutoff, config.batch_size // world))
-        items = budget.memory(
-            shape,
-            copies * config.cutoff,
-            copies * int(prompt.image_grid.prod(-1).sum()),
-            world=world,
-            shard_size=config.shard_size or None,
-            cuda=device.type == "cuda",
-            activation_checkpointing=config.activation_checkpointing,
-            frozen_vision=config.freeze_vision,
-            reference="",
-            offload=config.offload,
-        )
-        budget.announce(items, device, run.say)
+        share = config.batch_size // dist.get_world_size()
+        copies = max(1, min(config.micro_tokens // config.cutoff, share))
+        tokens, patches = copies * config.cutoff, copies * int(prompt.image_grid.prod(-1).sum())
+        budget.announce_run(config, policy, device, run.say, tokens, patches, reference="")
     answer = [processor.eos_ids[0]] * (config.cutoff - len(prompt.ids))
-    batch = kind(processor).pack([(copy.copy(prompt), answer) for _ in range(copies)], device)
+    batch = module.pack([(copy.copy(prompt), answer) for _ in range(copies)], device)
     model.rehearse(policy, optimizer, batch)
 
 
@@ -197,98 +172,77 @@ def main(config: Config):
     file = out / "records.pkl"
     with run.for_people():
         spans, held_spans = run.on_main_first(lambda: shelve(config, file))
-    records, held = Shelf(file, spans), Shelf(file, held_spans)
 
     # ---- model
-    library = model
+    knobs = dict(offload=config.offload, shard_size=config.shard_size, compile=config.compile)
+    knobs |= dict(activation_checkpointing=config.activation_checkpointing)
     with run.for_people():
-        if generic.packed_refusal(AutoConfig.from_pretrained(config.model)):
-            library = generic  # one sequence per forward
+        # What cannot be packed goes through the model one sequence per forward.
+        packable = not generic.packed_refusal(AutoConfig.from_pretrained(config.model))
+        library = model if packable else generic
         policy = model.load_sharded(
-            config.model,
-            device,
-            wrap=library.wrap,
-            freeze_vision=config.freeze_vision,
-            offload=config.offload,
-            shard_size=config.shard_size,
-            activation_checkpointing=config.activation_checkpointing,
-            compile=config.compile,
+            config.model, device, wrap=library.wrap, freeze_vision=config.freeze_vision, **knobs
         )
-    processor = library.Processor(config.model)
-    shape = budget.shape(policy.hf.config) if library is model else None
+        processor = library.Processor(config.model)
+    shape = budget.shape(policy.hf.config) if packable else None
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=config.weight_decay
-    )
+    decay = config.weight_decay
+    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=decay)
     width = policy.hf.config.get_text_config().hidden_size
-    steps = Steps(records, processor, config, width)
-    exam = Steps(held, processor, replace(config, epochs=1), width)
+    steps = Steps(file, spans, processor, config, width)
+    exam = Steps(file, held_spans, processor, replace(config, epochs=1), width)
     if config.preflight:
-        preflight(config, shape, steps, policy, optimizer, device)
+        preflight(config, steps, policy, optimizer, device)
     start = run.load_checkpoint(out, policy, optimizer)
     total, told = len(steps), set()
     log = run.Log(out, config, start)
-    run.say(
-        f"recipe {config.recipe or '(none)'}: {len(records)} records, {len(held)} held out; "
-        f"{config.epochs} epochs of {steps.per_epoch} steps"
-    )
     resumed = f"; resumed after step {start}" if start else ""
-    run.say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
+    run.say(
+        f"recipe {config.recipe or '(none)'}: {len(spans)} records, {len(held_spans)} held out; "
+        f"{config.epochs} epochs of {steps.per_epoch} steps\n"
+        f"{world} rank(s) on {device.type}; out {out}{resumed}"
+    )
 
     # ---- training
-    bar = tqdm(total=total, initial=start, desc="sft", disable=None if run.is_main() else True)
+    items, hide_bar = ahead(steps, start, config.workers), not run.is_main() or None
+    items = tqdm(items, "sft", total=total, initial=start, disable=hide_bar)
     began = time.perf_counter()
-    for step, (sequences, problems) in enumerate(ahead(steps, start, config.workers), start):
+    for step, (sequences, problems) in enumerate(items, start):
         t_data = time.perf_counter() - began  # how long the device waited for them
         report(problems, told, config.strict)
-        lr = learning_rate(step, total, config)
-        optimizer.param_groups[0]["lr"] = lr
-        tokens = sum(len(ids) for _, ids in sequences)
-        counts = run.all_sum({"tokens": tokens, "left_out": len(problems)})
-        tokens = int(counts["tokens"])  # of all ranks
+        lr = optimizer.param_groups[0]["lr"] = learning_rate(step, total, config)
+        counts = {"tokens": sum(len(ids) for _, ids in sequences), "left_out": len(problems)}
+        counts = {name: int(n) for name, n in run.all_sum(counts).items()}
 
         loss_sum = 0.0
         for batch in batches(sequences, steps, device):
             logprobs, _ = policy(batch)
-            loss = sft_loss(logprobs, tokens)
+            loss = sft_loss(logprobs, counts["tokens"])
             (loss * world).backward()  # FSDP takes the mean over ranks
             loss_sum += loss.item()
         grad_norm = model.clip_gradients(policy, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
 
-        flops = model_flops(shape, sequences, config.freeze_vision)
+        flops = model_flops(shape, sequences, config.freeze_vision) if shape else 0.0
         sums = run.all_sum({"loss": loss_sum, "flops": flops})
         seconds = time.perf_counter() - began
-        row = dict(
-            step=step + 1,
-            epoch=step / steps.per_epoch,
-            loss=sums["loss"],
-            lr=lr,
-            grad_norm=grad_norm,
-            tokens=tokens,
-            left_out=int(counts["left_out"]),
-            tokens_per_s=tokens / seconds,
-            mfu=budget.mfu(sums["flops"] / world, seconds, device) if shape else None,
-            t_data=t_data,
-            t_total=seconds,
-            mem_peak=run.peak_memory(),
-        )
+        mfu = budget.mfu(sums["flops"] / world, seconds, device) if shape else None
+        row = dict(step=step + 1, epoch=step / steps.per_epoch, loss=sums["loss"], lr=lr)
+        row |= dict(grad_norm=grad_norm, **counts, tokens_per_s=counts["tokens"] / seconds)
+        row |= dict(mfu=mfu, t_data=t_data, t_total=seconds, mem_peak=run.peak_memory())
         last, place = step + 1 == total, f"step {step + 1:5d}/{total}"
-        if len(held) and (last or (step + 1) % config.eval_every == 0):
+        if len(held_spans) and (last or (step + 1) % config.eval_every == 0):
             exams = evaluate(exam, policy, device, told)
             run.say(f"{place}  held out: {', '.join(f'{k} {v:.4f}' for k, v in exams.items())}")
             row |= exams
         log.write(row)
-        bar.update()
-        bar.set_postfix(loss=f"{row['loss']:.3f}", tok_s=f"{row['tokens_per_s']:.0f}")
         if (step + 1) % max(1, total // 20) == 0:
             numbers = "loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:.0f} tokens/s".format(**row)
             run.say(f"{place}  {numbers}")
         if last or (step + 1) % config.save_every == 0:
             run.save_checkpoint(out, step + 1, policy, optimizer, config.keep)
         began = time.perf_counter()
-    bar.close()
 
     # ---- result
     if run.is_main():

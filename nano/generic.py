@@ -5,7 +5,6 @@ server samples such a model: eval.py can score it, grpo.py cannot train it.
 """
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,14 +27,13 @@ LOGIT_SETTINGS = "final_logit_softcapping logit_scale logits_scaling output_mult
 
 def packed_refusal(config) -> str:
     """Why packed rows are not for this model; '' if they are. This alone decides on the path."""
-    kinds = set(getattr(config.get_text_config(), "layer_types", None) or [])
-    if others := kinds - {"full_attention"}:
-        reason = f"its {' and '.join(sorted(others))} layers do not keep packed sequences apart"
-    elif config.model_type not in PACKED:
-        reason = f"only {', '.join(PACKED)} can be packed"
-    else:
+    layers = set(getattr(config.get_text_config(), "layer_types", None) or ["full_attention"])
+    if config.model_type in PACKED and layers == {"full_attention"}:
         return ""
-    return f"{config.model_type}: {reason}; sft.py trains such a model, grpo.py does not"
+    return (
+        f"{config.model_type} with {' and '.join(sorted(layers))} layers cannot be packed, only "
+        f"{', '.join(PACKED)} with full attention; sft.py trains such a model, grpo.py does not"
+    )
 
 
 def refusal(hf) -> str:
@@ -46,8 +44,6 @@ def refusal(hf) -> str:
         return "no decoder whose logits are a product with one matrix"
     if changed := [name for name in LOGIT_SETTINGS if getattr(text, name, None) not in (None, 1)]:
         return f"its logits are changed by {', '.join(changed)}"
-    if hf.get_encoder(modality="image") in (hf, hf.model):
-        return "no vision tower under a known name"
     return f"its checkpoint holds more than weights: {min(buffers)}" if buffers else ""
 
 
@@ -74,7 +70,7 @@ class Processor:
         self.eos_ids = [self.tokenizer.eos_token_id]
 
     def banned_ids(self, vocab_size: int) -> torch.Tensor:
-        return torch.zeros(0, dtype=torch.long)  # nothing is sampled here
+        return torch.zeros(0, dtype=torch.long)  # no rollouts are sampled here
 
     def save(self, path: str):
         """Copy what the checkpoint had beside its weights: servers find what they look for."""
@@ -83,12 +79,11 @@ class Processor:
                 shutil.copyfile(file, Path(path) / file.name)
 
 
-@dataclass(eq=False)
-class Prompt:
+class Prompt(NamedTuple):
     """A problem as the model reads it. Every rank must run every sharded layer, so that a text
     alone is followed by a blank image, which no token before it can see."""
 
-    record: Record
+    has_image: bool
     ids: list[int]  # P tokens, without the blank image
     inputs: dict[str, torch.Tensor]  # of the model's own processor; per token (1, P or more, ...)
 
@@ -102,7 +97,7 @@ def prompt_text(record: Record, processor: Processor, system_prompt: str = "") -
 
 
 def prompt_length(record: Record, processor: Processor, system_prompt: str = "") -> int:
-    """Tokens of the text. Images are not counted: it only helps to give ranks similar work."""
+    """Tokens of the text alone, which is enough to give ranks similar work."""
     text = prompt_text(record, processor, system_prompt)
     return len(processor.tokenizer(text, add_special_tokens=False).input_ids)
 
@@ -114,51 +109,50 @@ def encode(record: Record, processor: Processor, system_prompt: str = "") -> Pro
         length = prompt_length(record, processor, system_prompt)
         text, images = text + processor.whole.image_token, [Image.new("RGB", (56, 56))]
     options = dict(add_special_tokens=False, return_tensors="pt")
-    inputs = processor.whole(text=[text], images=[images], **options)
-    return Prompt(record, inputs["input_ids"][0, :length].tolist(), dict(inputs))
+    inputs = dict(processor.whole(text=[text], images=[images], **options))
+    return Prompt(bool(record.images), inputs["input_ids"][0, :length].tolist(), inputs)
 
 
-def blank(processor: Processor):
+def blank(processor: Processor) -> tuple[Prompt, list[int]]:
     """A sequence without a label, for a rank that has none left but must still take part."""
     return encode(Record("blank", "", "-", []), processor), []
 
 
 class Batch(NamedTuple):
     inputs: dict[str, torch.Tensor]  # one sequence of T tokens
-    sees: bool  # whether its image belongs to the problem
+    has_image: bool  # False: the image in it is blank
     label_index: torch.Tensor  # (N,) positions whose next token is a response token
     labels: torch.Tensor  # (N,) that token
 
 
-def pack(sequences: list, device="cpu") -> Batch:
+def pack(sequences: list[tuple[Prompt, list[int]]], device="cpu") -> Batch:
     """[(Prompt, response ids)], one of them -> Batch"""
     ((prompt, response),) = sequences
-    p, r, inputs = len(prompt.ids), len(response), dict(prompt.inputs)
-    for name, x in inputs.items():
+    p, r, inputs = len(prompt.ids), len(response), {}
+    for name, x in prompt.inputs.items():
         if x.shape[:2] == prompt.inputs["input_ids"].shape:
             # A response token gets what the prompt's last token has: its masks, its type.
             response_part = x[:, p - 1 : p].repeat_interleave(r, 1)
-            inputs[name] = torch.cat([x[:, :p], response_part, x[:, p:]], 1)
-    labels = torch.tensor(response, dtype=torch.long)
+            x = torch.cat([x[:, :p], response_part, x[:, p:]], 1)
+        inputs[name] = x.to(device)
+    labels = torch.tensor(response, dtype=torch.long, device=device)
     inputs["input_ids"][0, p : p + r] = labels
-    inputs = {name: x.to(device) for name, x in inputs.items()}
-    index = torch.arange(p - 1, p + r - 1, device=device)
-    return Batch(inputs, bool(prompt.record.images), index, labels.to(device))
+    return Batch(inputs, prompt.has_image, torch.arange(p - 1, p + r - 1, device=device), labels)
 
 
 class Policy(nn.Module):
     """As model.Policy, for one sequence per forward."""
 
-    def __init__(self, hf, banned: torch.Tensor):
+    def __init__(self, hf):
         super().__init__()
-        self.hf, self.sees = hf, True
-        self.register_buffer("banned", banned, persistent=False)
+        self.hf, self.has_image = hf, True
+        self.banned = torch.zeros(0, dtype=torch.long)
         if hf.config.model_type == "mllama":
             hf.model.multi_modal_projector.register_forward_hook(self.hide)
 
     def hide(self, projector, args, states):
         """Llama lets tokens before an image attend to it. Of zeros they get nothing."""
-        return states if self.sees else 0.0 * states
+        return states if self.has_image else 0.0 * states
 
     @property
     def visual(self):
@@ -171,22 +165,19 @@ class Policy(nn.Module):
         blocks = [block for blocks in lists if blocks not in inner for block in blocks]
         return [block for block in blocks if any(p.requires_grad for p in block.parameters())]
 
-    def hidden(self, batch):  # -> (N, H)
-        self.sees = batch.sees
-        states = self.hf.model(**batch.inputs, use_cache=False).last_hidden_state  # (1, T, H)
-        return states[0][batch.label_index]
-
     def forward(self, batch: Batch, temperature: float = 1.0, judge: bool = False):
         """-> logprobs (N,), entropy (N,); `judge`: also (N,) whether a label is the likeliest"""
-        hidden, weight = self.hidden(batch), self.hf.get_output_embeddings().weight
+        self.has_image = batch.has_image
+        states = self.hf.model(**batch.inputs, use_cache=False).last_hidden_state  # (1, T, H)
+        hidden, weight = states[0, batch.label_index], self.hf.get_output_embeddings().weight
         out = token_logprobs(hidden, weight, batch.labels, temperature, self.banned)
         return (*out, likeliest(hidden, weight, self.banned) == batch.labels) if judge else out
 
 
-def wrap(hf, path: str, device="cpu", freeze_vision: bool = False):
-    """As model.wrap: an HF model and the folder of its processor -> (Policy, Processor)"""
+def wrap(hf, path: str, device="cpu", freeze_vision: bool = False) -> tuple[Policy, Processor]:
+    """As model.wrap, of an HF model and the folder of its processor."""
     if reason := refusal(hf):
         raise ValueError(f"{path}: {type(hf).__name__} cannot be trained here: {reason}")
-    policy, processor = Policy(hf, torch.zeros(0, dtype=torch.long)), Processor(path)
+    policy = Policy(hf)
     policy.visual.requires_grad_(not freeze_vision)
-    return policy, processor
+    return policy, Processor(path)

@@ -1,15 +1,14 @@
 """From records with a response to what each rank computes in each step of sft.py.
 
-`shelve` writes the records into one file, which every rank maps into memory: no process ever holds
-them all. `Steps` makes what a rank computes in step k, `ahead` has it made before it is needed,
-`batches` cuts it into micro-batches.
+`shelve` writes the records into one file, which every rank maps into memory, since the pictures of
+a parquet file are more than the ranks of a host could hold. `batches` cuts a step's sequences into
+micro-batches.
 """
 
 import os
 import pickle
 import re
 import resource
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -27,34 +26,31 @@ def shuffled(n: int, seed: int) -> list[int]:
 def shelve(config, file: Path) -> tuple[np.ndarray, np.ndarray]:
     """Pickles the records that have a response into `file`, and reports the others.
 
-    Returns where they lie: (begin, end) of each one to train on, and of each one held out. One rank
-    does it for all: the pictures of a parquet file are more than the ranks of a host could hold.
+    Returns where they lie: (begin, end) of each one to train on, and of each one held out.
     """
+    problems, shelves, pictures = data.Problems(config.strict), [], []
     paths = [path for path in (config.data, config.eval_data) if path]
-    problems, ends, pictures, counts = data.Problems(config.strict), [0], [], []
     with open(file, "wb") as f:
         for path in paths:
-            before = len(pictures)
+            ends = [f.tell()]
             for source, row, record in data.stream(path, problems, check_images=False):
-                if not record.response:
+                if record.response:
+                    pickle.dump(record, f)
+                    ends.append(f.tell())
+                    pictures.append({hash(image) for image in record.images})
+                else:
                     problems.add("no response", "", source, row, record.id)
-                    continue
-                f.write(pickle.dumps(record))
-                ends.append(f.tell())
-                pictures.append({hash(image) for image in record.images})
-            counts.append(len(pictures) - before)
-    if problems:
-        run.say(problems.summary())
-    if 0 in counts:
-        path = paths[counts.index(0)]
-        raise ValueError(f"{path}: no record with a response in it; cold_start.py makes them")
-    n = counts[0]
-    held = hold_out(pictures[:n], 0 if config.eval_data else config.holdout, config.seed)
-    if all(held):
-        raise ValueError(f"--holdout {config.holdout} leaves none of {n} records to train on")
-    held = np.array(held + [True] * (len(pictures) - n))  # all of eval_data
-    spans = np.stack([ends[:-1], ends[1:]], 1)
-    return spans[~held], spans[held]
+            shelves.append(np.stack([ends[:-1], ends[1:]], 1))
+    run.say(problems.summary())
+    for path, spans in zip(paths, shelves):
+        if not len(spans):
+            raise ValueError(f"{path}: no record with a response in it; cold_start.py makes them")
+    if config.eval_data:
+        return shelves[0], shelves[1]
+    held = np.array(hold_out(pictures, config.holdout, config.seed))
+    if held.all():
+        raise ValueError(f"--holdout {config.holdout} leaves none of {len(held)} records")
+    return shelves[0][~held], shelves[0][held]
 
 
 def hold_out(pictures: list[set], count: int, seed: int) -> list[bool]:
@@ -64,24 +60,6 @@ def hold_out(pictures: list[set], count: int, seed: int) -> list[bool]:
     return [i in drawn or not seen.isdisjoint(own) for i, own in enumerate(pictures)]
 
 
-class Shelf:
-    """Some records of a file of `shelve`, read when they are asked for.
-
-    Forked workers share the file's pages. They would copy lists of objects, since Python changes an
-    object's count of references when it looks at it.
-    """
-
-    def __init__(self, file: Path, spans: np.ndarray):
-        self.bytes, self.spans = np.memmap(file, np.uint8, "r"), spans
-
-    def __len__(self):
-        return len(self.spans)
-
-    def __getitem__(self, i):
-        begin, end = self.spans[i]
-        return pickle.loads(self.bytes[begin:end])  # we wrote them ourselves
-
-
 def kind(processor):
     """The module that makes prompts and batches for this processor."""
     return generic if isinstance(processor, generic.Processor) else packing
@@ -89,10 +67,9 @@ def kind(processor):
 
 def response_ids(record: data.Record, processor, drop_chains: bool) -> list[int]:
     """Token ids of the response and the end of turn; without its chain only the answer is left."""
-    text = record.response
+    text, tokenizer = record.response, processor.tokenizer
     if drop_chains:
         text = re.sub(r"<think>.*</think>\s*", "", text, flags=re.S)
-    tokenizer = processor.tokenizer
     return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
@@ -105,44 +82,48 @@ def encode(records: list, processor, config, problems: data.Problems) -> list[tu
             ids = response_ids(record, processor, config.drop_chains)
             tokens = len(prompt.ids) + len(ids)
             if tokens > config.cutoff:
-                limit = f"{tokens} tokens, --cutoff is {config.cutoff}"
-                raise data.BadRow("sequence too long", limit)
+                detail = f"{tokens} tokens, --cutoff is {config.cutoff}"
+                raise data.BadRow("sequence too long", detail)
             sequences.append((prompt, ids))
-        except data.BadRow as bad:
-            problems.add(*bad.args, record.source, None, record.id)
         except ValueError as error:
-            problems.add("broken image", str(error), record.source, None, record.id)
+            bad_row = isinstance(error, data.BadRow)
+            what = error.args if bad_row else ("broken image", str(error))
+            problems.add(*what, record.source, None, record.id)
     return sequences
 
 
 class Steps(Dataset):
     """Item k is what this rank computes in step k, [(Prompt, response ids)], and what was wrong.
 
-    Ranks get about the same work. All follows from the seed and k, so that steps can be made ahead
-    of time and a run can be resumed at any of them.
+    `file` and `spans` are of `shelve`; forked workers share the file's pages. All follows from the
+    seed and k, so that a run can be resumed at any step.
     """
 
-    def __init__(self, records: Shelf, processor, config, width: int):
-        self.records, self.processor, self.config, self.width = records, processor, config, width
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.per_epoch = -(-len(records) // config.batch_size)
+    def __init__(self, file: Path, spans: np.ndarray, processor, config, width: int):
+        self.bytes, self.spans = np.memmap(file, np.uint8, "r"), spans
+        self.processor, self.config, self.width = processor, config, width
+        self.per_epoch = -(-len(spans) // config.batch_size)
 
     def __len__(self):
         return self.config.epochs * self.per_epoch
 
+    def record(self, i: int) -> data.Record:
+        begin, end = self.spans[i]
+        return pickle.loads(self.bytes[begin:end])  # we wrote them ourselves
+
     def __getitem__(self, step):
+        rank, world, size = dist.get_rank(), dist.get_world_size(), self.config.batch_size
         epoch, place = divmod(step, self.per_epoch)
-        order = shuffled(len(self.records), self.config.seed * 1000 + epoch)
-        size = self.config.batch_size
-        chosen = [self.records[i] for i in order[place * size : (place + 1) * size]]
-        owners = [i % self.world for i in range(len(chosen))]
-        if self.world > 1:
-            owners = packing.rebalance([self.cost(r) for r in chosen], owners, self.world)
-        mine = [record for record, owner in zip(chosen, owners) if owner == self.rank]
+        order = shuffled(len(self.spans), self.config.seed * 1000 + epoch)
+        chosen = [self.record(i) for i in order[place * size : (place + 1) * size]]
+        owners = [i % world for i in range(len(chosen))]
+        if world > 1:
+            owners = packing.rebalance([self.cost(record) for record in chosen], owners, world)
+        mine = [record for record, owner in zip(chosen, owners) if owner == rank]
         problems = data.Problems()
         return encode(mine, self.processor, self.config, problems), problems
 
-    def cost(self, record):
+    def cost(self, record: data.Record) -> float:
         """The work of a sequence, known without its images; 0 for one that will be left out."""
         config, processor = self.config, self.processor
         try:
@@ -153,34 +134,18 @@ class Steps(Dataset):
             return 0
 
 
-def close_locks(worker):
-    """A worker must not hold the lock on the run's folder longer than its rank lives."""
-    for lock in run.locks:
-        lock.close()
-
-
-def ahead(steps: Steps, start: int, workers: int):
-    """Yields the items of `steps` from `start` on, made before they are needed."""
+def ahead(steps: Steps, start: int, workers: int) -> DataLoader:
+    """The items of `steps` from `start` on, made by worker processes before they are needed."""
+    options = dict(sampler=range(start, len(steps)), batch_size=None, collate_fn=tuple)
     if workers:
         # A tokenizer's threads do not survive a fork, and each tensor of a worker is an open file.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    loader = DataLoader(
-        steps,
-        batch_size=None,
-        sampler=range(start, len(steps)),
-        num_workers=workers,
-        collate_fn=tuple,
-        worker_init_fn=close_locks,
-        multiprocessing_context="fork" if workers else None,
-    )
-    items = iter(loader)
-    with ThreadPoolExecutor(1) as thread:
-        upcoming = thread.submit(next, items, None)
-        while (item := upcoming.result()) is not None:
-            upcoming = thread.submit(next, items, None)
-            yield item
+        # A worker must not hold the lock on the run's folder longer than its rank lives.
+        options |= dict(worker_init_fn=lambda _: [lock.close() for lock in run.locks])
+        options |= dict(multiprocessing_context="fork")
+    return DataLoader(steps, num_workers=workers, **options)
 
 
 def batches(sequences: list, steps: Steps, device):

@@ -395,9 +395,11 @@ def test_only_packable_models_enter_the_packed_path(folder, tiny):
     single_rank()
     assert generic.packed_refusal(AutoConfig.from_pretrained(tiny)) == ""
     for load in (model.load, lambda path: model.load_sharded(path, "cpu")):
-        with pytest.raises(ValueError, match="linear_attention layers .* grpo.py does not"):
+        with pytest.raises(ValueError, match="linear_attention layers cannot .* grpo.py does not"):
             load(folder("qwen3_5"))
-        with pytest.raises(ValueError, match="mllama: only qwen2_vl, .* grpo.py does not"):
+        with pytest.raises(
+            ValueError, match="mllama with .* cannot be packed, only qwen2_vl, .* grpo.py does not"
+        ):
             load(folder("mllama"))
     config = AutoConfig.from_pretrained(tiny)
     config.text_config.layer_types = ["full_attention", "sliding_attention", "full_attention"]

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -184,8 +185,10 @@ def test_files_without_a_record_to_train_on_are_named(chains, tmp_path):
 def test_held_out_records_of_a_file_of_their_own(chains, tmp_path):
     config = sft.Config(data=str(chains), eval_data=str(chains), holdout=7)
     spans, held = steps.shelve(config, tmp_path / "records.pkl")
-    both = [steps.Shelf(tmp_path / "records.pkl", which) for which in (spans, held)]
-    assert [[r.id for r in shelf] for shelf in both] == [[r.id for r in data.read(chains)[0]]] * 2
+    want = [r.id for r in data.read(chains)[0]]
+    for which in (spans, held):
+        part = steps.Steps(tmp_path / "records.pkl", which, None, config, 128)
+        assert [part.record(i).id for i in range(len(which))] == want
 
 
 def test_killed_in_mid_epoch_and_resumed_is_uninterrupted(one_rank, chains, tmp_path):
@@ -304,7 +307,8 @@ def test_packed_loss_is_the_unpacked_loss(real_chains, tiny):
     loss = {}
     for micro_tokens in (16384, 1000, 1):  # a row of 1 token holds no two sequences
         config = sft.Config(micro_tokens=micro_tokens)
-        parts = list(steps.batches(sequences, steps.Steps([], processor, config, 128), "cpu"))
+        made = SimpleNamespace(processor=processor, config=config, width=128)
+        parts = list(steps.batches(sequences, made, "cpu"))
         with torch.no_grad():
             logprobs = torch.cat([policy(batch)[0] for batch in parts])
         loss[micro_tokens] = -logprobs.double().mean().item()
