@@ -7,8 +7,8 @@ two calls: pseudo-CoT -> detailed description -> the reasoner's chain -> filter 
   python cold_start.py --recipe vision-r1-cold --data problems.jsonl \\
       --mllm_url http://a:8000/v1 --reasoner_url http://b:8000/v1
 
-Keys come from MLLM_API_KEY and REASONER_API_KEY, else OPENAI_API_KEY. Every finished call goes to
-OUT/journal.jsonl at once: the same command goes on after a kill and ends with the same bytes.
+Keys: MLLM_API_KEY and REASONER_API_KEY, else OPENAI_API_KEY. Every finished call goes to
+OUT/journal.jsonl at once: after a kill the same command goes on and ends with the same bytes.
 """
 
 import asyncio

@@ -8,7 +8,7 @@ import copy
 import math
 import re
 import sys
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -21,13 +21,9 @@ GIB = 2**30
 Shape = SimpleNamespace  # `shape` says what each field is.
 
 
-class GPU(NamedTuple):
-    name: str
-    tera: float  # peak of dense bf16 with float32 accumulation, TFLOP/s
-    bandwidth: float  # TB/s
-
-
-# From the vendors' data sheets, without sparsity. The first wins whose words are all in a name.
+# From the vendors' data sheets, without sparsity: the peak of dense bf16 with float32 accumulation
+# in TFLOP/s, and the bandwidth in TB/s. The first wins whose words are all in a name.
+GPU = namedtuple("GPU", "name tera bandwidth")
 GPUS = """H100 PCIe 756 2.0, H100 NVL 835 3.9, H100 989 3.35, H800 989 3.35, H200 989 4.8,
     B200 2250 8.0, H20 148 4.0, A100 40GB 312 1.555, A100 312 2.04, A800 312 2.04, L40S 362 0.864,
     A6000 155 0.768, 6000 Ada 364 0.96, 5090 209 1.79, 4090 165 1.01, 3090 71 0.936"""

@@ -11,7 +11,6 @@ from nano.data import Record
 from nano.teachers import Reject
 
 KIND = r"(image|picture|figure|diagram|chart|graph|photo|plot|table|map)"
-
 SAYS = "says|states|mentions|tells (?:me|us)|reads|notes|specifies|indicates|describes"
 SAID = "said|stated|mentioned|told (?:me|us)|noted|specified|indicated|described"
 
@@ -94,9 +93,8 @@ def blind(text: str, question: str) -> str | None:
     for sentence in text.split("."):  # BLIND does not reach over a full stop.
         low = sentence.lower().replace("\u2019", "'")
         if any(word in low for word in DENIALS) and (found := BLIND.search(low)):
-            said_in_question = BLIND.search(question.lower())
             evidence = sentence[max(0, found.start() - 40) : found.end() + 40]
-            return None if said_in_question else evidence
+            return None if BLIND.search(question.lower()) else evidence
     return None
 
 
@@ -148,7 +146,7 @@ def released(record: Record, several: bool) -> tuple[str, dict]:
     """-> (name of the file, row); `several`: a picture stands in a list even when it is alone."""
     name = list(RELEASED)["llava" not in record.source.lower()]
     column, user, assistant = RELEASED[name]
-    turns = [(user, record.problem), (assistant, record.response)]
+    turns = ((user, record.problem), (assistant, record.response))
     row = {"id": record.id, column: record.images if several else record.images[0]}
     row["conversations"] = [{"from": role, "value": text} for role, text in turns]
     return name, {**row, "choices": record.choices, "source": record.source}
@@ -157,7 +155,6 @@ def released(record: Record, several: bool) -> tuple[str, dict]:
 def dataset_info(name: str) -> dict:
     """What LLaMA-Factory's dataset_info.json says about one of the files."""
     column, user, assistant = RELEASED[name]
-    info = {"file_name": f"{name}.json", "formatting": "sharegpt"}
-    info["columns"] = {"messages": "conversations", "images": column}
-    tags = {"role_tag": "from", "content_tag": "value"}
-    return {**info, "tags": {**tags, "user_tag": user, "assistant_tag": assistant}}
+    columns = {"messages": "conversations", "images": column}
+    tags = dict(role_tag="from", content_tag="value", user_tag=user, assistant_tag=assistant)
+    return dict(file_name=f"{name}.json", formatting="sharegpt", columns=columns, tags=tags)

@@ -194,6 +194,14 @@ def test_no_text_is_an_answer_too(server):
     assert (sample.text, sample.finish, sample.length) == ("", "length", 7)
 
 
+def test_a_thought_that_comes_beside_the_answer_is_part_of_it(server):
+    said = json.loads(reply("<answer>2</answer>"))
+    said["choices"][0]["message"]["reasoning_content"] = "1+1"
+    server.troubles = [(200, json.dumps(said))]
+    [[sample]] = ask(server, [question(1)])
+    assert sample.text == "<think>1+1</think><answer>2</answer>"
+
+
 def test_a_server_that_never_gets_well_is_given_up(server):
     server.troubles = [(503, "overloaded")] * 99
     said = refusal(server)
