@@ -19,7 +19,6 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
@@ -29,6 +28,7 @@ import toy
 from benchmarks import judge, rules
 from benchmarks.report import bench_report, bench_tables, counted, grouped, summarize, table
 from nano import data, packing, run
+from nano.device import compute_dtype
 from nano.http_engine import HTTPEngine
 from nano.rollout import Sample, TorchEngine
 
@@ -95,8 +95,7 @@ def make_engine(config: Config, device):
     if config.engine == "http":
         return HTTPEngine(config.url, config.model, config.system_prompt), None
     if config.engine == "torch":
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        policy, processor = model.load(config.model, device, dtype)
+        policy, processor = model.load(config.model, device, compute_dtype(device))
         return TorchEngine(policy, processor, config.max_rows), processor
     from nano.vllm_engine import VLLMEngine
 

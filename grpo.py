@@ -27,6 +27,7 @@ import ptst
 import reward
 import toy
 from nano import budget, data, packing, run
+from nano.device import compute_dtype
 from nano.rollout import Sample, TorchEngine
 
 # PTST (Eq. 2): (max_len, group_size, steps) of each stage. Think short and try often, then longer.
@@ -287,20 +288,22 @@ def preflight(config, stages, questions, policy, reference, engine, optimizer, d
     longest = len(prompt.ids) + max(stage.max_len for stage in stages)
     samples = config.questions * max(stage.group_size for stage in stages) // dist.get_world_size()
     copies = max(1, min(config.micro_tokens // longest, samples))
+    rest = config.micro_tokens - copies * longest  # a shorter sequence that fills the row
+    lengths = [longest] * copies + [rest] * (rest > len(prompt.ids) and copies < samples)
     rows = min(config.max_rows, samples)
-    low = "bfloat16" if device.type == "cuda" else "float32"
+    low = str(compute_dtype(device)).removeprefix("torch.")
     more = dict(replica=config.engine == "torch", rows=rows, row_tokens=longest)
     if not reference or config.offload != "none":
         low = "cpu" if reference else ""
-    patches = copies * int(prompt.image_grid.prod(-1).sum())
-    tokens = copies * longest
+    patches = len(lengths) * int(prompt.image_grid.prod(-1).sum())
+    tokens = sum(lengths)
     budget.announce_run(config, policy, device, run.say, tokens, patches, reference=low, **more)
     if config.freeze_vision:
         model.encode_once(policy, [prompt], device)
     if config.engine == "torch":
         engine.reserve(rows, longest)
-    answer = [questions.processor.eos_ids[0]] * (longest - len(prompt.ids))
-    batch = packing.pack([(copy.copy(prompt), answer) for _ in range(copies)], device)
+    end, before = questions.processor.eos_ids[:1], len(prompt.ids)
+    batch = packing.pack([(copy.copy(prompt), end * (n - before)) for n in lengths], device)
     model.rehearse(policy, optimizer, batch, config.temperature, reference)
 
 
@@ -399,13 +402,13 @@ def load_models(config: Config, device):
     reference = None
     if config.kl_coef:
         # In bf16 on a GPU, since its matrix products round to it anyway.
-        low = torch.bfloat16 if device.type == "cuda" else torch.float32
         away = config.offload != "none"
         knobs = dict(freeze_vision=True, offload=away, shard_size=config.shard_size)
-        reference = model.load_sharded(config.model, device, low, **knobs)
+        reference = model.load_sharded(config.model, device, compute_dtype(device), **knobs)
         reference.requires_grad_(False).eval()
     trained = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, weight_decay=config.weight_decay)
+    fused = device.type == "cuda" or config.offload == "all"  # on a CPU ten times as fast, too
+    optimizer = torch.optim.AdamW(trained, config.lr, weight_decay=config.weight_decay, fused=fused)
     return policy, reference, optimizer
 
 
@@ -476,23 +479,24 @@ def main(config: Config):
             set_token_weights(part, stage.max_len, config)
             part = packing.balance(part, width, partial(questions.prompt, step))
             samples = list(chain(*part))
-            packed = packing.batches(samples, config.micro_tokens, width, processor, device)
-            minibatches.append(list(packed))
+            minibatches.append(packing.batches(samples, config.micro_tokens, width, processor))
 
         # 6. Log-probabilities of the reference, and of pi_old where pi moves before they are used.
-        needs_old = config.minibatches * config.epochs > 1
         with timer("logprob"), torch.no_grad():
-            for batch in chain(*minibatches):
-                if reference:
-                    batch.ref_logprobs, _ = reference(batch, config.temperature)
-                if needs_old:
-                    batch.old_logprobs, _ = policy(batch, config.temperature)
+            for number, batches in enumerate(minibatches):
+                needs_old = number > 0 or config.epochs > 1
+                for batch in batches:
+                    here = batch.to(device)  # one micro-batch at a time
+                    if reference:
+                        batch.ref_logprobs, _ = reference(here, config.temperature)
+                    if needs_old:
+                        batch.old_logprobs, _ = policy(here, config.temperature)
 
         # 7. Update (Eq. 1): all of the objective is in policy_loss.
         stats = Stats()
         with timer("update"):
             for batches in minibatches * config.epochs:
-                for batch in batches:
+                for batch in (batch.to(device) for batch in batches):
                     logprobs, entropy = policy(batch, config.temperature)
                     loss, clipped = policy_loss(logprobs, batch, config)
                     (loss * world).backward()  # FSDP takes the mean over ranks

@@ -7,6 +7,7 @@ other in one row (T,), and `packed_attention` keeps them apart.
 """
 
 import copy
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -39,6 +40,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
 from nano import run
+from nano.device import compute_dtype, gpu_path
 from nano.generic import packed_refusal
 from nano.logprobs import likeliest, token_logprobs
 from nano.packing import Batch, Processor, Prompt
@@ -61,7 +63,7 @@ def packed_attention(
         grouped = q.view(q.shape[0], k.shape[1], -1, q.shape[-1])  # (B, kv, h / kv, d)
         out = F.scaled_dot_product_attention(grouped, k, v, attn_mask=decode_mask, scale=scaling)
         return out.reshape(q.shape[0], 1, -1, q.shape[-1]), None
-    if q.is_cuda and q.dtype != torch.float32:
+    if gpu_path(q.device) and q.dtype != torch.float32:
         return flash_attention(q, k, v, packing, scaling), None
     # Elsewhere one call per piece: nothing is padded, copied or repeated.
     outs = []
@@ -86,14 +88,15 @@ def flash_attention(q, k, v, packing, scaling):
     """The same with the variable-length flash attention that ships with torch -> (1, T, h, d)."""
     from torch.nn.attention.varlen import varlen_attn
 
-    gqa = q.shape[1] > k.shape[1]
+    options = dict(scale=scaling, window_size=(-1, 0))
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # torch 2.11 has no such flag
+        options["enable_gqa"] = q.shape[1] > k.shape[1]
     q, k, v = (x[0].transpose(0, 1).contiguous() for x in (q, k, v))  # (T, h, d)
     if packing.keys is not None:
         k, v = k[packing.keys], v[packing.keys]
     # Causal, with the last query of a piece at its last key: a response sees all of its prompt.
     ranges = (packing.cu_seqlens, packing.cu_keys, packing.longest, packing.longest_keys)
-    out = varlen_attn(q, k, v, *ranges, scale=scaling, window_size=(-1, 0), enable_gqa=gqa)
-    return out[None]
+    return varlen_attn(q, k, v, *ranges, **options)[None]
 
 
 def vision_attention(
@@ -116,6 +119,13 @@ def vision_attention(
 # whole row from transformers, else it would be called once per image.
 AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
 AttentionInterface.register("packed_flash", torch.compiler.disable(vision_attention))
+
+
+def use_our_attention(hf, device):
+    """Sets the names after the model is made: to make a model from a config with such a name,
+    transformers would look for a package of that name."""
+    hf.model.language_model.config._attn_implementation = "packed"
+    hf.model.visual.config._attn_implementation = "packed_flash" if gpu_path(device) else "sdpa"
 
 
 # -------------------------------------------------------------------------------------------------
@@ -172,8 +182,8 @@ class Policy(nn.Module):
         vision = self.visual.blocks if is_trained(self.visual) else []
         return [*self.hf.model.language_model.layers, *vision]
 
-    def full_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return full_weights(self)
+    def full_weights(self, dtype=None) -> Iterator[tuple[str, torch.Tensor]]:
+        return full_weights(self, dtype)
 
 
 def encode_images(hf, batch: Batch):
@@ -245,9 +255,7 @@ def wrap(hf, path: str, device="cpu", freeze_vision=False):
     """An HF model (its weights may still be missing) and its folder -> (Policy, Processor)."""
     refuse_unpackable(hf.config, path)
     processor = Processor(path)
-    hf.model.language_model.config._attn_implementation = "packed"
-    if torch.device(device).type == "cuda":
-        hf.model.visual.config._attn_implementation = "packed_flash"
+    use_our_attention(hf, device)
     hf.model.visual.requires_grad_(not freeze_vision)
     vocab_size = hf.get_output_embeddings().weight.shape[0]
     return Policy(hf, processor.banned_ids(vocab_size)), processor
@@ -270,6 +278,9 @@ def load_sharded(
         config = AutoConfig.from_pretrained(folder)
         hf = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     policy, processor = wrap(hf, folder, device, freeze_vision)
+    if freeze_vision and policy.visual is not None:
+        # Mixed precision does not reach what is not sharded.
+        policy.visual.to(compute_dtype(device))
     shard(policy, device, offload=offload, **knobs)
     policy.to_empty(device="cpu" if offload else device)
     if freeze_vision:
@@ -326,7 +337,7 @@ def shard(
         names = ("replicate", "shard")
         mesh = init_device_mesh(device, (world // shard_size, shard_size), mesh_dim_names=names)
     precision = MixedPrecisionPolicy()
-    if device == "cuda":
+    if gpu_path(device):
         precision = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     frozen = policy.visual is not None and not is_trained(policy.visual)
     options = dict(
@@ -380,20 +391,23 @@ def clean_name(name: str) -> str:
     return name.replace("_checkpoint_wrapped_module.", "")
 
 
-def full_weights(policy) -> Iterator[tuple[str, torch.Tensor]]:
+def full_weights(policy, dtype=None) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor) of each weight, one by one: no rank holds the whole model (a
-    collective: every rank must walk it to its end)."""
+    collective: every rank must walk it to its end). `dtype`: cast before it is gathered."""
     for name, p in policy.hf.named_parameters():
-        yield clean_name(name), full(p.detach())
+        yield clean_name(name), full(p.detach().to(dtype or p.dtype))
 
 
 def replica(policy: Policy) -> Policy:
     """A whole, unsharded Policy of the same shape, to sample from; its weights come from sync."""
-    device = next(policy.parameters()).device
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32  # as in the forward
+    device = policy.banned.device
+    config = copy.deepcopy(policy.hf.config)
+    dtype = compute_dtype(device)  # as in the forward
     with torch.device(device):
-        config = copy.deepcopy(policy.hf.config)
-        hf = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+        hf = AutoModelForImageTextToText.from_config(
+            config, dtype=dtype, attn_implementation="sdpa"
+        )
+    use_our_attention(hf, device)
     return Policy(hf, policy.banned)
 
 

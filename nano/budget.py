@@ -49,7 +49,9 @@ def shape(config: PreTrainedConfig) -> Shape:
     if config.model_type not in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl"):
         raise ValueError(f"{config.model_type}: budget.py knows Qwen2-VL, Qwen2.5-VL and Qwen3-VL")
     with torch.device("meta"):
-        hf = AutoModelForImageTextToText.from_config(copy.deepcopy(config))
+        hf = AutoModelForImageTextToText.from_config(
+            copy.deepcopy(config), attn_implementation="sdpa"
+        )
     text, vision = config.text_config, config.vision_config
     dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     old = config.model_type == "qwen2_vl"

@@ -7,8 +7,8 @@ row, a `Batch`; its `Packing` says where each one lies. `balance` and `batches` 
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import accumulate
 
@@ -230,6 +230,15 @@ class Batch:
     advantages: torch.Tensor | None = None
     weights: torch.Tensor | None = None  # the means of Eq. 1: 1 / (sequences x length)
 
+    def to(self, device) -> "Batch":
+        """The batch on this device. Only the one that is computed is there, with its pictures."""
+        if self.ids.device == torch.device(device):
+            return self
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        tensors = {k: v.to(device) for k, v in tensors.items() if isinstance(v, torch.Tensor)}
+        packing = Packing(self.packing.lengths, self.packing.after, device)
+        return replace(self, packing=packing, **tensors)
+
 
 def pack(sequences: list[tuple[Prompt, list[int]]], device="cpu") -> Batch:
     """[(Prompt, response ids)] -> Batch. A Prompt that recurs brings its tokens and images once."""
@@ -375,23 +384,25 @@ def micro_batches(lengths: list[int], budget: int, width: int) -> list[slice]:
     return out + [slice(0, 0)] * (count - len(out))
 
 
-def batches(samples: list, budget: int, width: int, processor, device) -> Iterator[Batch]:
+def batches(samples: list, budget: int, width: int, processor) -> list[Batch]:
     """This rank's Samples as packed micro-batches of at most `budget` tokens (a collective).
 
     A Sample's advantage may be one number or one for each of its tokens.
     """
+    out = []
     for part in micro_batches([len(s.prompt.ids) + len(s.ids) for s in samples], budget, width):
         chosen = samples[part]
-        batch = pack([(s.prompt, s.ids) for s in chosen] or [blank(processor)], device)
-        batch.logprobs = per_token([s.logprobs for s in chosen], chosen, device)
-        batch.advantages = per_token([s.advantage for s in chosen], chosen, device)
-        batch.weights = per_token([s.weight for s in chosen], chosen, device)
-        yield batch
+        batch = pack([(s.prompt, s.ids) for s in chosen] or [blank(processor)])
+        batch.logprobs = per_token([s.logprobs for s in chosen], chosen)
+        batch.advantages = per_token([s.advantage for s in chosen], chosen)
+        batch.weights = per_token([s.weight for s in chosen], chosen)
+        out.append(batch)
+    return out
 
 
-def per_token(values: list, samples: list, device) -> torch.Tensor:
+def per_token(values: list, samples: list) -> torch.Tensor:
     """A number or a list of numbers per sample -> one number per response token (N,)."""
     parts = [torch.zeros(0)]
     for value, sample in zip(values, samples):
         parts.append(torch.tensor(value, dtype=torch.float32).expand(len(sample.ids)))
-    return torch.cat(parts).to(device)
+    return torch.cat(parts)

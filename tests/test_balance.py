@@ -181,7 +181,7 @@ def test_batches_hold_every_sample_once_with_its_numbers(tiny):
         samples[-1].advantage = float(i) if i % 2 else logprobs
         samples[-1].weight = i / 10
     for budget in (1, 150, 10**6):
-        made = list(packing.batches(samples, budget, 64, processor, "cpu"))
+        made = packing.batches(samples, budget, 64, processor)
         sizes = [len(s.prompt.ids) + len(s.ids) for s in samples]
         assert len(made) == {1: len(samples), 10**6: 1}.get(budget, len(made))
         assert all(len(b.ids) <= max(budget, *sizes) for b in made)
@@ -195,7 +195,7 @@ def test_batches_hold_every_sample_once_with_its_numbers(tiny):
         for name, values in want.items():
             got = torch.cat([getattr(b, name) for b in made]).tolist()
             assert got == pytest.approx(values), (budget, name)
-    (empty,) = packing.batches([], 100, 64, processor, "cpu")
+    (empty,) = packing.batches([], 100, 64, processor)
     assert len(empty.labels) == len(empty.weights) == 0
 
 

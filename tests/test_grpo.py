@@ -196,7 +196,7 @@ def test_an_advantage_per_token_is_one_per_sample_repeated(tiny, pictures):
                 sample.advantage = [sample.advantage] * len(sample.ids)
             if kind == "slope":
                 sample.advantage = [sample.advantage * t for t in range(len(sample.ids))]
-        (batch,) = packing.batches(samples, 10**6, 64, processor, "cpu")
+        (batch,) = packing.batches(samples, 10**6, 64, processor)
         torch.manual_seed(0)
         logprobs = (-torch.rand(11)).requires_grad_()
         loss, _ = grpo.policy_loss(logprobs, batch, grpo.Config())

@@ -168,7 +168,6 @@ def test_the_models_of_app_a(recipe):
     assert config.epochs == 1  # EasyR1
     assert config.temperature == 1.0  # EasyR1
     assert config.top_p == 1.0  # EasyR1
-    assert config.async_steps == 0
     assert not config.freeze_vision
 
 

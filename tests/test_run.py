@@ -177,7 +177,7 @@ METHOD = {  # a change of these changes the numbers
     "clip_eps_high kl_coef std_norm loss_mean drop_zero_var tis temperature top_p max_prompt_len "
     "engine lr warmup_steps weight_decay max_grad_norm freeze_vision",
     sft: "model data holdout seed drop_chains system_prompt cutoff epochs batch_size lr "
-    "warmup_ratio min_lr weight_decay max_grad_norm freeze_vision",
+    "warmup_ratio weight_decay max_grad_norm freeze_vision",
     evaluation: "model data seed temperature top_p max_len samples system_prompt",
 }
 
