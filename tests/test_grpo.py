@@ -319,16 +319,26 @@ def updates_by_hand(groups, config, max_len):
     return dict(hf.named_parameters()), means | dict(grad_norm=sum(norms) / len(norms))
 
 
-@pytest.mark.parametrize("loss_mean, drop", [("sequence", False), ("token", True)])
-def test_a_step_is_the_papers_step_done_by_hand(loss_mean, drop, watched, problem_file, tmp_path):
+@pytest.mark.parametrize(
+    "minibatches, epochs, more",
+    [
+        (2, 2, dict(kl_coef=0.3)),
+        (2, 1, dict(loss_mean="token", drop_zero_var=True)),
+        (1, 2, dict(loss_mean="fixed", clip_eps_high=0.3)),
+    ],
+)
+def test_a_step_is_the_papers_step_done_by_hand(
+    minibatches, epochs, more, watched, problem_file, tmp_path
+):
     """Rollouts come from the engine; all that follows is recomputed with transformers.
 
-    Two minibatches and two epochs: pi moves away from pi_old and from the reference in between.
+    With several minibatches or epochs pi moves away from pi_old and from the reference in between.
+    This is the first of two warm-up steps, at half the learning rate.
     """
-    flags = SMALL | dict(stages="16x4x1", minibatches=2, epochs=2, temperature=0.8, kl_coef=0.3)
-    flags |= dict(lr=1e-4, warmup_steps=0, max_grad_norm=0.5, loss_mean=loss_mean)
-    flags |= dict(drop_zero_var=drop, data=problem_file, out=tmp_path, micro_tokens=300)
-    alone(grpo, **{k: v for k, v in flags.items() if v is not False})
+    flags = SMALL | dict(stages="16x4x1", temperature=0.8, data=problem_file, out=tmp_path)
+    flags |= dict(minibatches=minibatches, epochs=epochs, micro_tokens=300) | more
+    flags |= dict(lr=2e-4, warmup_steps=2, max_grad_norm=0.5)
+    alone(grpo, **flags)
     ((groups, asked),) = watched
     assert asked["group_size"] == 4
     assert asked["max_len"] == 16
@@ -336,7 +346,7 @@ def test_a_step_is_the_papers_step_done_by_hand(loss_mean, drop, watched, proble
     samples = [s for g in groups for s in g]
     assert any(len({s.reward for s in g}) > 1 for g in groups)
 
-    config = grpo.Config(**{k: v for k, v in flags.items() if k != "data"})
+    config = grpo.Config(**flags | dict(lr=1e-4))
     weights, metrics = updates_by_hand(groups, config, 16)
     mine = dict(whole_model(tmp_path / "final").named_parameters())
     start = dict(whole_model(config.model).named_parameters())
