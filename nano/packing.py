@@ -318,7 +318,7 @@ def rebalance(costs: list[float], owners: list[int], ranks: int) -> list[int]:
         gap = load[high] - load[low]
         misfit = {i: abs(gap - 2 * costs[i]) for i, owner in enumerate(owners) if owner == high}
         best = min(misfit, key=misfit.get, default=None)  # brings the two ranks closest together
-        if best is None or misfit[best] > 0.9 * gap or gap < 0.02 * max(load):
+        if best is None or misfit[best] > 0.9 * gap or gap <= 0.02 * max(load):
             return owners
         owners[best] = low
         load[high] -= costs[best]

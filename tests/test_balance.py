@@ -235,6 +235,7 @@ def test_ranks_get_nearly_the_same_work_and_few_groups_move():
     assert packing.rebalance([3.0, 3.0], [0, 1], 2) == [0, 1]
     assert packing.rebalance([1.0] * 4, [0, 0, 0, 0], 2).count(1) == 2
     assert packing.rebalance([], [], 3) == []
+    assert packing.rebalance([0.0, 0.0], [0, 1], 2) == [0, 1]  # all records of a step are broken
 
 
 def test_attention_doubles_the_price_of_a_token_at_12_widths():
