@@ -83,6 +83,7 @@ class Config:
     offload: Literal["none", "reference", "all"] = "none"  # to the CPU; all = the optimizer too
     shard_size: int = 0  # ranks that share one copy of the weights (HSDP); 0 = all ranks
     preflight: bool = True  # first print what the memory will hold, and try the longest step
+    force: bool = False  # start although the memory on paper is more than the GPU has
     # the run
     save_every: int = 5  # steps; the last one is always saved
     keep: int = 20  # checkpoints
@@ -96,7 +97,7 @@ class Config:
 HOW_ONLY = (
     *("stages", "strict", "max_rows", "vllm_memory", "vllm_tp", "micro_tokens", "compile"),
     *("activation_checkpointing", "offload", "shard_size", "preflight", "save_every", "keep"),
-    *("sample_questions", "wandb", "tensorboard"),
+    *("force", "sample_questions", "wandb", "tensorboard"),
 )
 
 SYSTEM_PROMPT = (  # ours, in the manner of R1-Zero's
@@ -105,7 +106,9 @@ SYSTEM_PROMPT = (  # ours, in the manner of R1-Zero's
     "<think> reasoning here </think><answer> answer here </answer>."
 )
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
-ZERO = dict(model=QWEN, system_prompt=SYSTEM_PROMPT, format_weight=1.0)
+# Ours: a model of this size needs vLLM, which sleeps while training runs.
+PAPER = dict(engine="vllm", vllm_memory=0.7, max_rows=1024)
+ZERO = PAPER | dict(model=QWEN, system_prompt=SYSTEM_PROMPT, format_weight=1.0)
 CI_7B, CI_32B, CI_72B = (f"runs/vision-r1-ci-{size}/final" for size in ("7b", "32b", "72b"))
 LARGER = [(4096, 16, 100), (8192, 8, 200)]  # 32B, 72B: 20K more problems in the setting of stage 2
 TOY = dict(model="toy:ci", data="toy:rl-problems", stages=[(96, 16, 60), (192, 8, 60)], questions=8)
@@ -119,10 +122,14 @@ RECIPES = {
     | dict(stages=[(96, 16, 120)], out="runs/toy/zero", model="toy:base", format_weight=1.0)
     | dict(system_prompt=toy.ZERO_PROMPT),
     # App. A
-    "vision-r1-7b": dict(model=CI_7B, out="runs/vision-r1-7b"),
-    "vision-r1-32b": dict(model=CI_32B, out="runs/vision-r1-32b", stages=LARGER),
-    "vision-r1-72b": dict(model=CI_72B, out="runs/vision-r1-72b", stages=LARGER),
-    "vision-r1-long": dict(model=CI_7B, out="runs/vision-r1-long", stages=[(16384, 4, 300)]),
+    "vision-r1-7b": PAPER | dict(model=CI_7B, out="runs/vision-r1-7b"),  # 8 x 80 GB
+    "vision-r1-32b": PAPER  # 32 x 80 GB
+    | dict(model=CI_32B, out="runs/vision-r1-32b", stages=LARGER, vllm_tp=4),
+    "vision-r1-72b": PAPER  # 64 x 80 GB
+    | dict(model=CI_72B, out="runs/vision-r1-72b", stages=LARGER, vllm_tp=8)
+    | dict(offload="all", micro_tokens=12288),
+    "vision-r1-long": PAPER
+    | dict(model=CI_7B, out="runs/vision-r1-long", stages=[(16384, 4, 300)]),
     "vision-r1-zero": ZERO | dict(out="runs/vision-r1-zero", stages=[(4096, 16, 300)]),
     "zero-ptst": ZERO | dict(out="runs/zero-ptst"),
     "zero-sft-ptst": ZERO | dict(model="runs/zero-sft/final", out="runs/zero-sft-ptst"),

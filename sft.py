@@ -58,6 +58,7 @@ class Config:
     compile: bool = False  # torch.compile of the blocks
     offload: bool = False  # weights, gradients and optimizer live in the CPU's memory
     shard_size: int = 0  # ranks that share one copy of the weights (HSDP); 0 means all ranks
+    force: bool = False  # start although the memory on paper is more than the GPU has
     preflight: bool = True  # first show what memory will hold, and try a step at the cutoff
     # the run
     eval_every: int = 250  # steps; and after the last one
@@ -72,7 +73,7 @@ class Config:
 HOW_ONLY = (
     *("eval_data", "strict", "micro_tokens", "workers", "activation_checkpointing", "compile"),
     *("offload", "shard_size", "preflight", "eval_every", "save_every", "keep"),
-    *("wandb", "tensorboard"),
+    *("force", "wandb", "tensorboard"),
 )
 
 TOY = dict(model="toy:base", data="toy:cold", lr=2e-3, epochs=5, freeze_vision=True, cutoff=1024)

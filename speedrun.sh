@@ -34,7 +34,8 @@ fi
 
 [ $fresh = 1 ] && rm -rf runs/toy
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false  # the toy needs no hub
-ranks=${RANKS:-$(.venv/bin/python -c 'import os; print(min(2, os.cpu_count() or 1))')}
+count='import os, torch; print(min(2, torch.cuda.device_count() or os.cpu_count() or 1))'
+ranks=${RANKS:-$(.venv/bin/python -c "$count")}
 torchrun() { OMP_NUM_THREADS=1 .venv/bin/python -m torch.distributed.run --standalone --nproc_per_node="$ranks" "$@"; }
 began=$SECONDS
 stage() { echo; echo "== $1 ($((SECONDS - began)) s so far)"; }

@@ -300,13 +300,14 @@ def announce(items: list[Item], device: torch.device, say: Callable[[str], None]
 
 def announce_run(config, policy, device, say, tokens: int, patches: int, **more) -> None:
     """Say the table of a run with these settings of sft.py or grpo.py; `more` goes to `memory`."""
-    if device.type == "cuda" and getattr(config, "engine", "") == "vllm":
-        capacity = torch.cuda.get_device_properties(device).total_memory
+    cuda = device.type == "cuda"
+    capacity = torch.cuda.get_device_properties(device).total_memory if cuda else float("inf")
+    if cuda and getattr(config, "engine", "") == "vllm":
         more["vllm_bytes"] = config.vllm_memory * capacity
     settings = dict(
         world=dist.get_world_size(),
         shard_size=config.shard_size or None,
-        cuda=device.type == "cuda",
+        cuda=cuda,
         activation_checkpointing=config.activation_checkpointing,
         frozen_vision=config.freeze_vision,
         reference="",
@@ -314,3 +315,6 @@ def announce_run(config, policy, device, say, tokens: int, patches: int, **more)
     )
     items = memory(shape(policy.hf.config), tokens, patches, **settings | more)
     announce(items, device, say)
+    if peak(items) > capacity and not config.force:
+        largest = max(items, key=lambda item: item.bytes)
+        raise SystemExit(f"error: this will not fit; {largest.name}: {largest.knob} (or --force)")

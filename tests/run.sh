@@ -5,6 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false OMP_NUM_THREADS=1
+export CUDA_VISIBLE_DEVICES=  # two-rank tests need as many devices; kernels are tested by bench/
 
 if [ "${1:-}" != --vllm ]; then
     bash speedrun.sh --install-only

@@ -5,10 +5,11 @@ import io
 import subprocess
 import sys
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, single_rank
 from PIL import Image
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextToText
 
+import grpo
 import model
 import toy
 from nano import budget, data, packing, rollout
@@ -414,3 +416,19 @@ def test_command_line():
     for flags in (["--gpu", "GeForce256"], ["--recipe", "vision-r2"], ["--mfu", "0"]):
         done = subprocess.run([*command, *flags], capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 2 and "Traceback" not in done.stderr
+
+
+def test_a_start_that_cannot_fit_is_refused_and_names_the_knob(tiny, monkeypatch):
+    single_rank()
+    policy, _ = model.load(tiny)
+    card = SimpleNamespace(total_memory=2**20)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(budget.sys, "excepthook", budget.sys.excepthook)
+    config = grpo.Config(engine="vllm", vllm_memory=0.5)
+    said = []
+    table = (policy, torch.device("cuda"), said.append, 1000, 64)
+    with pytest.raises(SystemExit, match=r"will not fit; .*: .* \(or --force\)"):
+        budget.announce_run(config, *table)
+    assert "this will not fit" in said[0]
+    config.force = True
+    budget.announce_run(config, *table)
