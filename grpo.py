@@ -79,7 +79,7 @@ class Config:
     # memory and speed
     micro_tokens: int = 20480  # tokens of a packed micro-batch on one rank
     activation_checkpointing: bool = True
-    compile: bool = False  # torch.compile of the blocks
+    compile: bool = False  # torch.compile of the MLPs
     offload: Literal["none", "reference", "all"] = "none"  # to the CPU; all = the optimizer too
     shard_size: int = 0  # ranks that share one copy of the weights (HSDP); 0 = all ranks
     preflight: bool = True  # first print what the memory will hold, and try the longest step

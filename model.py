@@ -347,8 +347,8 @@ def shard(
         offload_policy=CPUOffloadPolicy() if offload and device == "cuda" else OffloadPolicy(),
     )
     for block in policy.blocks():
-        if compile:
-            block.compile(dynamic=True)
+        if compile:  # not the whole block: below activation checkpointing it would stay eager
+            getattr(block, "mlp", block).compile(dynamic=True)
         fully_shard(block, **options)
     return fully_shard(policy, **options)
 

@@ -55,7 +55,7 @@ class Config:
     micro_tokens: int = 16384  # tokens of a packed micro-batch on one rank
     workers: int = 2  # processes of each rank that prepare images ahead of time
     activation_checkpointing: bool = True
-    compile: bool = False  # torch.compile of the blocks
+    compile: bool = False  # torch.compile of the MLPs
     offload: bool = False  # weights, gradients and optimizer live in the CPU's memory
     shard_size: int = 0  # ranks that share one copy of the weights (HSDP); 0 means all ranks
     force: bool = False  # start although the memory on paper is more than the GPU has

@@ -286,6 +286,25 @@ def test_compiled_blocks_change_no_gradient(tiny, pictures, monkeypatch):
     assert all(torch.allclose(grads[0][n], grads[1][n], atol=1e-4, rtol=1e-4) for n in grads[0])
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_something_is_compiled(tiny, pictures, monkeypatch, checkpointing):
+    """Also below activation checkpointing, which every recipe of the paper uses."""
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    counting = functools.partialmethod(torch.nn.Module.compile, backend=count)
+    monkeypatch.setattr(torch.nn.Module, "compile", counting)
+    torch._dynamo.reset()
+    single_rank()
+    knobs = dict(freeze_vision=True, compile=True, activation_checkpointing=checkpointing)
+    policy = model.load_sharded(tiny, "cpu", **knobs)
+    policy(packing.pack(sequences(pictures, packing.Processor(tiny))))[0].sum().backward()
+    assert len(graphs) > 0
+
+
 def test_export_reads_back_the_same(tiny, tmp_path, pictures):
     single_rank()
     policy, processor = model.load(tiny)
