@@ -115,7 +115,7 @@ class TorchEngine:
     def sync(self, policy):
         """Takes over the weights of the training policy (a collective when it is sharded)."""
         own = dict(self.policy.hf.named_parameters())
-        for name, whole in policy.full_weights():
+        for name, whole in policy.full_weights(self.policy.hf.dtype):
             own[name].copy_(whole)
 
     @torch.no_grad()

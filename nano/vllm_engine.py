@@ -134,8 +134,8 @@ def buckets(policy, dtype: torch.dtype, size: int = BUCKET):
     A tensor is gathered from its shards when its turn comes: no rank ever holds the whole model.
     """
     bucket = []
-    for name, whole in policy.full_weights():
-        bucket.append((name, whole.to(dtype)))
+    for name, whole in policy.full_weights(dtype):
+        bucket.append((name, whole))
         if sum(tensor.nbytes for _, tensor in bucket) >= size:
             yield bucket
             bucket = []
