@@ -298,13 +298,12 @@ def preflight(config, stages, questions, policy, reference, engine, optimizer, d
     rest = config.micro_tokens - copies * longest  # a shorter sequence that fills the row
     lengths = [longest] * copies + [rest] * (rest > len(prompt.ids) and copies < samples)
     rows = min(config.max_rows, samples)
-    low = str(compute_dtype(device)).removeprefix("torch.")
     more = dict(replica=config.engine == "torch", rows=rows, row_tokens=longest)
-    if not reference or config.offload != "none":
-        low = "cpu" if reference else ""
-    patches = len(lengths) * int(prompt.image_grid.prod(-1).sum())
-    tokens = sum(lengths)
-    budget.announce_run(config, policy, device, run.say, tokens, patches, reference=low, **more)
+    if reference:
+        where = str(compute_dtype(device)).removeprefix("torch.")
+        more["reference"] = "cpu" if config.offload != "none" else where
+    tokens, patches = sum(lengths), len(lengths) * int(prompt.image_grid.prod(-1).sum())
+    budget.announce_run(config, policy, device, run.say, tokens, patches, **more)
     if config.freeze_vision:
         model.encode_once(policy, [prompt], device)
     if config.engine == "torch":
@@ -330,14 +329,9 @@ class Stats:
         """One micro-batch of the update: logprobs, entropy, clipped (N,)."""
         trainer = logprobs if batch.old_logprobs is None else batch.old_logprobs
         gap = (trainer - batch.logprobs).abs()  # between trainer and sampler
+        gap_kl = k3(batch.logprobs, trainer)  # KL(sampler || trainer)
         kl = k3(logprobs, batch.ref_logprobs) if batch.ref_logprobs is not None else 0 * logprobs
-        parts = (
-            entropy,
-            kl,
-            clipped,
-            gap,
-            k3(batch.logprobs, trainer),
-        )  # last: KL(sampler||trainer)
+        parts = (entropy, kl, clipped, gap, gap_kl)
         for name, values in zip(self.per_token, parts, strict=True):
             self.per_token[name] += values.sum().item()
         self.trained += len(logprobs)
@@ -503,7 +497,7 @@ def main(config: Config):
         stats = Stats()
         with timer("update"):
             for batches in minibatches * config.epochs:
-                for batch in (batch.to(device) for batch in batches):
+                for batch in (waiting.to(device) for waiting in batches):
                     logprobs, entropy = policy(batch, config.temperature)
                     loss, clipped = policy_loss(logprobs, batch, config)
                     (loss * world).backward()  # FSDP takes the mean over ranks
