@@ -9,6 +9,7 @@ other in one row (T,), and `packed_attention` keeps them apart.
 import copy
 import inspect
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,6 +127,18 @@ def use_our_attention(hf, device):
     transformers would look for a package of that name."""
     hf.model.language_model.config._attn_implementation = "packed"
     hf.model.visual.config._attn_implementation = "packed_flash" if gpu_path(device) else "sdpa"
+    if gpu_path(device):
+        embed = hf.model.visual.patch_embed
+        embed.forward = partial(linear_patches, embed)
+
+
+def linear_patches(embed, patches):
+    """The patch embedding (patches, patch_dim) -> (patches, E) as one product.
+
+    Its Conv3d covers each patch once, and such convolutions are slow in bf16.
+    """
+    weight = embed.proj.weight  # (E, 3, time, height, width)
+    return F.linear(patches.to(weight.dtype), weight.flatten(1), embed.proj.bias)
 
 
 # -------------------------------------------------------------------------------------------------

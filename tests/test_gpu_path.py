@@ -80,6 +80,12 @@ assert budget.shape(policy.hf.config).params > 1e6
 """
 
 SAMPLE = """
+whole, _ = model.load(folder, dtype=torch.float32)
+embed = whole.visual.patch_embed
+pixels = torch.randn(7, embed.proj.weight[0].numel())
+conv = type(embed).forward(embed, pixels)
+assert embed(pixels).shape == conv.shape and torch.allclose(embed(pixels), conv, atol=1e-5)
+
 policy = model.load_sharded(folder, "cpu")
 engine = TorchEngine(model.replica(policy), packing.Processor(folder))
 engine.sync(policy)
