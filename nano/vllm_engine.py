@@ -192,7 +192,9 @@ class VLLMEngine:
         names = ("RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LD_PRELOAD")
         before = {name: os.environ[name] for name in names if name in os.environ}
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0"} | before
+        threads = torch.get_num_threads()
         self.llm = LLM(path, weight_transfer_config={"backend": "buckets"}, **settings)
+        torch.set_num_threads(threads)  # vLLM leaves one; the optimizer under offload wants all
         for name in names:
             os.environ.pop(name, None)
         os.environ |= before
