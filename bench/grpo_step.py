@@ -42,6 +42,10 @@ import torch
 GPU = torch.cuda.is_available()
 QUESTIONS, GROUP, MICRO = 8, 16, 16  # MICRO: sequences of a micro-batch of TRL
 
+# the vision tower that the 3B and the 7B share
+TOWER = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16)
+TOWER |= dict(fullatt_block_indexes=[7, 15, 23, 31])
+
 # text and vision of the published configurations; tiny is ours
 SIZES = {
     "tiny": (
@@ -74,13 +78,7 @@ SIZES = {
             mrope=[16, 24, 24],
             tied=True,
         ),
-        dict(
-            depth=32,
-            hidden_size=1280,
-            intermediate_size=3420,
-            num_heads=16,
-            fullatt_block_indexes=[7, 15, 23, 31],
-        ),
+        TOWER,
     ),
     "7b": (
         dict(
@@ -93,13 +91,7 @@ SIZES = {
             mrope=[16, 24, 24],
             tied=False,
         ),
-        dict(
-            depth=32,
-            hidden_size=1280,
-            intermediate_size=3420,
-            num_heads=16,
-            fullatt_block_indexes=[7, 15, 23, 31],
-        ),
+        TOWER,
     ),
 }
 
