@@ -17,6 +17,7 @@ The backward pass makes each tile's logits once more instead of keeping them. Si
 logprob = x[label] - log sum e^x,
 
     d logprob / d x[j] = [j = label] - p[j]
+    d entropy / d x[j] = -p[j] (log p[j] + entropy) = -p[j] (x[j] - m - t / s)
 
 which turns the tile of logits into the tile of their gradient, and two more products carry it on. A
 tile holds all tokens of its columns, so that its rows of the weight's gradient are complete after
@@ -70,17 +71,22 @@ def absorb(logits, first, labels, banned, scale, state):
     m.copy_(top)
 
 
-def to_gradient(logits, first, labels, banned, scale, state, grad, dtype):
-    """Logits (N, w) -> d loss / d logits (N, w) in `dtype`, given grad (N,) = d loss / d logprob.
+def to_gradient(logits, first, labels, banned, scale, state, grad, grad_entropy, dtype):
+    """Logits (N, w) -> d loss / d logits (N, w) in `dtype`, given grad (N,) = d loss / d logprob
+    and grad_entropy (N,), or None when the loss has no entropy.
 
     Overwrites logits.
     """
-    m, s, _, _ = state
+    m, s, t, _ = state
     columns = slice(first, first + logits.shape[1])
     if scale != 1.0:
         logits *= scale
     grad = grad * scale
-    logits.sub_(m[:, None]).exp_().mul_((-grad / s)[:, None])
+    logits.sub_(m[:, None])
+    push = (-grad / s)[:, None]
+    if grad_entropy is not None:
+        push = push - (grad_entropy * scale / s)[:, None] * (logits - (t / s)[:, None])
+    logits.exp_().mul_(push)
     label = labels - first
     here = (label >= 0) & (label < logits.shape[1])
     logits.scatter_add_(
@@ -128,14 +134,15 @@ if triton is not None:
 
     @triton.jit
     def gradient_kernel(
-        logits, width, first, labels, banned, scale, state, n, grad, out, BLOCK: tl.constexpr
+        logits, width, first, labels, banned, scale, state, n, grads, out, BLOCK: tl.constexpr
     ):
         row = tl.program_id(0).to(tl.int64)
         at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
         label = tl.load(labels + row) - first
-        m, s, g = tl.load(state + row), tl.load(state + n + row), tl.load(grad + row) * scale
+        m, s, t = tl.load(state + row), tl.load(state + n + row), tl.load(state + 2 * n + row)
+        g, h = tl.load(grads + row) * scale, tl.load(grads + n + row) * scale  # h: the entropy's
         x, dead = scaled_logits(logits, row, at, width, banned, first, scale)
-        d = tl.where(at == label, g, 0.0) - tl.exp(x - m) * (g / s)
+        d = tl.where(at == label, g, 0.0) - tl.exp(x - m) * ((g + h * (x - m - t / s)) / s)
         d = tl.where(dead, 0.0, d)
         tl.store(out + row * width + at, d.to(out.dtype.element_ty), mask=at < width)
 
@@ -146,10 +153,11 @@ def absorb_fused(logits, first, labels, banned, scale, state):
     absorb_kernel[(n,)](logits, width, first, *where, BLOCK=BLOCK, num_warps=8)
 
 
-def to_gradient_fused(logits, first, labels, banned, scale, state, grad, dtype):
+def to_gradient_fused(logits, first, labels, banned, scale, state, grad, grad_entropy, dtype):
     n, width = logits.shape
     out = logits if dtype == logits.dtype else torch.empty_like(logits, dtype=dtype)
-    where = (labels, banned.view(torch.uint8), scale, state, n, grad, out)
+    grads = torch.stack([grad, torch.zeros_like(grad) if grad_entropy is None else grad_entropy])
+    where = (labels, banned.view(torch.uint8), scale, state, n, grads, out)
     grid = (n, triton.cdiv(width, BLOCK))
     gradient_kernel[grid](logits, width, first, *where, BLOCK=BLOCK, num_warps=8)
     return out
@@ -203,22 +211,26 @@ class TokenLogprobs(torch.autograd.Function):
         logprobs = torch.where(asked, picked - m - s.log(), 0.0)
         entropy = torch.where(asked, s.log() - t / s, 0.0)
         ctx.save_for_backward(hidden, weight, labels, banned, state)
-        ctx.mark_non_differentiable(entropy)
+        ctx.set_materialize_grads(False)  # an output that is not used has None, not zeros
         return logprobs, entropy
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad, _):
+    def backward(ctx, grad, grad_entropy):
         hidden, weight, labels, banned, state = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         grad_hidden = torch.zeros_like(hidden, dtype=torch.float32) if needs_hidden else None
         grad_weight = torch.empty_like(weight) if needs_weight else None
-        grad = torch.where(labels != IGNORE, grad, 0.0).contiguous()
+        asked = labels != IGNORE
+        grad = torch.where(asked, 0.0 if grad is None else grad, 0.0).contiguous()
+        if grad_entropy is not None:
+            grad_entropy = torch.where(asked, grad_entropy, 0.0)
         for i in range(0, len(weight), ctx.step):
             rows = weight[i : i + ctx.step]  # (w, H)
             logits = product(hidden, rows.t())
             turn = to_gradient_fused if ctx.fused else to_gradient
-            g = turn(logits, i, labels, banned, ctx.scale, state, grad, hidden.dtype)
+            grads = (grad, grad_entropy)
+            g = turn(logits, i, labels, banned, ctx.scale, state, *grads, hidden.dtype)
             del logits
             if needs_hidden:
                 add_product(grad_hidden, g, rows)
@@ -245,7 +257,7 @@ def token_logprobs(hidden, weight, labels, temperature=1.0, banned=None, width=N
     hidden (N, H), weight (V, H) of the same dtype, labels (N,) -> logprobs (N,), entropy (N,), both
     float32, in nats; N may be 0. A label of -100 gives 0 and 0 and no gradient; any other outside
     0..V-1 is an error. `banned` (K,) ids have probability 0: the policy is the softmax over the
-    tokens that it may sample. Gradients go to hidden and weight; the entropy carries none.
+    tokens that it may sample. Gradients of both go to hidden and weight.
 
     Memory: `width` columns of logits at a time, by default 2^27 logits on a GPU (0.5 GiB, and 0.25
     more for their bf16 gradient), 2^22 on a CPU, where they then stay near the caches. `fused`:

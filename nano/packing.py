@@ -222,6 +222,7 @@ class Batch:
     features: list | None  # of the I images, if they were encoded before: then there are no pixels
     label_index: torch.Tensor  # (N,) positions whose next token is a response token
     labels: torch.Tensor  # (N,) that token
+    lengths: list[int]  # of the B responses; they add up to N
 
     # What GRPO adds, one entry per response token (N,)
     logprobs: torch.Tensor | None = None  # the sampler's
@@ -289,6 +290,7 @@ def pack(sequences: list[tuple[Prompt, list[int]]], device="cpu") -> Batch:
         features=features or None,
         label_index=torch.cat(index).to(device),
         labels=torch.tensor(labels, dtype=torch.long, device=device),
+        lengths=[len(response) for _, response in sequences],
     )
 
 

@@ -122,6 +122,39 @@ def test_a_banned_label_is_next_to_impossible_and_pushes_only_the_others(fused):
     assert not w.grad[banned].any()
 
 
+@pytest.mark.parametrize("temperature, banned", [(1.0, []), (0.7, [0, 5, 40])])
+def test_gradient_of_the_entropy(temperature, banned, fused):
+    """A loss of log-probability and entropy, against float64 autograd over the full logits."""
+    hidden, weight, labels, grad = inputs(13, 101, 16, scale=2.0)
+    extra = torch.randn(13, generator=torch.Generator().manual_seed(1))
+    want = []
+    for double in (True, False):
+        h, w = (x.detach().clone().requires_grad_() for x in (hidden, weight))
+        if double:
+            h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+            ids = torch.tensor(banned, dtype=torch.long)
+            log_p = (h @ w.T / temperature).index_fill(1, ids, -1e9).log_softmax(-1)
+            picked = log_p.gather(1, labels.clamp(min=0)[:, None])[:, 0]
+            entropy = -(log_p.exp() * log_p).sum(-1)
+            asked = labels != IGNORE
+            picked, entropy = picked * asked, entropy * asked
+        else:
+            banned_ids = torch.tensor(banned, dtype=torch.long)
+            options = dict(banned=banned_ids, width=37, fused=fused)
+            picked, entropy = token_logprobs(h, w, labels, temperature, **options)
+        (picked * grad).sum().add((entropy * extra).sum()).backward()
+        want.append((h.grad, w.grad))
+    for got, reference_grad in zip(want[1], want[0]):
+        torch.testing.assert_close(got.double(), reference_grad, atol=2e-5, rtol=1e-4)
+
+
+def test_entropy_alone_in_the_loss(fused):
+    hidden, weight, labels, _ = inputs(4, 50, 8)
+    hidden.requires_grad_()
+    token_logprobs(hidden, weight, labels, fused=fused)[1].sum().backward()
+    assert hidden.grad.abs().sum() > 0 and not hidden.grad[1].any()  # label 1 is ignored
+
+
 def test_all_labels_ignored(fused):
     hidden, weight, labels, grad = inputs(4, 50, 8)
     check(hidden, weight, torch.full_like(labels, IGNORE), grad, 1.0, (), 16, fused)
@@ -234,7 +267,7 @@ def test_kernels_compile_for_hopper(out, tmp_path, monkeypatch):
     from triton.compiler import ASTSource
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    kinds = dict.fromkeys(("logits", "state", "grad"), "*fp32") | {"scale": "fp32", "out": out}
+    kinds = dict.fromkeys(("logits", "state", "grads"), "*fp32") | {"scale": "fp32", "out": out}
     kinds |= {"labels": "*i64", "banned": "*u8", "BLOCK": "constexpr"}
     for kernel in (logprobs.absorb_kernel, logprobs.gradient_kernel):
         signature = {name: kinds.get(name, "i32") for name in kernel.arg_names}
