@@ -6,6 +6,7 @@ scores agree, a bootstrap has no width, and the interval is Wilson's.
 """
 
 import json
+import math
 from collections import Counter, defaultdict
 from math import comb
 from operator import itemgetter
@@ -17,6 +18,19 @@ import numpy as np
 VERSIONS = ("Text Dominant", "Text Lite", "Vision Intensive", "Vision Dominant", "Vision Only")
 # The subtasks of MME's cognition score; the rest is perception.
 REASONING = {"code_reasoning", "commonsense_reasoning", "numerical_calculation", "text_translation"}
+
+
+# Student's 97.5 % points by degrees of freedom. Beyond 15 the last one is a little wide.
+_QUANTILES = "12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145"
+T_975 = [float(quantile) for quantile in f"{_QUANTILES} 2.131".split()]
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Average values, one per seed -> (mean, half of the 95 % t interval; nan with one seed)."""
+    if len(values) == 1:
+        return float(values[0]), math.nan
+    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return float(np.mean(values)), T_975[min(len(values) - 1, 15) - 1] * error
 
 
 def grouped(rows, keys) -> dict[object, list[dict]]:

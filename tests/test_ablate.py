@@ -16,6 +16,7 @@ import pytest
 from conftest import ROOT
 
 import ptst
+from benchmarks import report
 from tools import ablate
 
 
@@ -110,15 +111,15 @@ def test_what_rows_share_runs_once_and_comes_first(tmp_path):
 
 def test_the_interval_is_students():
     """The density of Student's t, integrated between -q and q, is .95."""
-    for degrees, q in enumerate(ablate.T_975, 1):
+    for degrees, q in enumerate(report.T_975, 1):
         c = math.gamma((degrees + 1) / 2) / math.sqrt(degrees * math.pi) / math.gamma(degrees / 2)
         x = np.linspace(-q, q, 200_001)
         density = c * (1 + x * x / degrees) ** (-(degrees + 1) / 2)
         assert abs(np.trapezoid(density, x) - 0.95) < 1e-4
-    mean, half = ablate.interval([1.0, 2.0, 4.0])  # The variance is 7/3.
+    mean, half = report.interval([1.0, 2.0, 4.0])  # The variance is 7/3.
     assert math.isclose(mean, 7 / 3)
     assert math.isclose(half, 4.303 * math.sqrt(7 / 3) / math.sqrt(3))
-    assert math.isnan(ablate.interval([1.0])[1])
+    assert math.isnan(report.interval([1.0])[1])
 
 
 def test_another_setting_in_the_same_folder_is_refused(tmp_path):

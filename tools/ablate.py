@@ -33,6 +33,7 @@ import numpy as np
 
 import reward
 import toy
+from benchmarks.report import interval
 from nano.data import write_parquet
 from nano.run import for_people, read_log
 from tools import plot
@@ -337,18 +338,6 @@ def run_all(tasks: dict[Path, Task], jobs: int) -> None:
 
 # -------------------------------------------------------------------------------------------------
 # results
-
-# Student's 97.5 % points by degrees of freedom. Beyond 15 the last one is a little wide.
-_QUANTILES = "12.706 4.303 3.182 2.776 2.571 2.447 2.365 2.306 2.262 2.228 2.201 2.179 2.160 2.145"
-T_975 = [float(quantile) for quantile in f"{_QUANTILES} 2.131".split()]
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Average values, one per seed -> (mean, half of the 95 % t interval; nan with one seed)."""
-    if len(values) == 1:
-        return float(values[0]), math.nan
-    error = float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    return float(np.mean(values)), T_975[min(len(values) - 1, 15) - 1] * error
 
 
 def percent(arrays: list[np.ndarray], sign: str = "") -> str:

@@ -1,6 +1,7 @@
 """Two runs of eval.py on the same questions: paired differences with a significance test.
 
 python -m tools.compare RUN_A RUN_B      two folders of eval.py, or files like responses.jsonl
+python -m tools.compare A0,A1,A2 B0,B1,B2      the same two variants with several seeds each
 """
 
 import sys
@@ -55,8 +56,30 @@ def compare_runs(path_a, path_b) -> str:
     return f"A: {path_a}\nB: {path_b}\n{report.markdown(*lines)}"
 
 
+def over_seeds(a: list[str], b: list[str]) -> str:
+    """A Markdown table of two variants, run k of one beside run k of the other: one seed each.
+
+    The interval of the difference is Student's over the seeds.
+    """
+    if len(a) != len(b):
+        raise ValueError(f"{len(a)} runs beside {len(b)}: each seed needs a run of both variants")
+    pairs = [[report.counted(report.read_run(path)) for path in pair] for pair in zip(a, b)]
+    found = [compare(*pair) for pair in pairs]
+    lines = [["", "n", "A %", "B %", "B - A", "tokens an answer, A", "B"]]
+    for number, (pair, c) in enumerate(zip(pairs, found)):
+        lengths = [f"{np.mean([row['length'] for row in rows]):.1f}" for rows in pair]
+        shares = [report.percent(c[which]) for which in "ab"]
+        change = f"{100 * c['difference']:+.1f} ({100 * c['low']:+.1f} to {100 * c['high']:+.1f})"
+        lines.append([f"pair {number}", c["n"], *shares, change, *lengths])
+    mean, half = report.interval([100 * c["difference"] for c in found])
+    shares = [report.percent(np.mean([c[which] for c in found])) for which in "ab"]
+    lines.append(["mean (95 % t over pairs)", "", *shares, f"{mean:+.1f} ± {half:.1f}", "", ""])
+    return report.markdown(*lines)
+
+
 if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit("usage: python -m tools.compare RUN_A RUN_B")
+    runs = [word.split(",") for word in sys.argv[1:]]
     with run.for_people():
-        print(compare_runs(*sys.argv[1:]))
+        print(compare_runs(*sys.argv[1:]) if max(map(len, runs)) == 1 else over_seeds(*runs))
