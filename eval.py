@@ -23,14 +23,14 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import model
-import reward
 import toy
 from benchmarks import judge, rules
 from benchmarks.report import bench_report, bench_tables, counted, grouped, summarize, table
+from benchmarks.validate import answer
 from nano import data, packing, run
 from nano.device import compute_dtype
 from nano.http_engine import HTTPEngine
-from nano.rollout import Sample, TorchEngine
+from nano.rollout import TorchEngine
 
 
 @dataclass
@@ -77,7 +77,6 @@ RECIPES = {
 }
 TOY_MODELS = {"toy:base": "base", "toy:ci": "CI (cold start)", "toy:rl": "Vision-R1 (PTST)"}
 DRAWS = 5  # the paper's evaluation: one answer, and up to four more while </answer> is missing
-DROPPED = ("bench", "tags", "query", "query_cot")  # of a record's meta: found elsewhere in the row
 
 
 def check(config: Config):
@@ -125,23 +124,6 @@ def questions(config: Config, processor) -> list[data.Record]:
     if not records:
         raise ValueError(f"{config.bench or config.data}: no usable problem in it")
     return records
-
-
-def answer(record: data.Record, number: int, sample: Sample) -> dict:
-    """A line of responses.jsonl: the text of the answer, its verdicts, and why."""
-    score = reward.score(sample.text, record.answer, record.choices, sample.finish == "length")
-    row = dict(id=record.id, sample=number, source=record.source, problem=record.problem)
-    row |= dict(choices=record.choices, completion=sample.text, answer=record.answer)
-    row |= dict(given=score.answer, right=score.correct and score.format_ok, why=score.why)
-    row |= dict(format_ok=score.format_ok, length=sample.length, finish=sample.finish)
-    if bench := record.meta.get("bench"):
-        strict, fork = rules.Verdict(False, score.why), rules.fork(bench, sample.text, record)
-        if score.format_ok:
-            strict = rules.official(bench, score.answer, record)
-        meta = {k: v for k, v in record.meta.items() if k not in DROPPED}
-        row |= dict(bench=bench, tags=record.meta["tags"], meta=meta, training_right=row["right"])
-        row |= strict._asdict() | {f"fork_{k}": v for k, v in fork._asdict().items()}
-    return row
 
 
 def ask(engine, encode, config: Config, records, number: dict[str, int]) -> list[dict]:

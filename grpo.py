@@ -26,9 +26,11 @@ import model
 import ptst
 import reward
 import toy
+from benchmarks.validate import validate
 from nano import budget, data, packing, run
 from nano.device import compute_dtype
 from nano.rollout import Sample, TorchEngine
+from nano.steps import split
 
 # PTST (Eq. 2): (max_len, group_size, steps) of each stage. Think short and try often, then longer.
 STAGES = [(4096, 16, 100), (8192, 8, 100)]
@@ -44,6 +46,8 @@ class Config:
     out: str = ""  # folder of the run; "" = named after model and data
     model: str = ""  # where RL starts: a Hugging Face folder or hub name, or toy:NAME
     data: str = "Osilly/Vision-R1-rl"  # problems, any format of nano/data.py, or toy:NAME
+    eval_data: str = ""  # problems for validation, before the first step and every eval_every
+    holdout: int = 0  # without eval_data: so many problems of `data` are held out for it
     strict: bool = False  # stop at the first bad record instead of reporting it
     seed: int = 0
     # Sec. 3.4
@@ -85,6 +89,10 @@ class Config:
     preflight: bool = True  # first print what the memory will hold, and try the longest step
     force: bool = False  # start although the memory on paper is more than the GPU has
     # the run
+    eval_every: int = 20  # steps; and before the first and after the last one
+    eval_temperature: str = "0.6"  # the paper's; several with commas, 0 = greedy: 0.6,0
+    eval_top_p: float = 0.95  # the paper's evaluation
+    keep_best: bool = False  # save the checkpoint with the best eval_accuracy, and never remove it
     save_every: int = 5  # steps; the last one is always saved
     keep: int = 20  # checkpoints
     resume: bool = True  # --no_resume starts over
@@ -97,7 +105,8 @@ class Config:
 HOW_ONLY = (
     *("stages", "strict", "max_rows", "vllm_memory", "vllm_tp", "micro_tokens", "compile"),
     *("activation_checkpointing", "offload", "shard_size", "preflight", "save_every", "keep"),
-    *("force", "sample_questions", "wandb", "tensorboard"),
+    *("force", "sample_questions", "wandb", "tensorboard", "eval_data", "eval_every"),
+    *("eval_temperature", "eval_top_p", "keep_best"),
 )
 
 SYSTEM_PROMPT = (  # ours, in the manner of R1-Zero's
@@ -114,6 +123,7 @@ LARGER = [(4096, 16, 100), (8192, 8, 200)]  # 32B, 72B: 20K more problems in the
 TOY = dict(model="toy:ci", data="toy:rl-problems", stages=[(96, 16, 60), (192, 8, 60)], questions=8)
 TOY |= dict(minibatches=1, lr=3e-5, warmup_steps=5, freeze_vision=True, max_prompt_len=2048)
 TOY |= dict(micro_tokens=16384, activation_checkpointing=False, save_every=20, keep=2)
+TOY |= dict(eval_temperature="1,0", eval_top_p=1.0)
 
 RECIPES = {
     "toy": TOY,
@@ -276,6 +286,8 @@ def check(config: Config, world: int):
         raise ValueError(
             "--top_p below 1: vLLM's log-probabilities would be those of the cut distribution"
         )
+    if config.keep_best and not (config.eval_data or config.holdout):
+        raise ValueError("--keep_best needs --eval_data or --holdout")
 
 
 def check_schedule(before: dict, stages: list[ptst.Stage], start: int, config: Config):
@@ -377,16 +389,23 @@ LINE = (
 )
 
 
-def load_questions(config: Config, processor) -> list[data.Record]:
-    """The usable records of --data. What is wrong with the others is said and counted."""
-    records, problems = data.read(config.data, strict=config.strict)
-    limit = config.max_prompt_len
-    records = packing.usable(records, processor, limit, problems, config.system_prompt)
-    if problems:
-        run.say(problems.summary())
-    if not records:
-        raise ValueError(f"{config.data}: no usable problem in it")
-    return records
+def load_questions(config: Config, processor) -> tuple[list[data.Record], list[data.Record]]:
+    """-> the usable records of --data, and those of validation, which are never trained on.
+
+    What is wrong with the others is said and counted.
+    """
+    found = []
+    for path in filter(None, (config.data, config.eval_data)):
+        records, problems = data.read(path, strict=config.strict)
+        limit = config.max_prompt_len
+        found.append(packing.usable(records, processor, limit, problems, config.system_prompt))
+        if problems:
+            run.say(problems.summary())
+        if not found[-1]:
+            raise ValueError(f"{path}: no usable problem in it")
+    if config.eval_data:
+        return found[0], found[1]
+    return split(found[0], config.holdout, config.seed)
 
 
 def load_models(config: Config, device):
@@ -429,7 +448,7 @@ def main(config: Config):
     # ---- data and models
     processor = packing.Processor(config.model)
     with run.for_people():
-        records = load_questions(config, processor)
+        records, held = load_questions(config, processor)
     policy, reference, optimizer = load_models(config, device)
     width = policy.hf.config.get_text_config().hidden_size
     engine = make_engine(config, policy, processor, stages, device)
@@ -441,15 +460,19 @@ def main(config: Config):
     start = run.load_checkpoint(out, policy, optimizer)
     with run.for_people():
         check_schedule(before, stages, start, config)
-    log = run.Log(out, config, start)
+    log = run.Log(out, config, start or -1)  # the validation before step 1 is step 0
     resumed = f"; resumed after step {start}" if start else ""
     run.say(f"recipe {config.recipe or 'none'}: {len(records)} questions, stages {config.stages}")
     run.say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
     run.say(ptst.budget_note(stages))
+    encode = partial(packing.encode, processor=processor, system_prompt=config.system_prompt)
+    exam = partial(validate, engine, policy, encode, held, config, stages)
+    if held and not start:
+        log.write(dict(step=0, **exam(0)))
 
     for step in tqdm(range(start, total), initial=start, total=total, disable=rank > 0 or None):
         stage_number, stage = ptst.stage_at(stages, step)  # Eq. 2: L and G of this step
-        timer = run.Timer("rollout", "reward", "logprob", "update")
+        timer = run.Timer("rollout", "reward", "logprob", "update", "eval")
         optimizer.param_groups[0]["lr"] = learning_rate(step, config)
 
         # 1. Questions, each rank its share, and 2. rollouts: G answers to each, at most L tokens.
@@ -506,17 +529,23 @@ def main(config: Config):
                 optimizer.step()
                 optimizer.zero_grad()
 
-        # 8. What happened.
+        # 8. What happened, and now and then what the held-out problems say.
         row = dict(step=step + 1, stage=stage_number, lr=learning_rate(step, config))
         row |= dict(max_len=stage.max_len, group_size=stage.group_size)
-        row |= stats.row(groups) | timer.row() | dict(mem_peak=run.peak_memory())
+        row |= stats.row(groups)
+        look = (step + 1) % config.eval_every == 0 or step + 1 == total
+        if look and held:
+            with timer("eval"):
+                row |= exam(step + 1)
+        row |= timer.row() | dict(mem_peak=run.peak_memory())
         log.write(row)
         shown = chain(*groups[: config.sample_questions])
         at = dict(step=step + 1, max_len=stage.max_len)
         log.write_samples([at | sample.row() for sample in shown])
         run.say(LINE.format(total=total, **row))
-        if (step + 1) % config.save_every == 0 or step + 1 == total:
-            run.save_checkpoint(out, step + 1, policy, optimizer, config.keep)
+        best = run.best_step(out) if config.keep_best else 0
+        if step + 1 in (total, best) or (step + 1) % config.save_every == 0:
+            run.save_checkpoint(out, step + 1, policy, optimizer, config.keep, best)
 
     model.export(policy, processor, out / "final")
     ended = "nothing left to do" if start == total else "done"

@@ -455,8 +455,21 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((Path(out) / "checkpoints").glob("step-*"))
 
 
-def save_checkpoint(out: Path, step: int, policy, optimizer, keep: int):
+def best_step(out: Path) -> int:
+    """The step of training with the best eval_accuracy, 0 before there is one (a collective)."""
+
+    def read():
+        rows = map(json.loads, open(Path(out) / "log.jsonl"))
+        found = [(row["eval_accuracy"], -row["step"]) for row in rows if "eval_accuracy" in row]
+        found = [pair for pair in found if pair[1]]  # step 0 has no checkpoint
+        return -max(found, default=(0, 0))[1]
+
+    return on_main_first(read)
+
+
+def save_checkpoint(out: Path, step: int, policy, optimizer, keep: int, best: int = 0):
     """Saves weights and optimizer. Written aside, then renamed: a checkpoint is never half there.
+    The newest `keep` stay, and that of step `best`.
 
     Nothing else is needed to go on: every draw follows from the seed and the step.
     """
@@ -473,7 +486,8 @@ def save_checkpoint(out: Path, step: int, policy, optimizer, keep: int):
         shutil.rmtree(final, ignore_errors=True)
         aside.rename(final)
         for old in checkpoints(out)[:-keep]:
-            shutil.rmtree(old)
+            if old.name != f"step-{best:06d}":
+                shutil.rmtree(old)
     dist.barrier()
 
 

@@ -60,6 +60,15 @@ def hold_out(pictures: list[set], count: int, seed: int) -> list[bool]:
     return [i in drawn or not seen.isdisjoint(own) for i, own in enumerate(pictures)]
 
 
+def split(records: list[data.Record], count: int, seed: int) -> tuple[list, list]:
+    """-> the records to train on, and `count` held out with all that share a picture with them."""
+    held = hold_out([{hash(image) for image in r.images} for r in records], count, seed)
+    if all(held):
+        raise ValueError(f"--holdout {count} leaves none of {len(held)} records")
+    parts = [[r for r, out in zip(records, held) if out == wanted] for wanted in (False, True)]
+    return parts[0], parts[1]
+
+
 def kind(processor):
     """The module that makes prompts and batches for this processor."""
     return generic if isinstance(processor, generic.Processor) else packing

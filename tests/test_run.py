@@ -173,9 +173,9 @@ def test_a_changed_setting_is_refused_unless_it_only_says_how(stage, name, tmp_p
 
 
 METHOD = {  # a change of these changes the numbers
-    grpo: "model data seed questions minibatches epochs system_prompt format_weight clip_eps "
-    "clip_eps_high kl_coef std_norm loss_mean drop_zero_var tis temperature top_p max_prompt_len "
-    "engine lr warmup_steps weight_decay max_grad_norm freeze_vision",
+    grpo: "model data holdout seed questions minibatches epochs system_prompt format_weight "
+    "clip_eps clip_eps_high kl_coef std_norm loss_mean drop_zero_var tis temperature top_p "
+    "max_prompt_len engine lr warmup_steps weight_decay max_grad_norm freeze_vision",
     sft: "model data holdout seed drop_chains system_prompt cutoff epochs batch_size lr "
     "warmup_ratio weight_decay max_grad_norm freeze_vision",
     evaluation: "model data seed temperature top_p max_len samples system_prompt",
