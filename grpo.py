@@ -29,6 +29,7 @@ import toy
 from benchmarks.validate import validate
 from nano import budget, data, packing, run
 from nano.device import compute_dtype
+from nano.health import Health
 from nano.rollout import Sample, TorchEngine
 from nano.steps import split
 
@@ -466,6 +467,7 @@ def main(config: Config):
     run.say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
     run.say(ptst.budget_note(stages))
     encode = partial(packing.encode, processor=processor, system_prompt=config.system_prompt)
+    health = Health(out, total, config.questions)
     exam = partial(validate, engine, policy, encode, held, config, stages)
     if held and not start:
         log.write(dict(step=0, **exam(0)))
@@ -538,11 +540,14 @@ def main(config: Config):
             with timer("eval"):
                 row |= exam(step + 1)
         row |= timer.row() | dict(mem_peak=run.peak_memory())
+        row["tokens_per_s"] = row["tokens"] / row["t_total"]
         log.write(row)
-        shown = chain(*groups[: config.sample_questions])
+        shown = list(chain(*groups[: config.sample_questions]))
         at = dict(step=step + 1, max_len=stage.max_len)
         log.write_samples([at | sample.row() for sample in shown])
-        run.say(LINE.format(total=total, **row))
+        if look:
+            log.show(shown, step + 1)
+        run.say("\n".join([LINE.format(total=total, **row), *health.see(row)]))
         best = run.best_step(out) if config.keep_best else 0
         if step + 1 in (total, best) or (step + 1) % config.save_every == 0:
             run.save_checkpoint(out, step + 1, policy, optimizer, config.keep, best)

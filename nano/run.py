@@ -8,7 +8,6 @@ last word.
 import dataclasses
 import difflib
 import fcntl
-import importlib
 import json
 import os
 import shlex
@@ -30,6 +29,8 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
+
+from nano.trackers import TensorBoard, WandB
 
 # Minutes after which a rank that does not take part counts as lost: in a collective, and where the
 # ranks meet after work of very different length (sampling, downloads). Ours.
@@ -330,7 +331,7 @@ class Log:
 
     def __init__(self, out: Path, config, after_step: int = 0):
         """What an earlier try of the run wrote past `after_step` is cut off."""
-        self.out, self.file, self.sinks = Path(out), None, []
+        self.out, self.file, self.trackers = Path(out), None, []
         if not is_main():
             return
         settings = dataclasses.asdict(config)
@@ -340,14 +341,9 @@ class Log:
         for name in ("log.jsonl", "samples.jsonl"):
             cut_after_step(self.out / name, after_step)
         self.file = open(self.out / "log.jsonl", "a")
-        if getattr(config, "wandb", False):
-            wandb = optional("wandb", "wandb")
-            wandb.init(project="nano-vision-r1", name=self.out.name, config=settings)
-            self.sinks.append(wandb.log)
-        if getattr(config, "tensorboard", False):
-            module = optional("torch.utils.tensorboard", "tensorboard")
-            writer = module.SummaryWriter(str(self.out / "tensorboard"))
-            self.sinks.append(partial(to_tensorboard, writer))
+        for name, tracker in dict(wandb=WandB, tensorboard=TensorBoard).items():
+            if settings.get(name):
+                self.trackers.append(tracker(self.out, settings))
 
     def write(self, row: dict):
         """Writes one JSON line. Floats keep 6 significant digits; NaN (no wrong answer whose length
@@ -358,27 +354,18 @@ class Log:
         line = {k: None if v != v else v for k, v in row.items()}
         self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        for sink in self.sinks:
-            sink(row, step=row["step"])
+        for tracker in self.trackers:
+            tracker.numbers(row, row["step"])
 
     def write_samples(self, rows: list[dict]):
         if self.file is not None and rows:
             with open(self.out / "samples.jsonl", "a") as f:
                 f.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
-
-def to_tensorboard(writer, row: dict, step: int):
-    for key, value in row.items():
-        if isinstance(value, (int, float)) and value == value:
-            writer.add_scalar(key, value, step)
-
-
-def optional(module: str, package: str):
-    """Imports what only a flag asks for."""
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise SystemExit(f"--{package} needs a package: pip install {package}") from error
+    def show(self, samples: list, step: int):
+        """Some rollouts go to the trackers, with pictures."""
+        for tracker in self.trackers:
+            tracker.rollouts(samples, step)
 
 
 def cut_after_step(path: Path, step: int):

@@ -93,7 +93,8 @@ def problem_file(tmp_path_factory):
 # runs
 
 
-TIMES = ("t_rollout", "t_reward", "t_logprob", "t_update", "t_eval", "t_total", "mem_peak")
+TIMES = ("t_rollout", "t_reward", "t_logprob", "t_update", "t_eval", "t_total")
+TIMES += ("mem_peak", "tokens_per_s")
 SMALL = dict(recipe="toy-zero", model=ROOT / "toy" / "base", stages="16x8x3,24x4x3", questions=8)
 SMALL |= dict(lr=1e-4, save_every=2, seed=1, sample_questions=2)
 
