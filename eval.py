@@ -27,7 +27,7 @@ import toy
 from benchmarks import judge, rules
 from benchmarks.report import bench_report, bench_tables, counted, grouped, summarize, table
 from benchmarks.validate import answer
-from nano import data, packing, run
+from nano import asking, data, packing, run
 from nano.device import compute_dtype
 from nano.http_engine import HTTPEngine
 from nano.rollout import TorchEngine
@@ -52,6 +52,10 @@ class Config:
     samples: int = 1  # answers per question
     max_prompt_len: int = 8192  # a longer prompt is left out
     system_prompt: str = ""
+    prefill: str = ""  # the prompt ends in it, the completion begins with it, e.g. <think>
+    min_pixels: int = 0  # a smaller picture is enlarged; 0 = as the checkpoint says
+    max_pixels: int = 0  # a larger one is made smaller; 0 = as the checkpoint says
+    as_trained: bool = True  # what is not given of these four is as it was in training
     judge_url: str = ""  # of a server for what the rules leave undecided
     judge_model: str = "gpt-4o-mini"  # the paper's
     # memory and speed
@@ -92,13 +96,15 @@ def check(config: Config):
 def make_engine(config: Config, device):
     """(engine, processor); a server needs no processor here."""
     if config.engine == "http":
-        return HTTPEngine(config.url, config.model, config.system_prompt), None
+        return HTTPEngine(config.url, config.model, **asking.settings(config)), None
+    processor = packing.Processor(config.model, **asking.settings(config))
+    run.say(str(processor))
     if config.engine == "torch":
-        policy, processor = model.load(config.model, device, compute_dtype(device))
+        policy, _ = model.load(config.model, device, compute_dtype(device))
         return TorchEngine(policy, processor, config.max_rows), processor
     from nano.vllm_engine import VLLMEngine
 
-    processor, longest = packing.Processor(config.model), config.max_prompt_len + config.max_len
+    longest = config.max_prompt_len + config.max_len
     settings = dict(memory=config.vllm_memory, tp=config.vllm_tp, max_num_seqs=config.max_rows)
     settings["may_sleep"] = False
     return VLLMEngine(config.model, processor, longest, device, **settings), processor
@@ -117,8 +123,7 @@ def questions(config: Config, processor) -> list[data.Record]:
         problems += wrong
         run.say(f"{name}: {len(some):,} of {rules.BENCHMARKS[name].full:,} questions are there")
     if processor:  # A server knows itself what is too long.
-        asked = (config.max_prompt_len, problems, config.system_prompt)
-        records = packing.usable(records, processor, *asked)
+        records = packing.usable(records, processor, config.max_prompt_len, problems)
     if problems:
         run.say(problems.summary())
     if not records:
@@ -170,13 +175,17 @@ def read_responses(path: Path) -> list[dict]:
 def evaluate(config: Config, device) -> dict:
     """One model's report: {"all": summary, source: summary, ...} or {benchmark: ...}."""
     rank, world, out = dist.get_rank(), dist.get_world_size(), Path(config.out)
+    for name, value in asking.in_training(config.model).items():
+        if config.as_trained and value and not getattr(config, name):
+            run.say(f"as in training (--no_as_trained to leave it): --{name} {value!r}")
+            setattr(config, name, value)
     run.claim(config, HOW_ONLY)
     log, responses = run.Log(out, config, after_step=10**9), out / "responses.jsonl"
     done = run.on_main_first(lambda: read_responses(responses))
     with run.for_people():
         engine, processor = make_engine(config, device)
         records = questions(config, processor)
-    encode = partial(packing.encode, processor=processor, system_prompt=config.system_prompt)
+    encode = partial(packing.encode, processor=processor)
     encode = encode if processor else engine.prompt
     order = {r.id: i for i, r in enumerate(records)}
     # With --bench a question's seed is its own, whatever else is asked.

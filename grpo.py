@@ -27,7 +27,7 @@ import ptst
 import reward
 import toy
 from benchmarks.validate import validate
-from nano import budget, data, packing, run
+from nano import asking, budget, data, packing, run
 from nano.device import compute_dtype
 from nano.health import Health
 from nano.rollout import Sample, TorchEngine
@@ -57,6 +57,9 @@ class Config:
     minibatches: int = 4  # optimizer steps per rollout batch
     epochs: int = 1  # times that a rollout batch is gone through
     system_prompt: str = ""  # none after the cold start; Zero has one
+    prefill: str = ""  # the prompt ends in it, the completion begins with it, e.g. <think>
+    min_pixels: int = 0  # a smaller picture is enlarged; 0 = as the checkpoint says
+    max_pixels: int = 0  # a larger one is made smaller; 0 = as the checkpoint says
     format_weight: float = 0.0  # 0 = all or nothing (HFRRF); 1 = Zero's format + result, 1:1
     # Eq. 1
     clip_eps: float = 0.2
@@ -252,7 +255,7 @@ class Questions:
     def prompt(self, step: int, number: int) -> packing.Prompt:
         """The question as the model reads it; a frozen vision tower sees its image once a step."""
         record = self.record(step, number)
-        prompt = packing.encode(record, self.processor, self.config.system_prompt)
+        prompt = packing.encode(record, self.processor)
         prompt.number = number
         if self.config.freeze_vision:
             model.encode_once(self.policy, [prompt], self.device)
@@ -304,7 +307,7 @@ def check_schedule(before: dict, stages: list[ptst.Stage], start: int, config: C
 def preflight(config, stages, questions, policy, reference, engine, optimizer, device):
     """Memory on paper, then one step at the greatest length: too little of it shows now."""
     longest_record = max(questions.records, key=lambda record: record.prompt_tokens)
-    prompt = packing.encode(longest_record, questions.processor, config.system_prompt)
+    prompt = packing.encode(longest_record, questions.processor)
     longest = len(prompt.ids) + max(stage.max_len for stage in stages)
     samples = config.questions * max(stage.group_size for stage in stages) // dist.get_world_size()
     copies = max(1, min(config.micro_tokens // longest, samples))
@@ -398,8 +401,7 @@ def load_questions(config: Config, processor) -> tuple[list[data.Record], list[d
     found = []
     for path in filter(None, (config.data, config.eval_data)):
         records, problems = data.read(path, strict=config.strict)
-        limit = config.max_prompt_len
-        found.append(packing.usable(records, processor, limit, problems, config.system_prompt))
+        found.append(packing.usable(records, processor, config.max_prompt_len, problems))
         if problems:
             run.say(problems.summary())
         if not found[-1]:
@@ -447,8 +449,8 @@ def main(config: Config):
     before = run.claim(config, HOW_ONLY)
 
     # ---- data and models
-    processor = packing.Processor(config.model)
     with run.for_people():
+        processor = packing.Processor(config.model, **asking.settings(config))
         records, held = load_questions(config, processor)
     policy, reference, optimizer = load_models(config, device)
     width = policy.hf.config.get_text_config().hidden_size
@@ -465,8 +467,9 @@ def main(config: Config):
     resumed = f"; resumed after step {start}" if start else ""
     run.say(f"recipe {config.recipe or 'none'}: {len(records)} questions, stages {config.stages}")
     run.say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
+    run.say(str(processor))
     run.say(ptst.budget_note(stages))
-    encode = partial(packing.encode, processor=processor, system_prompt=config.system_prompt)
+    encode = partial(packing.encode, processor=processor)
     health = Health(out, total, config.questions)
     exam = partial(validate, engine, policy, encode, held, config, stages)
     if held and not start:

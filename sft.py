@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 import model
 import toy
-from nano import budget, data, generic, run
+from nano import asking, budget, data, generic, run
 from nano.steps import Steps, ahead, batches, encode, kind, shelve
 
 
@@ -42,6 +42,9 @@ class Config:
     # the task
     drop_chains: bool = False  # answers without chains, for Zero+SFT+PTST (Table 6)
     system_prompt: str = ""
+    prefill: str = ""  # the prompt ends in it, and the response must begin with it
+    min_pixels: int = 0  # a smaller picture is enlarged; 0 means as the checkpoint says
+    max_pixels: int = 0  # a larger one is made smaller; 0 means as the checkpoint says
     cutoff: int = 16384  # tokens; a longer sequence is reported and left out (released config)
     # optimization
     epochs: int = 2  # Sec. 4.1
@@ -184,7 +187,7 @@ def main(config: Config):
         policy = model.load_sharded(
             config.model, device, wrap=library.wrap, freeze_vision=config.freeze_vision, **knobs
         )
-        processor = library.Processor(config.model)
+        processor = library.Processor(config.model, **asking.settings(config))
     shape = budget.shape(policy.hf.config) if packable else None
     trained = [p for p in policy.parameters() if p.requires_grad]
     decay = config.weight_decay
@@ -201,7 +204,7 @@ def main(config: Config):
     run.say(
         f"recipe {config.recipe or '(none)'}: {len(spans)} records, {len(held_spans)} held out; "
         f"{config.epochs} epochs of {steps.per_epoch} steps\n"
-        f"{world} rank(s) on {device.type}; out {out}{resumed}"
+        f"{world} rank(s) on {device.type}; out {out}{resumed}\n{processor}"
     )
 
     # ---- training

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-from nano import packing
+from nano.asking import Asking
 from nano.data import BadRow, Record, load_image
 from nano.logprobs import likeliest, token_logprobs
 
@@ -47,26 +47,29 @@ def refusal(hf) -> str:
     return f"its checkpoint holds more than weights: {min(buffers)}" if buffers else ""
 
 
-class Processor:
+class Processor(Asking):
     """The model's own processor, around a tokenizer and an image processor without torchvision."""
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, **how):
         local = Path(path).is_dir()
         self.folder = Path(path if local else snapshot_download(path, allow_patterns=FILES))
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.image_processor = AutoImageProcessor.from_pretrained(self.folder, backend="pil")
         kind = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(self.folder))]
         settings, _ = kind.get_processor_dict(self.folder)
-        settings |= vars(self) | {"video_processor": None}
+        parts = dict(tokenizer=self.tokenizer, image_processor=self.image_processor)
+        settings |= parts | {"video_processor": None}
         # Only videos need torchvision. transformers would refuse to be without their processor.
         kind = type(kind.__name__, (kind,), {"check_argument_for_proper_class": lambda *_: None})
         self.whole = kind.from_args_and_dict([], {}, **settings)
         self.tokenizer.chat_template = self.tokenizer.chat_template or self.whole.chat_template
-        if not self.tokenizer.chat_template:
-            raise ValueError(f"{path}: no chat template; take the family's instruct model")
         # Gemma's tokenizer names another image token than its processor.
         names = {self.whole.image_token, getattr(self.tokenizer, "image_token", None)}
         self.image_marks = names - {None}
+        self.set_up(self.image_marks, **how)
+        self.whole.image_processor = self.image_processor
+        if not self.chat:
+            raise ValueError(f"{path}: no chat template; take the family's instruct model")
         self.eos_ids = [self.tokenizer.eos_token_id]
 
     def banned_ids(self, vocab_size: int) -> torch.Tensor:
@@ -77,6 +80,7 @@ class Processor:
         for file in {file for pattern in FILES for file in self.folder.glob(pattern)}:
             if file.name != "config.json" and not file.name.endswith(".index.json"):
                 shutil.copyfile(file, Path(path) / file.name)
+        self.save_asked(path)
 
 
 class Prompt(NamedTuple):
@@ -88,25 +92,25 @@ class Prompt(NamedTuple):
     inputs: dict[str, torch.Tensor]  # of the model's own processor; per token (1, P or more, ...)
 
 
-def prompt_text(record: Record, processor: Processor, system_prompt: str = "") -> str:
-    text = packing.prompt_text(record, processor.tokenizer, system_prompt)
+def prompt_text(record: Record, processor: Processor) -> str:
+    text = processor.text(record)
     found, images = sum(map(text.count, processor.image_marks)), len(record.images)
     if found != images:
         raise BadRow("image marks", f"{found} image tokens in the text, {images} images")
     return text
 
 
-def prompt_length(record: Record, processor: Processor, system_prompt: str = "") -> int:
+def prompt_length(record: Record, processor: Processor) -> int:
     """Tokens of the text alone, which is enough to give ranks similar work."""
-    text = prompt_text(record, processor, system_prompt)
+    text = prompt_text(record, processor)
     return len(processor.tokenizer(text, add_special_tokens=False).input_ids)
 
 
-def encode(record: Record, processor: Processor, system_prompt: str = "") -> Prompt:
-    text, length = prompt_text(record, processor, system_prompt), None
+def encode(record: Record, processor: Processor) -> Prompt:
+    text, length = prompt_text(record, processor), None
     images = [load_image(image) for image in record.images]
     if not images:
-        length = prompt_length(record, processor, system_prompt)
+        length = prompt_length(record, processor)
         text, images = text + processor.whole.image_token, [Image.new("RGB", (56, 56))]
     options = dict(add_special_tokens=False, return_tensors="pt")
     inputs = dict(processor.whole(text=[text], images=[images], **options))

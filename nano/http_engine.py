@@ -25,6 +25,7 @@ WAITS = (0, 1, 2, 4, 8, 16, 32, 60)  # seconds before each try
 PATIENCE = 30.0  # seconds until we ask if the server is alive
 AGAIN = "Start it again and repeat the command: answered questions are kept."
 TOO_LONG = "Too long for the server? Lower --max_len or give it more context."
+TOO_LONG += " Few servers go on with a --prefill: vLLM and SGLang do."
 HINTS = {"bad request": TOO_LONG, "context overflow": TOO_LONG}
 HINTS["wrong key"] = "Set EVAL_API_KEY to a key that it takes."
 HINTS["unknown model"] = "The URL goes up to and with /v1, its /models must list the model."
@@ -33,13 +34,24 @@ HINTS["unknown model"] = "The URL goes up to and with /v1, its /models must list
 class HTTPEngine(Client):
     """Asks the servers at `urls`: rank r the r-th of them, modulo their number."""
 
-    def __init__(self, urls: str, model_name: str, system_prompt: str = ""):
+    def __init__(
+        self, urls: str, model_name: str, system_prompt="", prefill="", min_pixels=0, max_pixels=0
+    ):
         servers = [url.strip().rstrip("/") for url in urls.split(",")]
         if not all(re.match("https?://", url) for url in servers):
             raise SystemExit(f"error: --url {urls!r}: it must look like http://HOST:8000/v1")
         super().__init__(servers[dist.get_rank() % len(servers)], "EVAL_API_KEY")
         self.model_name = model_name
         self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        # What the server must be told beside the messages; vLLM and SGLang know these words.
+        self.prefill, self.more = [], {}
+        if prefill:
+            self.prefill = [{"role": "assistant", "content": prefill}]
+            self.more = {"continue_final_message": True, "add_generation_prompt": False}
+        pixels = dict(min_pixels=min_pixels, max_pixels=max_pixels)
+        if pixels := {name: n for name, n in pixels.items() if n}:
+            self.more["mm_processor_kwargs"] = pixels
+        self.opening = prefill[max(0, prefill.find("<think>")) :]
 
     def prompt(self, record: Record) -> Prompt:
         """What generate takes: the server makes tokens and pixels."""
@@ -62,13 +74,15 @@ class HTTPEngine(Client):
         """One answer. A passing trouble is waited out, another ends the run."""
         async with gate:
             body = {"model": self.model_name, "messages": self.messages(prompt.record), **settings}
+            body |= self.more
             body["seed"] = int(np.random.SeedSequence(seed).generate_state(1)[0] >> 1)  # 31 bits
             for wait in WAITS:
                 await asyncio.sleep(wait)
                 kind, reply = await self.patiently(json.dumps(body).encode())
                 if kind == "ok" and reply["finish"] != "abort":
                     finish = "length" if reply["finish"] == "length" else "stop"
-                    return Sample(prompt, [], [], finish, reply["text"], reply["out"])
+                    text = self.opening + reply["text"]
+                    return Sample(prompt, [], [], finish, text, reply["out"])
                 if kind not in ("ok", "busy or down", "failed"):
                     break
         who = f"{self.url}, model {self.model_name!r}, question {prompt.record.id}"
@@ -79,7 +93,7 @@ class HTTPEngine(Client):
         pictures, content = map(picture, record.images), []
         for part in filter(None, re.split(f"({MARK})", record.problem)):
             content.append(next(pictures) if part == MARK else {"type": "text", "text": part})
-        return [*self.system, {"role": "user", "content": content}]
+        return [*self.system, {"role": "user", "content": content}, *self.prefill]
 
     async def patiently(self, body: bytes) -> tuple[str, dict | str]:
         """As attempt, but hours may pass, as long as the server is alive."""

@@ -5,7 +5,6 @@ of the image's grid, M-RoPE positions. `pack` lays prompts and responses one aft
 row, a `Batch`; its `Packing` says where each one lies. `balance` and `batches` share out the work.
 """
 
-import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
@@ -19,15 +18,19 @@ from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from nano import run
-from nano.data import MARK, BadRow, Problems, Record, load_image, opened
+from nano.asking import Asking
+from nano.data import BadRow, Problems, Record, load_image, opened
 
 VISION_TOKENS = "<|image_pad|> <|video_pad|> <|vision_start|> <|vision_end|> <|vision_pad|>".split()
 
 
-class Processor:
-    """Tokenizer, image processor (Pillow does the work) and the token ids that the code needs."""
+class Processor(Asking):
+    """Tokenizer, image processor (Pillow does the work) and the token ids that the code needs.
 
-    def __init__(self, path: str):
+    `how`: see Asking.set_up.
+    """
+
+    def __init__(self, path: str, **how):
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         if not hasattr(self.image_processor, "merge_size"):
@@ -38,6 +41,7 @@ class Processor:
         # A rollout ends at the turn marker of a chat model or at the text's end of a base model.
         ends = {self.tokenizer.eos_token_id, token("<|im_end|>"), token("<|endoftext|>")}
         self.eos_ids = sorted(ends - {None})
+        self.set_up({"<|image_pad|>"}, **how)
 
     def banned_ids(self, vocab_size: int) -> torch.Tensor:
         """Ids that a policy must never sample: vision markers, since there is no such image, and
@@ -46,8 +50,12 @@ class Processor:
         return torch.tensor(sorted(ids | set(range(len(self.tokenizer), vocab_size))))
 
     def save(self, path: str):
+        backend = self.tokenizer.backend_tokenizer
+        ours, backend.normalizer = backend.normalizer, self.normalizer
         self.tokenizer.save_pretrained(path)
-        self.image_processor.save_pretrained(path)
+        backend.normalizer = ours
+        self.released_images.save_pretrained(path)
+        self.save_asked(path)
 
 
 @dataclass(eq=False)
@@ -68,30 +76,12 @@ class Prompt:
         return int(self.position_ids.max()) + 1
 
 
-def prompt_text(record: Record, tokenizer, system_prompt: str = "") -> str:
-    """The chat template's own text, with one <|image_pad|> per image.
-
-    A base model without a template gets a plain dialogue (ours, after arXiv 2503.05132).
-    """
-    if not tokenizer.chat_template:
-        problem = record.problem.replace(MARK, "<|vision_start|><|image_pad|><|vision_end|>")
-        return f"{system_prompt}\n\nUser: {problem}\nAssistant:".lstrip()
-    content = []
-    for part in re.split(f"({MARK})", record.problem):
-        if part:
-            is_image = part == MARK
-            content.append({"type": "image"} if is_image else {"type": "text", "text": part})
-    messages = [{"role": "system", "content": system_prompt}] if system_prompt else []
-    messages.append({"role": "user", "content": content})
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-
-
-def prompt_ids(record: Record, processor, patches: list[int], system_prompt: str = "") -> list[int]:
+def prompt_ids(record: Record, processor, patches: list[int]) -> list[int]:
     """Token ids, each image mark expanded to patches / merge^2 tokens.
 
-    `patches`: of each image. Raises BadRow if the text itself holds image tokens.
+    `patches`: of each image. Raises BadRow if the template does not show each image once.
     """
-    text = prompt_text(record, processor.tokenizer, system_prompt)
+    text = processor.text(record)
     ids = processor.tokenizer(text, add_special_tokens=False).input_ids
     found, counts, out = ids.count(processor.image_token), iter(patches), []
     if found != len(record.images):
@@ -102,7 +92,7 @@ def prompt_ids(record: Record, processor, patches: list[int], system_prompt: str
     return out
 
 
-def prompt_length(record: Record, processor, system_prompt: str = "") -> int:
+def prompt_length(record: Record, processor) -> int:
     """Tokens of the prompt, from the headers of its images: nothing is decoded."""
     patches = []
     for image in record.images:
@@ -110,18 +100,18 @@ def prompt_length(record: Record, processor, system_prompt: str = "") -> int:
             turned = picture.getexif().get(0x0112, 1) > 4  # EXIF: stored lying on its side
             width, height = ImageOps.exif_transpose(picture).size if turned else picture.size
         patches.append(processor.image_processor.get_number_of_image_patches(height, width, {}))
-    return len(prompt_ids(record, processor, patches, system_prompt))
+    return len(prompt_ids(record, processor, patches))
 
 
 def usable(
-    records: list[Record], processor, max_prompt_len: int, problems: Problems, system_prompt=""
+    records: list[Record], processor, max_prompt_len: int, problems: Problems
 ) -> list[Record]:
     """The records whose prompt fits; the others are reported and left out, never cut."""
     kept = []
     hide_bar = True if len(records) < 5000 else None
     for record in tqdm(records, "prompt lengths", leave=False, disable=hide_bar):
         try:
-            length = record.prompt_tokens = prompt_length(record, processor, system_prompt)
+            length = record.prompt_tokens = prompt_length(record, processor)
             if length > max_prompt_len:
                 limit = f"the limit is {max_prompt_len} (--max-prompt-len)"
                 raise BadRow("prompt too long", f"{length} tokens, {limit}")
@@ -131,14 +121,14 @@ def usable(
     return kept
 
 
-def encode(record: Record, processor, system_prompt: str = "") -> Prompt:
+def encode(record: Record, processor) -> Prompt:
     """Record -> Prompt, its images decoded and cut into patches."""
     pixels, grid = None, torch.zeros(0, 3, dtype=torch.long)
     if record.images:
         images = [load_image(image) for image in record.images]
         out = processor.image_processor(images=images, return_tensors="pt")
         pixels, grid = out["pixel_values"], out["image_grid_thw"]
-    ids = prompt_ids(record, processor, grid.prod(-1).tolist(), system_prompt)
+    ids = prompt_ids(record, processor, grid.prod(-1).tolist())
     return Prompt(record, ids, mrope(ids, grid, processor), pixels, grid)
 
 

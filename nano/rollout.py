@@ -29,7 +29,7 @@ class Sample:
     ids: list[int]  # with the end token, if it was reached
     logprobs: list[float]  # of these ids, under the distribution that they were drawn from
     finish: str  # "stop": the model ended its turn; "length": cut at max_len
-    text: str  # without the end token
+    text: str  # from what the prompt holds of it (Asking.opening) to before the end token
     length: int = -1  # in tokens; a server tells it where the ids are not known
     score: object = None  # reward.Score: what was found in the text
     reward: float = 0.0
@@ -50,9 +50,9 @@ class Sample:
 
 
 def make_sample(prompt: Prompt, ids, logprobs, finish: str, processor: Processor) -> Sample:
-    """A Sample with its text."""
+    """A Sample with its text, to which what the prompt holds of it belongs."""
     text = processor.tokenizer.decode(ids if finish == "length" else ids[:-1])
-    return Sample(prompt, ids, logprobs, finish, text)
+    return Sample(prompt, ids, logprobs, finish, processor.opening + text)
 
 
 class KVCache:

@@ -79,6 +79,7 @@ def response_ids(record: data.Record, processor, drop_chains: bool) -> list[int]
     text, tokenizer = record.response, processor.tokenizer
     if drop_chains:
         text = re.sub(r"<think>.*</think>\s*", "", text, flags=re.S)
+    text = processor.plain(processor.rest(text))
     return tokenizer(text, add_special_tokens=False).input_ids + [tokenizer.eos_token_id]
 
 
@@ -87,7 +88,7 @@ def encode(records: list, processor, config, problems: data.Problems) -> list[tu
     sequences = []
     for record in records:
         try:
-            prompt = kind(processor).encode(record, processor, config.system_prompt)
+            prompt = kind(processor).encode(record, processor)
             ids = response_ids(record, processor, config.drop_chains)
             tokens = len(prompt.ids) + len(ids)
             if tokens > config.cutoff:
@@ -136,7 +137,7 @@ class Steps(Dataset):
         """The work of a sequence, known without its images; 0 for one that will be left out."""
         config, processor = self.config, self.processor
         try:
-            tokens = kind(processor).prompt_length(record, processor, config.system_prompt)
+            tokens = kind(processor).prompt_length(record, processor)
             tokens += len(response_ids(record, processor, config.drop_chains))
             return packing.work(tokens, self.width)
         except ValueError:

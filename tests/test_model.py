@@ -183,7 +183,7 @@ def test_image_tokens_come_from_the_grid_and_lengths_from_the_header(loaded, rea
 
 def test_hostile_and_overlong_prompts_are_reported_and_never_cut(loaded, pictures):
     _, processor = loaded
-    pictures[0].problem += " <|image_pad|>"
+    pictures[0].images *= 2
     problems = data.Problems()
     kept = packing.usable(pictures, processor, 34, problems)
     kinds = {p.id: p.kind for p in problems}
@@ -195,7 +195,8 @@ def test_a_base_model_without_a_chat_template(loaded, pictures):
     processor = copy.copy(loaded[1])
     processor.tokenizer = copy.deepcopy(processor.tokenizer)
     processor.tokenizer.chat_template = None
-    text = packing.prompt_text(pictures[0], processor.tokenizer, "Think .")
+    processor.set_up({"<|image_pad|>"}, "Think .")
+    text = processor.text(pictures[0])
     assert text.startswith("Think .")
     assert text.endswith("Assistant:")
     assert "<|vision_start|><|image_pad|>" in text

@@ -149,7 +149,8 @@ def test_the_base_answers_tersely_and_knows_the_format_only_when_asked(base):
     policy, processor, engine = base
     records = toy.problems(32, 8, "x")
     for prompt, rate in ((toy.ZERO_PROMPT, 0.9), ("", 0.0)):
-        prompts = [packing.encode(r, processor, prompt) for r in records]
+        asked = packing.Processor(toy.BASE, system_prompt=prompt)
+        prompts = [packing.encode(r, asked) for r in records]
         groups = engine.generate(prompts, 1, 60, [(0, i) for i in range(32)])
         scores = [reward.score(x.text, r.answer) for r, (x,) in zip(records, groups)]
         got = sum(s.format_ok for s in scores) / 32

@@ -129,7 +129,8 @@ def _lesson_loss(policy, processor, rng, batch):
         problem, images, system, response = lesson(rng)
         ids = processor.tokenizer(response).input_ids + [processor.tokenizer.eos_token_id]
         record = Record("", problem, "-", images)
-        examples.append((encode(record, processor, system), ids))
+        processor.system_prompt = system
+        examples.append((encode(record, processor), ids))
     return -policy(pack(examples))[0].mean()
 
 

@@ -1,0 +1,118 @@
+"""How a model is asked: the text around a problem, what the prompt already holds of the completion,
+and the sizes of pictures. Both kinds of Processor are built on it (packing.py, generic.py).
+"""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+from tokenizers import normalizers
+
+from nano.data import MARK, BadRow, Record
+
+VISION_MARK = "<|vision_start|><|image_pad|><|vision_end|>"  # Qwen-VL's, in a plain dialogue
+GUARD = "\ufdd0"  # No text has this character. It parts what would else read as a control token.
+SETTINGS = ("system_prompt", "prefill", "min_pixels", "max_pixels")
+PROBE = "What is this?"
+
+
+def settings(config) -> dict:
+    """A stage's settings of how the model is asked."""
+    return {name: getattr(config, name) for name in SETTINGS}
+
+
+def in_training(path: str) -> dict:
+    """How the model of this folder was asked while it was trained, as its export says."""
+    file = Path(path, "prompt.json")
+    return json.loads(file.read_text()) if file.is_file() else {}
+
+
+class Asking:
+    """Needs a tokenizer and an image processor, then `set_up`."""
+
+    def set_up(self, marks: set[str], system_prompt="", prefill="", min_pixels=0, max_pixels=0):
+        """`marks`: the texts that stand for an image. 0 pixels: as the checkpoint has it."""
+        self.asked = dict(zip(SETTINGS, (system_prompt, prefill, min_pixels, max_pixels)))
+        self.system_prompt, self.prefill = system_prompt, prefill
+        self.released_images = self.image_processor
+        if min_pixels or max_pixels:
+            self.image_processor = resized(self.image_processor, min_pixels, max_pixels)
+        # Text from data is tokenized as text: `plain` parts its control tokens with GUARD, and the
+        # tokenizer drops GUARD again, but only after it has looked for control tokens.
+        added = self.tokenizer.added_tokens_decoder.values()
+        control = {token.content for token in added if token.special} | marks
+        self.control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
+        backend = self.tokenizer.backend_tokenizer
+        self.normalizer, drop = backend.normalizer, [normalizers.Replace(GUARD, "")]
+        backend.normalizer = normalizers.Sequence(drop + [self.normalizer] * bool(self.normalizer))
+        # A chat template counts when a message comes out of it. That of the base Qwen2-VL-2B, for
+        # example, takes a flat list of parts, and of messages it makes the empty text.
+        probe, self.chat = Record("probe", MARK + PROBE, "-", [b""]), True
+        try:
+            text = self.text(probe)
+        except Exception:  # there is none, or it raises what it likes
+            text = ""
+        self.chat = PROBE in text and any(mark in text for mark in marks)
+        # What the prompt holds of the completion: from <think> on if that is in it. A template that
+        # opens it (Qwen3-VL-Thinking's) leaves none for the prefill to write.
+        opened = re.search(r"(<think>\s*)?\Z", self.text(probe).removesuffix(prefill))[0]
+        before, think, rest = prefill.partition("<think>")
+        if opened and think:
+            self.prefill, think = before + rest.lstrip(), ""
+        self.opening = opened + (think + rest if think else self.prefill)
+
+    def plain(self, text: str) -> str:
+        return self.control.sub(lambda match: match[0][0] + GUARD + match[0][1:], text)
+
+    def text(self, record: Record) -> str:
+        """The chat template's own text with a mark for each image, and the prefill.
+
+        A base model without a usable template gets the plain dialogue of arXiv 2503.05132.
+        """
+        parts = [part for part in re.split(f"({MARK})", record.problem) if part]
+        system = self.plain(self.system_prompt)
+        if not self.chat:
+            problem = "".join(VISION_MARK if p == MARK else self.plain(p) for p in parts)
+            return f"{system}\nUser: {problem} \nAssistant:".lstrip() + self.prefill
+        content = [{"type": "text", "text": self.plain(part)} for part in parts]
+        content = [{"type": "image"} if p == MARK else c for p, c in zip(parts, content)]
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": content})
+        how = dict(add_generation_prompt=True, tokenize=False)
+        return self.tokenizer.apply_chat_template(messages, **how) + self.prefill
+
+    def rest(self, response: str) -> str:
+        """What is left to write of a response after what the prompt holds of it."""
+        start, text = self.opening.strip(), response.lstrip()
+        if not start:
+            return response
+        if not text.startswith(start):
+            raise BadRow("response without the prefill", f"it must begin with {start!r}")
+        return text[len(start) :].lstrip() if self.opening[-1].isspace() else text[len(start) :]
+
+    def __str__(self):
+        kind = "the chat template" if self.chat else "a plain dialogue, as no chat template works"
+        begins = f"; completions begin with {self.opening!r}" if self.opening else ""
+        size = dict(getattr(self.image_processor, "size", None) or {})
+        edges = [size.get(f"{edge}_edge") for edge in ("shortest", "longest")]
+        pixels = "; pictures of {:,} to {:,} pixels".format(*edges) if all(edges) else ""
+        return f"prompts: {kind}{begins}{pixels}"
+
+    def save_asked(self, path: str):
+        """Leaves to eval.py how the model was asked."""
+        if any(self.asked.values()):
+            Path(path, "prompt.json").write_text(json.dumps(self.asked, indent=1) + "\n")
+
+
+def resized(image_processor, min_pixels: int, max_pixels: int):
+    """A copy with other limits of an image's pixels; those of 0 stay."""
+    if not hasattr(image_processor, "merge_size"):
+        raise ValueError("--min_pixels and --max_pixels need Qwen-VL's image processor")
+    size = image_processor.size
+    low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
+    if low > high:
+        raise ValueError(f"--min_pixels {low} is more than --max_pixels {high}")
+    image_processor = copy.copy(image_processor)
+    image_processor.size = {"shortest_edge": low, "longest_edge": high}
+    return image_processor
