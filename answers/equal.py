@@ -7,14 +7,17 @@ counts as "not equal".
 """
 
 import cmath
+import functools
 import math
+import operator
 import threading
+from bisect import bisect
 from fractions import Fraction
 
-from answers.parse import Node, Unparsable, negate, num, parts, times, variables
+from answers.parse import LABEL, SERIES, Node, Unparsable, negate, num, parts, times, variables
 from answers.text import DEGREE, PERCENT
 
-MAX_BITS, MAX_MEMBERS = 16384, 60  # of an exact number, of a list
+MAX_BITS, MAX_MEMBERS, MAX_TERMS = 32768, 60, 500  # of an exact number, a list, a sum
 MAX_WORK = 40_000  # steps of one comparison; a step takes about a microsecond
 
 
@@ -43,6 +46,8 @@ def bits(x):
 
 def small(x):
     """A value as it is passed on: finite, whole numbers as int, exact ones of bounded size."""
+    if isinstance(x, Matrix):
+        return x
     if isinstance(x, (float, complex)):
         if not cmath.isfinite(x):
             raise Unparsable("not finite")
@@ -56,6 +61,8 @@ def small(x):
 
 def power(a, b):
     """a ** b, exact where that is cheap, float or complex otherwise; never large."""
+    if isinstance(a, Matrix) and b in range(1, 65):
+        return math.prod([a] * b)
     if exact(a) and isinstance(b, int):
         if a not in (0, 1, -1) and bits(a) * abs(b) > MAX_BITS:
             raise Unparsable("power too large")
@@ -70,7 +77,9 @@ def power(a, b):
 
 _TRIG = {"sin", "cos", "tan", "cot", "sec", "csc"}
 _INVERSE = {"cot": "tan", "sec": "cos", "csc": "sin"}
-_MATH_NAME = {"arcsin": "asin", "arccos": "acos", "arctan": "atan"}
+_MATH_NAME = {"arc" + name: "a" + name for name in "sin cos tan sinh cosh tanh".split()}
+_OF_NUMBERS = {"mod": operator.mod, "max": max, "min": min, "gcd": math.gcd, "lcm": math.lcm}
+_OF_NUMBERS |= {"lfloor": math.floor, "lceil": math.ceil}
 _LOG_BASE = {"ln": math.e, "log": math.e, "lg": 10}
 
 
@@ -78,9 +87,14 @@ def call(name, args):
     """A function of the parser's allow-list at numbers."""
     x = args[0]
     if name in ("factorial", "binom"):
-        if not all(isinstance(a, int) and 0 <= a <= 1000 for a in args):
+        if any(isinstance(a, float) for a in args):  # (n + 1)! at a point between whole numbers
+            top, *rest = [math.gamma(a + 1) for a in ([*args, x - args[1]] if args[1:] else args)]
+            return top / math.prod(rest)
+        if not all(isinstance(a, int) and 0 <= a <= 3000 for a in args):
             raise Unparsable(f"{name} out of bounds")
         return math.factorial(x) if name == "factorial" else math.comb(*args)
+    if name in _OF_NUMBERS:
+        return _OF_NUMBERS[name](*args)
     if len(args) != 1 and name != "log":
         raise Unparsable(f"{name} of {len(args)} numbers")
     if name == "abs":
@@ -106,6 +120,11 @@ def value(node: Node, env: dict[str, float] | None = None, trig: bool = False):
         return env[data]
     if tag == "c" and data != "inf":
         return math.pi if data == "pi" else math.e if data == "e" else 1j
+    if is_matrix(node):
+        rows = [k.kids if data[2] == "matrix" else (k,) for k in node.kids]
+        return Matrix([[value(k, env, trig) for k in row] for row in rows])
+    if tag == "f" and data in SERIES:
+        return series(node, env or {})
     if tag not in ("+", "*", "/", "^", "f", "q"):
         raise Unparsable(f"no number: {tag}")
     if tag == "f":
@@ -129,8 +148,67 @@ def value(node: Node, env: dict[str, float] | None = None, trig: bool = False):
     return small(out)
 
 
+def series(node, env):
+    """A sum or product between whole numbers; else a number that other bodies or bounds change."""
+    low, high, body = node.kids
+    if low.tag == "rel" and low.kids[0].tag == "v":
+        name, low = low.kids[0].data, low.kids[1]
+        env = env | {name: 0.7391}  # so that the name of the index does not matter
+    first, last = value(low, env), value(high, env)
+    if node.data in ("lim", "int") or not isinstance(first, int) or not isinstance(last, int):
+        return (first + 0.577) * (last + 1.618) * (value(body, env) + ord(node.data[0]) ** 0.5)
+    if last - first > MAX_TERMS:
+        raise Unparsable("too many terms")
+    sign, out = (operator.add, 0) if node.data == "sum" else (operator.mul, 1)
+    for k in range(first, last + 1):
+        spend(len(parts(body)))
+        out = small(sign(out, value(body, env | {name: k})))
+    return out
+
+
+def is_matrix(node):
+    """Is it a matrix, or a tuple, which is a column?"""
+    return node.tag == "seq" and (node.data[2] == "matrix" or node.data[:2] == ("(", ")"))
+
+
+class Matrix(list):
+    """Rows of numbers with the arithmetic that value() uses; a wrong shape is a ValueError."""
+
+    def __init__(self, rows):
+        super().__init__(rows)
+        spend(1 + sum(map(len, self)))
+
+    def __add__(self, other):
+        rows = zip(self, other, strict=True)
+        return Matrix([[small(x + y) for x, y in zip(*pair, strict=True)] for pair in rows])
+
+    def __mul__(self, other):
+        if not isinstance(other, Matrix):
+            return Matrix([[small(x * other) for x in row] for row in self])
+        spend(len(self) * sum(map(len, other)))
+        columns = [*zip(*other, strict=True)]
+        pairs = [[zip(row, column, strict=True) for column in columns] for row in self]
+        return Matrix([[small(sum(x * y for x, y in cell)) for cell in row] for row in pairs])
+
+    __rmul__ = __mul__  # of a number
+
+    def __abs__(self):
+        """The determinant, along the first row; the limit of work ends it at about 7 rows."""
+        if {len(self)} != {*map(len, self)}:
+            raise Unparsable("no square")
+        minors = [Matrix([row[:k] + row[k + 1 :] for row in self[1:]]) for k in range(len(self))]
+        return (
+            small(sum((-1) ** k * x * abs(minors[k]) for k, x in enumerate(self[0]) if x))
+            if minors[1:]
+            else self[0][0]
+        )
+
+
 # ---- 2. numbers and expressions ----------------------------------------------------------------
 def close(x, y):
+    if isinstance(x, Matrix) or isinstance(y, Matrix):
+        alike = type(x) is type(y) and [*map(len, x)] == [*map(len, y)]
+        return alike and all(map(close, sum(x, []), sum(y, [])))
     return abs(x - y) <= 1e-9 * max(abs(x), abs(y), 1e-3)
 
 
@@ -158,7 +236,7 @@ def same_number(a: Node, b: Node) -> bool:
     if x == y if exact(x) and exact(y) else close(x, y):
         return True
     u, v = resolution(a), resolution(b)
-    if isinstance(x, complex) or isinstance(y, complex) or u == v:
+    if isinstance(x, (complex, Matrix)) or isinstance(y, (complex, Matrix)) or u == v:
         return False
     if abs(x - y) <= 1e-12 * abs(x):  # 0.30000000000000004
         return True
@@ -252,11 +330,17 @@ def heading(side, others):
         head = side.data
     elif side.tag == "seq" and side.data[0] == "(" and all(k.tag == "v" for k in side.kids):
         head = ",".join(k.data for k in side.kids)
-    elif side.tag == "f" and first.tag == "v" and side.data in {"abs", *_TRIG}:
-        head = f"{side.data}({first.data})"
+    elif side.tag in ("/", "ratio") and all(k.tag == "v" for k in side.kids):  # AB : BC
+        described = side.tag == "ratio" or any(not k.data.islower() for k in side.kids)
+        head = ":".join(k.data for k in side.kids) if described else None
+    elif side.tag == "f" and side.data in {*SERIES, "gcd", "lcm", "max", "min"}:
+        return str(side) if variables(side) else None
+    elif side.tag == "f" and (side.data in _TRIG or (side.data == "abs" and first.tag == "v")):
+        shared = any(variables(side) & variables(other) for other in others)
+        return str(side) if variables(side) and not shared else None
     elif side.tag == "*" and len(side.kids) == 2 and side.kids[1].tag in ("v", "n", "rel", "set"):
         f = first.kids[0] if first.tag == "^" else first
-        head = f.data if f.tag == "v" and f.data[:1] in "fghpqyPFGHRSVAT" else None
+        head = f.data if f.tag == "v" and f.data[:1] in "fghpqyPFGHRSVATWE" else None
     return head if head and not any(head in variables(other) for other in others) else None
 
 
@@ -291,22 +375,28 @@ def rounds_to(p, q):
     return u is not None and abs(value(p) - value(q)) <= u / 2 * 1.000001
 
 
-_FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<="}
+_FLIP = {"<": ">", "<=": ">=", ">": "<", ">=": "<=", "!=": "!="}
+
+
+def upward(node):
+    """a > b > c as c < b < a."""
+    if node.data[0][0] != ">" or not set(node.data) <= set(_FLIP):
+        return node
+    return Node("rel", tuple(_FLIP[op] for op in node.data[::-1]), node.kids[::-1])
 
 
 def same_relation(a, b):
     """Equations or inequalities: left minus right agree up to a factor (a positive one for < >)."""
+    a, b = upward(a), upward(b)
     if len(a.kids) != 2 or len(b.kids) != 2:
         return len(a.kids) == len(b.kids) and a.data == b.data and all(map(same, a.kids, b.kids))
     sides = []
     for (left, right), (op,) in ((a.kids, a.data), (b.kids, b.data)):
-        if op[0] == ">":
-            left, right, op = right, left, _FLIP[op]
         sides.append((op, Node("+", None, (left, negate(right)))))
     (op, p), (op_b, q) = sides
     if op != op_b or op == "in":
         return False
-    points = list(samples(p, q))
+    points = [pair for pair in samples(p, q) if not isinstance(pair[0], Matrix)]
     if any((abs(x) < 1e-9) != (abs(y) < 1e-9) for x, y in points):
         return False
     ratios = [x / y for x, y in points if abs(y) >= 1e-9]
@@ -315,89 +405,95 @@ def same_relation(a, b):
     return op in ("=", "~", "!=") or ratios[0] > 0
 
 
-# ---- 5. sets of reals: lists of intervals (low, closed, high, closed) ---------------------------
+# ---- 5. sets of reals ---------------------------------------------------------------------------
+# A set is the sorted list of its borders: at each (value, side) membership changes, just before the
+# value (side 0) or just behind it (side 1). [1, 2) is [(1, 0), (2, 0)], {3} is [(3, 0), (3, 1)].
 INF = Node("c", "inf")
-MINUS_INF = negate(INF)
-REALS = Node("w", "reals")
+ALL = [(-math.inf, 1), (math.inf, 0)]
 _INTEGERS = [Node("w", name) for name in ("integers", "naturals", "rationals")]
+_SET_SIGNS = {"\\cup": max, "\\cap": min, "\\setminus": int.__gt__}  # of two memberships
 
 
-def outside(low, high, closed=False):
-    """All reals below low and above high."""
-    return [(MINUS_INF, False, low, closed), (high, closed, INF, False)]
+def combine(sign, a, b):
+    """The borders of a union, an intersection or a difference."""
+    out = []
+    spend(len(a) + len(b))
+    for border in sorted({*a, *b}):
+        inside = _SET_SIGNS[sign](bisect(a, border) % 2, bisect(b, border) % 2)
+        if inside != len(out) % 2:
+            out.append(border)
+    return out
 
 
-def intervals(node):
-    """A set of reals as a list of intervals from left to right, else None."""
-    tag, data, kids = node
-    if node == REALS:
-        return [(MINUS_INF, False, INF, False)]
-    if tag == "seq":
-        opener, closer, word = data
-        if opener in ("(", "[") and len(kids) == 2:
-            return [(kids[0], opener == "[", kids[1], closer == "]")]
-        if opener == "" and word == "or":
-            return joined(kids)
-        if opener == "" and word == "and" and all(k.tag == "rel" for k in kids):
-            return overlap(kids)
+def point(node, side, ends):
+    """A border at the value of a tree, which `ends` remembers. Each letter has its own value."""
+    if sign := infinite(node):
+        return sign * math.inf, int(side)
+    x = value(node, {c: int.from_bytes(c.encode()[:6], "big") for c in variables(node)})
+    x = x if exact(x) else float(f"{x:.12g}")
+    ends.setdefault(x, node)
+    return x, int(side)
+
+
+def region(node, ends):
+    """The borders of a set; None if it is none, or if an end has no value."""
+    try:
+        return borders(*node, ends)
+    except (ArithmeticError, TypeError, ValueError):
+        return None
+
+
+def borders(tag, data, kids, ends):
+    if tag == "w" and data == "reals":
+        return ALL
+    if tag == "rel":
+        return of_relation(kids, data, ends)
+    if tag == "seq" and data[0] in ("(", "[") and len(kids) == 2:
+        low, high = point(kids[0], data[0] == "(", ends), point(kids[1], data[1] == "]", ends)
+        return [low, high] if low < high else None
+    if tag == "seq" and data[0] == "{":
+        return joined("\\cup", [[point(k, side, ends) for side in (0, 1)] for k in kids])
+    if tag in ("n", "q", "+", "*", "/", "^"):
+        return [point(Node(tag, data, kids), side, ends) for side in (0, 1)]
+    if tag != "set" and (tag != "seq" or data[0]):
+        return None
+    sets = [borders(*k, ends) for k in kids]
+    relations = {frozenset(variables(k)) for k in kids if k.tag == "rel"}
+    others = any(k.tag != "rel" for k in kids) and data[2] != "or"
+    if None in sets or (tag == "seq" and (len(relations) != 1 or others)):
+        return None
     if tag == "set":
-        left, right = kids
-        if data == "\\cup":
-            return joined(kids)
-        if data == "\\cap":
-            return overlap(kids)
-        if left == REALS and right.tag == "seq" and len(right.kids) == 1:  # R without {2}
-            return outside(right.kids[0], right.kids[0])
-    return of_relation(node) if tag == "rel" else None
+        return joined(data, sets)
+    both = joined("\\cap", sets) if data[2] != "or" else []
+    return both or (joined("\\cup", sets) if data[2] != "and" else both)  # x < 1, x > 5
 
 
-def joined(nodes):
-    lists = [intervals(k) for k in nodes]
-    return (
-        None
-        if None in lists
-        else sorted(sum(lists, []), key=lambda p: -math.inf if infinite(p[0]) else value(p[0]))
-    )
+def joined(sign, sets):
+    return functools.reduce(functools.partial(combine, sign), sets) if sets else []
 
 
-def overlap(nodes):
-    """x > 1 and x < 3: two rays."""
-    lists = [intervals(k) for k in nodes]
-    if len(lists) != 2 or not all(found and len(found) == 1 for found in lists):
+def of_relation(kids, ops, ends):
+    """The borders of x > 5, 1 < x <= 3, |x| < 2, x != 0, x in S."""
+    if ops in (("in",), ("notin",)):
+        inner = borders(*kids[1], ends)
+        return inner if ops == ("in",) or inner is None else combine("\\setminus", ALL, inner)
+    at = [k for k, p in enumerate(kids) if variables(p)]
+    if len(at) != 1 or not heading(kids[at[0]], ()) or not set(ops) <= set(_FLIP):
         return None
-    a, b = sorted((found[0] for found in lists), key=lambda ray: infinite(ray[0]) < 0)
-    return [a[:2] + b[2:]] if infinite(a[2]) and infinite(b[0]) else None
-
-
-def of_relation(node):
-    """Intervals of x > 5, 1 < x <= 3, |x| < 2, x != 0, x in S."""
-    kids, ops, first = node.kids, node.data, node.kids[0]
-    if ops == ("in",):
-        return intervals(kids[1])
-    closed = len(ops[0]) == 2
-    if first.tag == "f" and first.data == "abs" and first.kids[0].tag == "v":
-        if len(ops) == 1 and ops[0] in _FLIP:
-            low, high = negate(kids[1]), kids[1]
-            inside = [(low, closed, high, closed)]
-            return inside if ops[0][0] == "<" else outside(low, high, closed)
-    names = [k for k, p in enumerate(kids) if p.tag == "v"]
-    if len(names) != 1 or sum(bool(variables(p)) for p in kids) != 1:
-        return None
-    at = names[0]
-    if ops == ("!=",):
-        return outside(kids[1 - at], kids[1 - at])
-    if not set(ops) <= set(_FLIP) or len(ops) > 2:
-        return None
-    if len(ops) == 2 and (at != 1 or ops[0][0] != ops[1][0]):
-        return None
-    low, high = (MINUS_INF, False), (INF, False)
-    for k, op in enumerate(ops):  # each operator bounds the variable from one side
-        other, op = (kids[k], _FLIP[op]) if at == k + 1 else (kids[k + 1], op)
-        if op[0] == "<":
-            high = other, op == "<="
-        else:
-            low = other, op == ">="
-    return [low + high]
+    out, name = ALL, kids[at[0]]
+    for left, op, right in zip(kids, ops, kids[1:]):  # each bounds the variable from one side
+        if name not in (left, right):
+            return None
+        other, op = (right, op) if name == left else (left, _FLIP[op])
+        before, behind = point(other, 0, ends), point(other, 1, ends)
+        bounds = {"<": [ALL[0], before], "<=": [ALL[0], behind], "!=": [before, behind]}
+        bounds |= {">": [behind, ALL[1]], ">=": [before, ALL[1]]}
+        out = combine("\\setminus" if op == "!=" else "\\cap", out, bounds[op])
+    if name[:2] == ("f", "abs"):
+        out = combine("\\cap", out, [(0, 0), ALL[1]])
+        ends |= {-x: negate(node) for x, node in ends.items() if -x not in ends}
+        out = combine("\\cup", out, [(-x, 1 - side) for x, side in reversed(out)])
+    return out
 
 
 def same_region(a, b):
@@ -406,16 +502,21 @@ def same_region(a, b):
     words = {n.data[2] for n in (a, b) if n.tag == "seq"}
     if not (tags & {"rel", "set", "w"} or words & {"or", "and"}):
         return None
-    first, second = intervals(a), intervals(b)
-    if first and second:
-        return len(first) == len(second) and all(map(same_interval, first, second))
+    trees = {}, {}
+    first, second = map(region, (a, b), trees)
+    if first is not None and second is not None:
+        if [side for _, side in first] != [side for _, side in second]:
+            return False
+        ends = ([tree.get(x, x) for x, _ in found] for tree, found in zip(trees, (first, second)))
+        return all(
+            x == y or (isinstance(x, Node) and isinstance(y, Node) and same(x, y))
+            for x, y in zip(*ends)
+        )
     if tags & {"set", "w"}:
-        return a[:2] == b[:2] and a.tag == "set" and all(map(same, a.kids, b.kids))
+        turns = (1, -1) if a.data != "\\setminus" else (1,)
+        both = a[:2] == b[:2] and a.tag == "set"
+        return both and any(all(map(same, a.kids, b.kids[::turn])) for turn in turns)
     return False if "rel" in tags and not (several(a) and several(b)) else None
-
-
-def same_interval(p, q):
-    return p[1::2] == q[1::2] and same(p[0], q[0]) and same(p[2], q[2])
 
 
 # ---- 6. lists, and the verdict -----------------------------------------------------------------
@@ -532,18 +633,20 @@ def same(a, b):
     (name_a, x), (name_b, y) = unname(a), unname(b)
     relations = a.tag == b.tag == "rel"
     if "rel" in (x.tag, y.tag):
-        if relations and not (intervals(a) and intervals(b)):
+        if relations and None in (region(a, {}), region(b, {})):
             return same_relation(a, b)
     elif name_a or name_b:
-        # f(x) = x^2 is y = x^2, and names of more than 3 letters are labels (Area, Surface).
+        # f(x) = x^2 is y = x^2, and a label (Area, Surface) stands for any name.
         function = {name_a, name_b} & set("fgh") and variables(x) and variables(y)
         compatible = name_a == name_b or not (name_a and name_b) or function
-        compatible = compatible or max(len(name_a), len(name_b)) > 3
+        compatible = compatible or LABEL in name_a + name_b
         return (compatible and same(x, y)) or (relations and same_relation(a, b))
     for rule in (same_ratio, same_region, same_ordered, same_unordered):
         if (verdict := rule(x, y)) is not None:
             return verdict
-    return "seq" not in (x.tag, y.tag) and same_quantity(x, y)
+    if "seq" in (x.tag, y.tag) and not (x.tag != y.tag and is_matrix(x if x.tag == "seq" else y)):
+        return False
+    return same_quantity(x, y)
 
 
 def equivalent(a: Node, b: Node) -> bool:

@@ -30,6 +30,9 @@ class Node(NamedTuple):
     kids: tuple = ()
 
 
+LABEL = "label "  # before the words of a label
+
+
 # ---- 1. tokens ---------------------------------------------------------------------------------
 _TOKEN = re.compile(
     r"(?P<num>\d{1,3}(?:,\d{3})+(?!\d)(?:\.\d+)?"  # 1,234.5
@@ -39,9 +42,13 @@ _TOKEN = re.compile(
     r"|(?P<op><=|>=|!=|/=|==|[-+*/^_=<>()\[\]{},;:!%|'&#~])|(?P<sp>\s+)|(?P<bad>.)",
     re.S,
 )
-_SAME_NAME = "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan ln log lg exp abs".split()
+_SAME_NAME = (
+    "sin cos tan cot sec csc sinh cosh tanh arcsin arccos arctan arcsinh arccosh arctanh "
+    "ln log lg exp abs gcd lcm"
+).split()
+SERIES = "lim sum prod int".split()
 FUNCTIONS = {name: name for name in _SAME_NAME} | pairs(
-    "asin arcsin acos arccos atan arctan tg tan ctg cot cosec csc arctg arctan"
+    "det abs asin arcsin acos arccos atan arctan tg tan ctg cot cosec csc arctg arctan"
 )
 _GREEK = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho "
@@ -49,7 +56,7 @@ _GREEK = set(
 )
 _RELATIONS = pairs(r"""
  = = == = \equiv = < < > > <= <= \le <= \leq <= \leqslant <= >= >= \ge >= \geq >= \geqslant >= != !=
- /= != \ne != \neq != \approx ~ \simeq ~ \doteq ~ \sim ~ \cong ~ \in in""")
+ /= != \ne != \neq != \approx ~ \simeq ~ \doteq ~ \sim ~ \cong cong \in in \notin notin \to to""")
 _SEPARATORS = dict.fromkeys([",", ";", "\\newline"], "")
 _SEPARATORS |= pairs("and and \\land and \\wedge and or or \\lor or \\vee or")
 _SET_SIGNS = pairs("\\cup \\cup U \\cup \\cap \\cap \\setminus \\setminus \\backslash \\setminus")
@@ -65,8 +72,10 @@ _CONSTANTS = {"pi": Node("c", "pi")}
 _CONSTANTS |= dict.fromkeys("infinity inf oo infty".split(), Node("c", "inf"))
 _SYMBOLS = _CONSTANTS | {"emptyset": _EMPTY, "varnothing": _EMPTY}
 _SYMBOLS |= {c: Node("w", w) for c, w in pairs("R reals Z integers N naturals Q rationals").items()}
-_ATOMS = "frac sqrt binom dbinom tbinom pi infty begin { emptyset varnothing R Z N Q".split()
-_ATOMS = {"\\" + name for name in {*_ATOMS, *FUNCTIONS, *_GREEK}} | _CURRENCIES
+_ATOMS = "frac sqrt binom dbinom tbinom pi infty begin { R Z N Q lfloor lceil".split()
+_ATOMS = {
+    "\\" + name for name in {*_ATOMS, *_SYMBOLS, *SERIES, *FUNCTIONS, *_GREEK, "max", "min"}
+} | _CURRENCIES
 _TEMPERATURES = {c: (Fraction(1), (("deg" + c, 1),)) for c in "CF"}
 _POSTFIX = {"!", "%", "\\deg", "\\degC", "\\degF", "'"}
 
@@ -181,16 +190,23 @@ class Parser:
 
     def items(self, opener=""):
         """Relations separated by commas, "and", "or"; one item without brackets is itself."""
-        out, word = [self.relation()], ""
+        out, word, groups = [self.relation()], "", []
         while (separator := self.texts[self.i]) in _SEPARATORS:
             self.i += 1
             if separator in (",", ";"):
                 separator = self.take("and", "or") or separator  # "1, 2, and 3"
             if not self.texts[self.i]:
                 break
+            if separator == ";":
+                groups, out = [*groups, tuple(out)], []
             kind = _SEPARATORS[separator]
             word = "or" if "or" in (word, kind) else word or kind
             out.append(self.relation())
+        groups.append(tuple(out))
+        if len({len(group) for group in groups}) == 1 < len(out):  # p=5, q=2; p=7, q=2
+            out = [Node("seq", ("(", ")", ""), group) for group in groups] if groups[1:] else out
+        else:
+            out = [item for group in groups for item in group]
         if not opener:
             return out[0] if len(out) == 1 else Node("seq", ("", "", word), tuple(out))
         fence = opener + self.need(*_CLOSERS[opener])
@@ -204,6 +220,9 @@ class Parser:
             self.i += 1
             ops.append(op)
             nodes.append(self.union())
+        if self.take("\\pmod"):  # of both sides
+            modulus = self.atom()
+            nodes = [Node("f", "mod", (node, modulus)) for node in nodes]
         return Node("rel", tuple(ops), tuple(nodes)) if ops else nodes[0]
 
     def label(self):
@@ -211,12 +230,15 @@ class Parser:
         j = self.i
         while self.texts[j].isalpha() and len(self.texts[j]) > 1 and self.texts[j] not in FUNCTIONS:
             j += 1
-        if j == self.i or self.texts[j] not in ("=", ":", "\\approx"):
+        ratio = self.texts[j] == ":" and self.texts[self.i].isupper()  # AB : BC
+        if j == self.i or self.texts[j] not in ("=", ":", "\\approx") or ratio:
             return None
         label = " ".join(self.texts[self.i : j])
+        if self.texts[j] == ":" and NO_NOUN & {*label.lower().split()}:
+            fail("no label")  # "not: 5", "lambda: 5"
         self.i = j + 1
         self.take("=")
-        return label if len(label) < 4 else label.lower()
+        return label if len(label) < 4 else LABEL + label.lower()
 
     def union(self):
         node, n = self.ratio(), 0
@@ -244,6 +266,10 @@ class Parser:
                 plus_minus = {"\\pm": 1, "\\mp": -1}.get(op, plus_minus)
             term = self.quantity()
             term = Node("pm", plus_minus, (term,)) if plus_minus else term
+            if sign < 0 and not terms and term[:2] == ("f", "mod"):  # -1 mod 4 is 3
+                term, sign = Node("f", "mod", (negate(term.kids[0]), term.kids[1])), 1
+            if sign < 0 and terms and (terms[0].tag == "w" or terms[0].data == _EMPTY.data):
+                return Node("set", "\\setminus", (terms[0], term))  # {1, 2} - {2}
             terms.append(negate(term) if sign < 0 else term)
         return terms[0] if len(terms) == 1 else Node("+", None, tuple(terms))
 
@@ -273,6 +299,8 @@ class Parser:
             elif n < MAX_DEPTH and text in ("/", "\\div"):
                 self.i, n = self.i + 1, n + 1
                 node = Node("/", None, (node, self.signed()))
+            elif self.take("\\bmod"):
+                node = Node("f", "mod", (node, self.signed()))
             elif unit := self.unit(node):
                 node = Node("q", unit, (node,))
             elif text in SCALES and not variables(node):
@@ -293,7 +321,8 @@ class Parser:
         if text.isalpha():
             return text not in ("and", "or") and not (text == "U" and left.tag in ("seq", "set"))
         if is_number(text):  # (2)3 and \sqrt{2} 3, but neither 5 6 nor x 2
-            return self.texts[self.i - 1] in (")", "}", "]", "!")
+            power = self.texts[self.i - 2] == self.texts[self.i + 1] == "^"  # 2^6 3^5
+            return power or self.texts[self.i - 1] in (")", "}", "]", "!")
         if text[:1] == "\\":
             return text in _ATOMS
         return text in ("(", "[", "{") or (text == "|" and not self.bars)
@@ -415,9 +444,9 @@ class Parser:
         exponent = None
         if self.take("^"):
             exponent = negate(self.power()) if self.take("-") else self.postfix(self.atom())
-        if self.texts[self.i] in ("(", "[", "{"):
+        if self.texts[self.i] in ("(", "[", "{", "\\{"):
             arg = self.atom()
-            args = arg.kids if arg.tag == "seq" else (arg,)
+            args = arg.kids if arg.tag == "seq" and arg.data[2] != "matrix" else (arg,)
         else:
             args = (self.bare_argument(),)
         if exponent == num(-1) and "arc" + name in FUNCTIONS:
@@ -454,11 +483,20 @@ class Parser:
                 index = self.sum()
                 self.need("]")
             return Node("^", None, (self.atom(mixed=False), Node("/", None, (num(1), index))))
-        if name in FUNCTIONS:
-            return self.function(FUNCTIONS[name])
+        if name in FUNCTIONS or name in ("max", "min"):  # the words max and min are a program
+            return self.function(FUNCTIONS.get(name, name))
+        if name in ("lfloor", "lceil"):
+            arg = self.sum()
+            self.need("\\r" + name[1:])
+            return Node("f", name[1:], (arg,))
+        if name in SERIES:  # \sum_{k=1}^{n} of a product
+            bounds = [self.argument() if self.take(sign) else num(0) for sign in "_^"]
+            return Node("f", name, (*bounds, self.deeper(self.term)))
         if name in _SYMBOLS:
             return _SYMBOLS[name]
         if name in _GREEK:
+            if name == "Delta" and len(self.texts[self.i]) == 1 and self.texts[self.i].isalpha():
+                name, self.i = f"{name} {self.texts[self.i]}", self.i + 1  # a difference of x
             return Node("v", name + self.subscript())
         if command in _CURRENCIES:
             return Node("q", UNITS[name], (self.postfix(self.atom()),))

@@ -46,6 +46,7 @@ _LETTER_TEXT = re.compile(
 _LETTERS = re.compile(r"(?:\([A-J]\)|[A-J])(?:\s*(?:,|;|and|&)?\s*(?:\([A-J]\)|[A-J]))+$")
 _MORE_LETTERS = re.compile(r"(?:^|\s)\(?[A-J](?:[).:]|$)|\b(?:or|not)\b")
 _GAP = re.compile(r"[\s~$&]{9,}")
+_BOXES = re.compile(r"(\\boxed\{[^{}]*\})\s*(?=\\boxed)")
 _FINAL = re.compile(r"[\s*]*final\s+answer[\s*]*[:：][\s*]*", re.I)
 _WRAPPERS = (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`"))
 
@@ -93,6 +94,7 @@ def core_text(s: str) -> str:
         if not m or not m[0] or _NEGATION.search(m[0]):
             break
         s = unwrap(bare(s[m.end() :]))
+    s = _BOXES.sub(r"\1, ", s) if s.count("\\boxed{") > 1 else s.rstrip(" \\")
     if s.count("\\boxed{") == 1 and not _NEGATION.search(s):  # a sentence with one box in it
         inner = braced(s, s.find("\\boxed{") + 6)
         s = inner[0].strip() if inner else s
@@ -148,18 +150,19 @@ _HAN_COUNTER = re.compile(r"(?<=[\d}])\s*[个個人只件次岁条名种棵本�
 # Commands that are another spelling of something.
 _COMMANDS = dict.fromkeys(
     "left right big Big bigg Bigg bigl bigr Bigl Bigr biggl biggr Biggl Biggr displaystyle limits "
-    "textstyle nolimits rm bf it quad qquad triangle , ; : ( ) [ ] >".split(),
+    "textstyle nolimits rm bf it triangle , ; : ( ) [ ] >".split(),
     " ",
 )
 _COMMANDS |= dict.fromkeys("! boxed fbox mathrm text mathbf overline underline vec hat".split(), "")
 _COMMANDS |= {" ": " ", "&": " and ", "$": "\\usd "} | pairs(r"""
  dfrac \frac tfrac \frac cfrac \frac nicefrac \frac sfrac \frac degree \deg textdegree \deg
- lt < gt > % % _ _ lvert | rvert | vert | mid | lbrace \{ rbrace \}""")
+ lt < gt > ldots \dots cdots \dots rightarrow \to longrightarrow \to mod \bmod | |
+ % % _ _ lvert | rvert | vert | mid | lbrace \{ rbrace \}""")
 _TEXT_NAMES = (
     r"text(?:bf|it|rm|normal|sf|tt)?|math(?:rm|bf|it|sf|tt|cal|normal)|[mh]box|operatorname"
     r"|boldsymbol|bm|pmb"
 )
-_ACCENTS = "overline|overrightarrow|vec|hat|underline|widehat|mathop"
+_ACCENTS = "overline|bar|overrightarrow|vec|hat|underline|widehat|mathop"
 TEXT = re.compile(rf"\\(?:{_TEXT_NAMES})\*?\s*\{{([^{{}}]*)\}}")
 _WRAP = re.compile(rf"\\(?:{_TEXT_NAMES}|{_ACCENTS})\*?\s*\{{([^{{}}]*)\}}")
 _MATRIX = re.compile(r"\\(begin|end)\{(?:[a-zA-Z]*matrix|array)\}(?:\{[lcr| ]*\})?")
@@ -176,11 +179,18 @@ def repeating(m: re.Match) -> str:
 # Rules (sign, pattern, replacement), in order; a rule is tried only on texts with its sign.
 _RULES = [
     ("{,", r"\s*\{,\s*\}\s*", ","),
+    (",\\!", r"(?<=\d),\\!\s*(?=\d{3}(?!\d))", ","),  # 46,\! 656
+    ("vmatrix", r"(\\begin)\{vmatrix\}", r"|\1{pmatrix}"),
+    ("vmatrix", r"(\\end)\{vmatrix\}", r"\1{pmatrix}|"),
+    ("or", r"(?<=[\d)}])or(?=[A-Za-z(\\])", " or "),
     (".", r"(?<=[a-z])\.(?=\s|$)", " "),  # sq. ft.
-    ("", r"(?<![A-Za-z])(sin|cos|tan|cot|ln|log)(?=[a-zA-Z]\b|\d)", r"\1 "),  # sinx, sin2x
+    ("", r"(?<![A-Za-z])(sin|cos|tan|cot|ln|log)(?=(?!h\b)[a-zA-Z]\b|\d)", r"\1 "),  # sinx, sin2x
     ("...", r"(\d{0,20}\.\d{0,20}?)(\d{1,3}?)\2{2,20}\s*\.\.\.", r"\1\\overline{\2}"),
     ("dots", r"(\d{0,20}\.\d{0,20}?)(\d{1,3}?)\2{2,20}\s*\\[cl]?dots", r"\1\\overline{\2}"),
+    ("...", r"\.{3}", r"\\dots "),
+    ("{}", r"(?<!\\)\{\}", ""),
     ("^", r"(?<=\d)\^\{?o\}?(?![A-Za-z])", r"\\deg "),  # a degree sign typed as a letter
+    ("sq", r"(?<=[\d}])\s*sq(?:uare)?\s*$", ""),  # 42 square, without its noun
     ("square", r"\{?\b(square)\s*([a-z]{2,})\}?", r" \1 \2 "),
     ("cubic", r"\{?\b(cubic)\s*([a-z]{2,})\}?", r" \1 \2 "),
     ("2", r"(?<=[\d}])\s*([cdkm]?m|ft|in)2\b", r" \1^2"),  # 18 cm2
@@ -190,9 +200,13 @@ _RULES = [
 _REPEAT = r"(\d{0,20})\.(\d{0,20})\\(?:overline|dot)\s*\{\s*(\d{1,20})\s*\}"
 _REPEAT_RULES = [("\\overline", _REPEAT, repeating), ("\\dot", _REPEAT, repeating)]
 _LATEX_RULES = [
+    ("quad", r"\\q?quad", " "),  # \quadx, too
+    ("mod", r"\(\s*mod\s+(\w{1,20})\s*\)", r"\\pmod{\1}"),
+    ("choose", r"\{([^{}]*)\\choose(?![A-Za-z])([^{}]*)\}", r"\\binom{\1}{\2}"),
     ("\\circ", r"\\circ", r"\\deg "),
     ("angle", r"m?\\(?:measured)?angle(?![A-Za-z])\s*(?=\d)", "a_"),
     ("angle", r"m?\\(?:measured)?angle(?![A-Za-z])\s*", " "),
+    ("\\equiv", r"(\\equiv.*)\\b?mod\b", r"\1\\pmod"),
     ("\\mathbb", r"\\mathbb\s*\{?\s*([A-Z])\s*\}?", r"\\\1 "),
     ("\\", r"(?s)\\([A-Za-z]+|.)", lambda m: _COMMANDS.get(m[1], m[0])),
     ("\\over", r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
@@ -341,7 +355,7 @@ _DAYS = "monday tuesday wednesday thursday friday saturday sunday".split()
 NO_NOUN = {*SMALL, *SCALES, *POWER_WORDS, *_MONTHS} | set(
     "is are was not or and but to than of for with from least most more less about maybe if then "
     "at by up down wrong correct minus plus over divided choose factorial negative infinity half "
-    "yes no true false".split()
+    "yes no true false lambda import return except while".split()
 )
 
 
@@ -368,7 +382,7 @@ _TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::\d\d)?\s*(?:([ap])\.?\s?m\.?|(o'?c
 _DATEISH = re.compile(r"\d[-/年.]\d|(?<!\\)\b[A-Za-z]{3}")
 _YEAR_FIRST = re.compile(r"(\d{4})[-/年.](\d{1,2})[-/月.](\d{1,2})日?")
 _YEAR_LAST = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
-_LAYOUT = re.compile(r"\\[a-zA-Z]+|[{}$*_\"]")
+_LAYOUT = re.compile(r"\\(?:text\w*|math\w+|q?quad|left|right|[^A-Za-z]|$)|[{}$*_\"]")
 _CLASS_A = re.compile(r"(?<=\S) A(?![a-z])")
 _HYPHEN = re.compile(r"(?<=[a-z]{2})-(?=[a-z]{2})")
 _APOSTROPHE = re.compile(r"(?<=\w)'s\b|'")
