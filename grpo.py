@@ -27,7 +27,7 @@ import ptst
 import reward
 import toy
 from benchmarks.validate import validate
-from nano import asking, budget, data, packing, run
+from nano import asking, budget, data, lora, packing, run
 from nano.device import compute_dtype
 from nano.health import Health
 from nano.rollout import Sample, TorchEngine
@@ -84,6 +84,9 @@ class Config:
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     freeze_vision: bool = False  # then each image is encoded once a step
+    lora_rank: int = 0  # train adapters of this rank and nothing else; 0 = all weights
+    lora_alpha: float = 32.0  # the adapters' part is scaled by alpha / rank
+    lora_vision: bool = False  # adapters for the vision tower too; else it is frozen
     # memory and speed
     micro_tokens: int = 20480  # tokens of a packed micro-batch on one rank
     activation_checkpointing: bool = True
@@ -315,7 +318,7 @@ def preflight(config, stages, questions, policy, reference, engine, optimizer, d
     lengths = [longest] * copies + [rest] * (rest > len(prompt.ids) and copies < samples)
     rows = min(config.max_rows, samples)
     more = dict(replica=config.engine == "torch", rows=rows, row_tokens=longest)
-    if reference:
+    if reference and not config.lora_rank:
         where = str(compute_dtype(device)).removeprefix("torch.")
         more["reference"] = "cpu" if config.offload != "none" else where
     tokens, patches = sum(lengths), len(lengths) * int(prompt.image_grid.prod(-1).sum())
@@ -417,13 +420,16 @@ def load_models(config: Config, device):
         config.model,
         device,
         freeze_vision=config.freeze_vision,
+        adapters=(config.lora_rank, config.lora_alpha, config.lora_vision),
         offload=config.offload == "all",
         shard_size=config.shard_size,
         activation_checkpointing=config.activation_checkpointing,
         compile=config.compile,
     )
     reference = None
-    if config.kl_coef:
+    if config.kl_coef and config.lora_rank:
+        reference = lora.without(policy)
+    elif config.kl_coef:
         # In bf16 on a GPU, since its matrix products round to it anyway.
         away = config.offload != "none"
         knobs = dict(freeze_vision=True, offload=away, shard_size=config.shard_size)
@@ -446,6 +452,8 @@ def main(config: Config):
     out = Path(config.out or run.default_out("grpo", config.model, config.data))
     config.out = str(out)
     toy.resolve(config)
+    if config.lora_rank:
+        config.freeze_vision = not config.lora_vision
     before = run.claim(config, HOW_ONLY)
 
     # ---- data and models

@@ -40,7 +40,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
-from nano import run
+from nano import lora, run
 from nano.device import compute_dtype, gpu_path
 from nano.generic import packed_refusal
 from nano.logprobs import likeliest, token_logprobs
@@ -275,22 +275,36 @@ def wrap(hf, path: str, device="cpu", freeze_vision=False):
 
 
 def load_sharded(
-    path: str, device, dtype=torch.float32, freeze_vision=False, offload=False, wrap=wrap, **knobs
+    path: str,
+    device,
+    dtype=torch.float32,
+    freeze_vision=False,
+    adapters: tuple[int, float, bool] = (0, 0, False),
+    offload=False,
+    wrap=wrap,
+    **knobs,
 ):
     """As `load`, but spread over the ranks by `shard` before a weight is read -> Policy.
 
     The model is made without memory (on the meta device); then every rank reads the slices of the
     safetensors that it keeps. `offload`: weights, gradients and with them the optimizer's state
-    live in the CPU's memory and visit the GPU block by block.
+    live in the CPU's memory and visit the GPU block by block. `adapters`: rank (0 = none), alpha
+    and whether the vision tower has some too (nano/lora.py); the frozen weights are then in bf16
+    on a GPU.
     """
     folder = path
+    rank, alpha, vision = adapters
+    dtype = compute_dtype(device) if rank else dtype
     if not Path(path).is_dir():
         wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
         folder = snapshot_download(path, allow_patterns=wanted)
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(folder)
         hf = AutoModelForImageTextToText.from_config(config, dtype=dtype)
+    hf.name_or_path = path
     policy, processor = wrap(hf, folder, device, freeze_vision)
+    if rank:
+        lora.add(policy, rank, alpha, vision)
     if freeze_vision and policy.visual is not None:
         # Mixed precision does not reach what is not sharded.
         policy.visual.to(compute_dtype(device))
@@ -307,6 +321,7 @@ def load_sharded(
                 part._init_weights(module)
     policy.banned = processor.banned_ids(hf.get_output_embeddings().weight.shape[0]).to(device)
     read_weights(policy, folder)
+    lora.reset(policy)
     return policy
 
 
@@ -314,7 +329,7 @@ def load_sharded(
 def read_weights(policy, folder: str):
     """The values of a Hugging Face folder into the weights of a sharded policy (a collective)."""
     reader = HuggingFaceStorageReader(folder)
-    names = {clean_name(name): p for name, p in policy.hf.named_parameters()}
+    names = {clean_name(n): p for n, p in policy.hf.named_parameters() if ".lora_" not in n}
     # Checkpoints of Qwen2.5-VL carry older names than transformers' modules.
     rules = get_model_conversion_mapping(policy.hf)
     wanted = {}
@@ -406,9 +421,16 @@ def clean_name(name: str) -> str:
 
 def full_weights(policy, dtype=None) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor) of each weight, one by one: no rank holds the whole model (a
-    collective: every rank must walk it to its end). `dtype`: cast before it is gathered."""
+    collective: every rank must walk it to its end). `dtype`: cast before it is gathered. Adapters
+    are merged into their layers."""
+    adapted = {f"{name}.weight": layer for name, layer in lora.layers(policy).items()}
     for name, p in policy.hf.named_parameters():
-        yield clean_name(name), full(p.detach().to(dtype or p.dtype))
+        if layer := adapted.get(name):
+            a, b = full(layer.lora_A.detach()), full(layer.lora_B.detach())
+            whole = full(p.detach()).float() + layer.scale * (b @ a).float()
+            yield clean_name(name), whole.to(dtype or p.dtype)
+        elif ".lora_" not in name:
+            yield clean_name(name), full(p.detach().to(dtype or p.dtype))
 
 
 def replica(policy: Policy) -> Policy:
@@ -426,7 +448,12 @@ def replica(policy: Policy) -> Policy:
 
 @torch.no_grad()
 def export(policy, processor, path: Path):
-    """Writes the whole model in the Hugging Face layout, in bf16 after a run on GPUs."""
+    """Writes the whole model in the Hugging Face layout, in bf16 after a run on GPUs.
+
+    Adapters are merged into it, and lie beside it for themselves.
+    """
+    own = [(clean_name(n), p) for n, p in policy.hf.named_parameters() if ".lora_" in n]
+    adapters = {name: full(p.detach()).cpu() for name, p in own}
     state = {}
     for name, whole in full_weights(policy):
         if dist.get_rank() == 0:
@@ -434,4 +461,6 @@ def export(policy, processor, path: Path):
     if dist.get_rank() == 0:
         policy.hf.save_pretrained(path, state_dict=state)
         processor.save(path)
+        if adapters:
+            lora.save(path.parent / "adapter", policy, adapters)
     run.meet()

@@ -54,6 +54,9 @@ class Config:
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     freeze_vision: bool = False
+    lora_rank: int = 0  # train adapters of this rank and nothing else; 0 is all weights
+    lora_alpha: float = 32.0  # the adapters' part is scaled by alpha / rank
+    lora_vision: bool = False  # adapters for the vision tower too; else it is frozen
     # memory and speed
     micro_tokens: int = 16384  # tokens of a packed micro-batch on one rank
     workers: int = 2  # processes of each rank that prepare images ahead of time
@@ -137,12 +140,13 @@ def report(problems: data.Problems, told: set, strict: bool):
             told.add(problem)
 
 
-def model_flops(shape: budget.Shape, sequences: list, freeze_vision: bool) -> float:
+def model_flops(shape: budget.Shape, sequences: list, config: Config) -> float:
     """What these sequences cost, forward and backward."""
     grids = [grid for prompt, _ in sequences for grid in prompt.image_grid.tolist()]
     lengths = [len(prompt.ids) + len(ids) for prompt, ids in sequences]
     labels = sum(len(ids) for _, ids in sequences)
-    return budget.flops(shape, lengths, labels, grids).training(freeze_vision)
+    whole = budget.flops(shape, lengths, labels, grids)
+    return whole.training(config.freeze_vision, lora=config.lora_rank > 0)
 
 
 def preflight(config: Config, steps: Steps, policy, optimizer, device):
@@ -170,6 +174,8 @@ def main(config: Config):
     config.out = config.out or run.default_out("sft", config.model, config.data)
     out = Path(config.out)
     toy.resolve(config)
+    if config.lora_rank:
+        config.freeze_vision = not config.lora_vision
     run.claim(config, HOW_ONLY)
 
     # ---- data
@@ -180,6 +186,7 @@ def main(config: Config):
     # ---- model
     knobs = dict(offload=config.offload, shard_size=config.shard_size, compile=config.compile)
     knobs |= dict(activation_checkpointing=config.activation_checkpointing)
+    knobs |= dict(adapters=(config.lora_rank, config.lora_alpha, config.lora_vision))
     with run.for_people():
         # What cannot be packed goes through the model one sequence per forward.
         packable = not generic.packed_refusal(AutoConfig.from_pretrained(config.model))
@@ -228,7 +235,7 @@ def main(config: Config):
         optimizer.step()
         optimizer.zero_grad()
 
-        flops = model_flops(shape, sequences, config.freeze_vision) if shape else 0.0
+        flops = model_flops(shape, sequences, config) if shape else 0.0
         sums = run.all_sum({"loss": loss_sum, "flops": flops})
         seconds = time.perf_counter() - began
         mfu = budget.mfu(sums["flops"] / world, seconds, device) if shape else None

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedConfig
 
 GIB = 2**30
@@ -61,6 +62,10 @@ def shape(config: PreTrainedConfig) -> Shape:
         found = (p for name, p in hf.named_parameters() if re.search(words, name))
         return sum(p.numel() for p in found if p.ndim >= least_dims)
 
+    def widths(words: str) -> int:
+        linear = (m for n, m in hf.named_modules() if re.search(words, n) and type(m) is nn.Linear)
+        return sum(m.in_features + m.out_features for m in linear)
+
     return Shape(
         text=text,
         vision=vision,
@@ -72,6 +77,9 @@ def shape(config: PreTrainedConfig) -> Shape:
         text_matrices=count(r"language_model\.layers", 2),
         vision_matrices=count(r"visual\.blocks|patch_embed", 2),
         merger_matrices=count("merger", 2),
+        # Times the rank: the parameters of LoRA's adapters.
+        text_widths=widths(r"language_model\."),
+        vision_widths=widths(r"visual\."),
         head_matrix=text.vocab_size * text.hidden_size,
         query=text.num_attention_heads * dim,
         kv=text.num_key_value_heads * dim,
@@ -121,9 +129,13 @@ class Flops(NamedTuple):
     def forward(self) -> float:
         return sum(self)
 
-    def training(self, frozen_vision: bool = False) -> float:
-        """Count forward and backward as three forwards, or as one of a frozen tower, for `mfu`."""
-        return 3 * self.forward - (2 * self.vision if frozen_vision else 0)
+    def training(self, frozen_vision: bool = False, lora: bool = False) -> float:
+        """Count forward and backward as three forwards, or as one of a frozen tower, for `mfu`.
+
+        With LoRA, matrices that are not trained have no gradient of their own.
+        """
+        fixed = self.text + self.head + (0 if frozen_vision else self.vision) if lora else 0
+        return 3 * self.forward - fixed - (2 * self.vision if frozen_vision else 0)
 
 
 def flops(s: Shape, lengths: list[int], labels: int = 0, images: list | tuple = ()) -> Flops:
@@ -193,6 +205,8 @@ def memory(
     cuda: bool = True,
     activation_checkpointing: bool = False,
     frozen_vision: bool = False,  # A tower that is not trained stays whole on each rank.
+    lora_rank: int = 0,  # Only adapters are trained; all else is frozen, on a GPU in bf16.
+    lora_vision: bool = False,
     reference: str = "float32",  # or "bfloat16", both sharded; "cpu"; "" for none
     offload: bool = False,  # weights, gradients and optimizer in the CPU's memory
     replica: bool = False,  # TorchEngine's whole copy for sampling, with its KV cache:
@@ -207,6 +221,9 @@ def memory(
     n = shard_size or world
     e = 2 if cuda else 4
     shard = 0 if offload else (s.params - (s.vision_params if frozen_vision else 0)) / n
+    frozen = shard if lora_rank else 0
+    if lora_rank and not offload:
+        shard = lora_rank * (s.text_widths + lora_vision * s.vision_widths) / n
     patches = 0 if frozen_vision else patches
     # token_logprobs makes float32 logits of some columns at a time; a GPU adds their bf16 gradient.
     logits = max(2**27, 2048 * tokens) if cuda else max(2**22, 1024 * tokens)
@@ -215,6 +232,9 @@ def memory(
     # layers in bf16 with their gradients, and one float32 buffer of the largest unit.
     block = s.text_matrices / s.text.num_hidden_layers
     gathered = 4 * (s.root_params + 2 * block) + 4 * max(s.root_params, block) if cuda else 0
+    head_gradient = e * s.head_matrix
+    if lora_rank:
+        gathered, head_gradient = 2 * cuda * (s.root_params + 2 * block), 0
     # The reference keeps its vision tower whole.
     fixed = {"float32": 4, "bfloat16": 2}.get(reference, 0) * (s.params - s.vision_params) / n
     if fixed:
@@ -231,7 +251,8 @@ def memory(
     items = [
         Item(f"activations of {tokens} tokens", kept, "training", micro),
         Item("a tile of logits", tile, "training", "a smaller width in token_logprobs"),
-        Item("the head's gradient, whole", e * s.head_matrix, "training", smaller),
+        Item("the head's gradient, whole", head_gradient, "training", smaller),
+        Item("frozen weights", e * frozen, "always", more),
         Item("master weights, float32", 4 * shard, "always", more),
         Item("gradients, float32", 4 * shard, "training", freeze),
         Item("AdamW's m and v", 8 * shard, "always", more),
@@ -310,6 +331,8 @@ def announce_run(config, policy, device, say, tokens: int, patches: int, **more)
         cuda=cuda,
         activation_checkpointing=config.activation_checkpointing,
         frozen_vision=config.freeze_vision,
+        lora_rank=config.lora_rank,
+        lora_vision=config.lora_vision,
         reference="",
         offload=config.offload in (True, "all"),
     )

@@ -25,7 +25,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from tqdm import tqdm
 from transformers import HfArgumentParser
 from transformers.utils.logging import disable_progress_bar
@@ -442,6 +446,13 @@ def checkpoints(out: Path) -> list[Path]:
     return sorted((Path(out) / "checkpoints").glob("step-*"))
 
 
+def saved(policy) -> StateDictOptions:
+    """What a checkpoint holds: all weights, but of a policy with adapters only these. The others
+    are those of --model."""
+    adapted = any(".lora_" in name for name, _ in policy.named_parameters())
+    return StateDictOptions(ignore_frozen_params=adapted, strict=not adapted)
+
+
 def best_step(out: Path) -> int:
     """The step of training with the best eval_accuracy, 0 before there is one (a collective)."""
 
@@ -466,7 +477,7 @@ def save_checkpoint(out: Path, step: int, policy, optimizer, keep: int, best: in
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
-    weights, moments = get_state_dict(policy, optimizer)
+    weights, moments = get_state_dict(policy, optimizer, options=saved(policy))
     dcp.save({"model": weights, "optimizer": moments}, checkpoint_id=aside)
     meet()
     if is_main():
@@ -488,7 +499,9 @@ def load_checkpoint(out: Path, policy, optimizer) -> int:
     if not newest[0]:
         return 0
     found = newest[0][0]
-    weights, moments = get_state_dict(policy, optimizer)
+    options = saved(policy)
+    weights, moments = get_state_dict(policy, optimizer, options=options)
     dcp.load({"model": weights, "optimizer": moments}, checkpoint_id=found)
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments)
+    loaded = dict(model_state_dict=weights, optim_state_dict=moments, options=options)
+    set_state_dict(policy, optimizer, **loaded)
     return int(found.name.removeprefix("step-"))
