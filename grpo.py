@@ -247,6 +247,7 @@ class Questions:
     def __init__(self, records, processor, config, policy, device):
         self.records, self.processor, self.config = records, processor, config
         self.policy, self.device = policy, device
+        self.ahead = packing.Ahead(processor)
         self.mine = range(dist.get_rank(), config.questions, dist.get_world_size())
 
     def record(self, step: int, number: int) -> data.Record:
@@ -258,15 +259,18 @@ class Questions:
     def prompt(self, step: int, number: int) -> packing.Prompt:
         """The question as the model reads it; a frozen vision tower sees its image once a step."""
         record = self.record(step, number)
-        prompt = packing.encode(record, self.processor)
+        made = self.ahead.take((step, number), record)
+        prompt = packing.encode(record, self.processor, made)
         prompt.number = number
         if self.config.freeze_vision:
             model.encode_once(self.policy, [prompt], self.device)
         return prompt
 
     def prompts(self, step: int) -> list[packing.Prompt]:
-        """Those that this rank asks in a step."""
-        return [self.prompt(step, number) for number in self.mine]
+        """Those that this rank asks in a step. Threads begin with the pictures of the next step."""
+        prompts = [self.prompt(step, number) for number in self.mine]
+        self.ahead.start({(step + 1, n): self.record(step + 1, n) for n in self.mine})
+        return prompts
 
 
 def make_engine(config, policy, processor, stages, device):

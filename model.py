@@ -122,7 +122,7 @@ AttentionInterface.register("packed", torch.compiler.disable(packed_attention))
 AttentionInterface.register("packed_flash", torch.compiler.disable(vision_attention))
 
 
-def use_our_attention(hf, device):
+def use_our_kernels(hf, device):
     """Sets the names after the model is made: to make a model from a config with such a name,
     transformers would look for a package of that name."""
     hf.model.language_model.config._attn_implementation = "packed"
@@ -130,6 +130,8 @@ def use_our_attention(hf, device):
     if gpu_path(device):
         embed = hf.model.visual.patch_embed
         embed.forward = partial(linear_patches, embed)
+        for norm in (m for m in hf.modules() if type(m).__name__.endswith("RMSNorm")):
+            norm.forward = partial(fast_norm, norm)
 
 
 def linear_patches(embed, patches):
@@ -139,6 +141,11 @@ def linear_patches(embed, patches):
     """
     weight = embed.proj.weight  # (E, 3, time, height, width)
     return F.linear(patches.to(weight.dtype), weight.flatten(1), embed.proj.bias)
+
+
+def fast_norm(norm, x):
+    """RMSNorm (..., H) in one kernel. transformers' is four, and keeps float32 copies of x."""
+    return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.variance_epsilon)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -268,7 +275,7 @@ def wrap(hf, path: str, device="cpu", freeze_vision=False):
     """An HF model (its weights may still be missing) and its folder -> (Policy, Processor)."""
     refuse_unpackable(hf.config, path)
     processor = Processor(path)
-    use_our_attention(hf, device)
+    use_our_kernels(hf, device)
     hf.model.visual.requires_grad_(not freeze_vision)
     vocab_size = hf.get_output_embeddings().weight.shape[0]
     return Policy(hf, processor.banned_ids(vocab_size)), processor
@@ -442,7 +449,7 @@ def replica(policy: Policy) -> Policy:
         hf = AutoModelForImageTextToText.from_config(
             config, dtype=dtype, attn_implementation="sdpa"
         )
-    use_our_attention(hf, device)
+    use_our_kernels(hf, device)
     return Policy(hf, policy.banned)
 
 

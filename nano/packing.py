@@ -7,8 +7,9 @@ row, a `Batch`; its `Packing` says where each one lies. `balance` and `batches` 
 
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 
 import torch
@@ -121,13 +122,34 @@ def usable(
     return kept
 
 
-def encode(record: Record, processor) -> Prompt:
-    """Record -> Prompt, its images decoded and cut into patches."""
-    pixels, grid = None, torch.zeros(0, 3, dtype=torch.long)
-    if record.images:
-        images = [load_image(image) for image in record.images]
-        out = processor.image_processor(images=images, return_tensors="pt")
-        pixels, grid = out["pixel_values"], out["image_grid_thw"]
+def image_patches(record: Record, processor):
+    """A record's images, decoded and cut -> (patches, patch_dim) or None, grid (images, 3)."""
+    if not record.images:
+        return None, torch.zeros(0, 3, dtype=torch.long)
+    images = [load_image(image) for image in record.images]
+    out = processor.image_processor(images=images, return_tensors="pt")
+    return out["pixel_values"], out["image_grid_thw"]
+
+
+class Ahead:
+    """Patches that threads make before they are asked for, while the device computes."""
+
+    def __init__(self, processor, threads: int = 4):
+        self.processor, self.pool, self.made = processor, ThreadPoolExecutor(threads), {}
+
+    def start(self, records: dict):
+        """{key: record}; what was made before and never taken is forgotten."""
+        submit = partial(self.pool.submit, image_patches, processor=self.processor)
+        self.made = {key: submit(record) for key, record in records.items()}
+
+    def take(self, key, record: Record):
+        made = self.made.pop(key, None)
+        return made.result() if made else image_patches(record, self.processor)
+
+
+def encode(record: Record, processor, made=None) -> Prompt:
+    """Record -> Prompt. `made`: its patches and grid, where they were made before."""
+    pixels, grid = made or image_patches(record, processor)
     ids = prompt_ids(record, processor, grid.prod(-1).tolist())
     return Prompt(record, ids, mrope(ids, grid, processor), pixels, grid)
 
