@@ -116,7 +116,7 @@ def value(node: Node, env: dict[str, float] | None = None, trig: bool = False):
     tag, data = node.tag, node.data
     if tag == "n":
         return data[0]
-    if tag == "v" and env and data in env:
+    if tag in ("v", "c") and env and data in env:  # i may be the index of a sum
         return env[data]
     if tag == "c" and data != "inf":
         return math.pi if data == "pi" else math.e if data == "e" else 1j
@@ -151,7 +151,7 @@ def value(node: Node, env: dict[str, float] | None = None, trig: bool = False):
 def series(node, env):
     """A sum or product between whole numbers; else a number that other bodies or bounds change."""
     low, high, body = node.kids
-    if low.tag == "rel" and low.kids[0].tag == "v":
+    if low.tag == "rel" and low.kids[0].tag in ("v", "c"):
         name, low = low.kids[0].data, low.kids[1]
         env = env | {name: 0.7391}  # so that the name of the index does not matter
     first, last = value(low, env), value(high, env)
@@ -196,12 +196,10 @@ class Matrix(list):
         """The determinant, along the first row; the limit of work ends it at about 7 rows."""
         if {len(self)} != {*map(len, self)}:
             raise Unparsable("no square")
+        if not self[1:]:
+            return self[0][0]
         minors = [Matrix([row[:k] + row[k + 1 :] for row in self[1:]]) for k in range(len(self))]
-        return (
-            small(sum((-1) ** k * x * abs(minors[k]) for k, x in enumerate(self[0]) if x))
-            if minors[1:]
-            else self[0][0]
-        )
+        return small(sum((-1) ** k * x * abs(minors[k]) for k, x in enumerate(self[0]) if x))
 
 
 # ---- 2. numbers and expressions ----------------------------------------------------------------
@@ -323,9 +321,12 @@ def same_quantity(a, b):
 
 
 # ---- 4. names and equations --------------------------------------------------------------------
+_NAMED = {"abs", "gcd", "lcm", "max", "min", *_TRIG, *SERIES}  # with letters, they name a value
+
+
 def heading(side, others):
     """The name that one side gives to the others: x, f(x), f^{-1}(x), (x, y), |AB|, sin A."""
-    head, first = None, side.kids[0] if side.kids else side
+    head, own, first = None, None, side.kids[0] if side.kids else side
     if side.tag == "v":
         head = side.data
     elif side.tag == "seq" and side.data[0] == "(" and all(k.tag == "v" for k in side.kids):
@@ -333,15 +334,14 @@ def heading(side, others):
     elif side.tag in ("/", "ratio") and all(k.tag == "v" for k in side.kids):  # AB : BC
         described = side.tag == "ratio" or any(not k.data.islower() for k in side.kids)
         head = ":".join(k.data for k in side.kids) if described else None
-    elif side.tag == "f" and side.data in {*SERIES, "gcd", "lcm", "max", "min"}:
-        return str(side) if variables(side) else None
-    elif side.tag == "f" and (side.data in _TRIG or (side.data == "abs" and first.tag == "v")):
-        shared = any(variables(side) & variables(other) for other in others)
-        return str(side) if variables(side) and not shared else None
+    elif side.tag == "f" and side.data in _NAMED and (side.data != "abs" or first.tag == "v"):
+        head = str(side) if variables(side) else None
+        own = set() if side.data in SERIES else variables(side)  # \int x dx has x on both sides
     elif side.tag == "*" and len(side.kids) == 2 and side.kids[1].tag in ("v", "n", "rel", "set"):
         f = first.kids[0] if first.tag == "^" else first
         head = f.data if f.tag == "v" and f.data[:1] in "fghpqyPFGHRSVATWE" else None
-    return head if head and not any(head in variables(other) for other in others) else None
+    own = {head} if own is None else own
+    return head if head and not any(own & variables(other) for other in others) else None
 
 
 def unname(node):
@@ -390,10 +390,8 @@ def same_relation(a, b):
     a, b = upward(a), upward(b)
     if len(a.kids) != 2 or len(b.kids) != 2:
         return len(a.kids) == len(b.kids) and a.data == b.data and all(map(same, a.kids, b.kids))
-    sides = []
-    for (left, right), (op,) in ((a.kids, a.data), (b.kids, b.data)):
-        sides.append((op, Node("+", None, (left, negate(right)))))
-    (op, p), (op_b, q) = sides
+    (op,), (op_b,) = a.data, b.data
+    p, q = (Node("+", None, (n.kids[0], negate(n.kids[1]))) for n in (a, b))
     if op != op_b or op == "in":
         return False
     points = [pair for pair in samples(p, q) if not isinstance(pair[0], Matrix)]
@@ -490,7 +488,7 @@ def of_relation(kids, ops, ends):
         bounds |= {">": [behind, ALL[1]], ">=": [before, ALL[1]]}
         out = combine("\\setminus" if op == "!=" else "\\cap", out, bounds[op])
     if name[:2] == ("f", "abs"):
-        out = combine("\\cap", out, [(0, 0), ALL[1]])
+        out = combine("\\cap", out, [point(num(0), 0, ends), ALL[1]])
         ends |= {-x: negate(node) for x, node in ends.items() if -x not in ends}
         out = combine("\\cup", out, [(-x, 1 - side) for x, side in reversed(out)])
     return out
@@ -499,23 +497,19 @@ def of_relation(kids, ops, ends):
 def same_region(a, b):
     """Rule for intervals, inequalities, unions; None if it does not apply."""
     tags = {a.tag, b.tag}
-    words = {n.data[2] for n in (a, b) if n.tag == "seq"}
-    if not (tags & {"rel", "set", "w"} or words & {"or", "and"}):
+    lists = [n for n in (a, b) if n.tag == "seq"]
+    words = {n.data[2] for n in lists} | {k.tag for n in lists for k in n.kids}
+    if not (tags & {"rel", "set", "w"} or words & {"or", "and", "rel"}):
         return None
-    trees = {}, {}
-    first, second = map(region, (a, b), trees)
-    if first is not None and second is not None:
-        if [side for _, side in first] != [side for _, side in second]:
-            return False
-        ends = ([tree.get(x, x) for x, _ in found] for tree, found in zip(trees, (first, second)))
-        return all(
-            x == y or (isinstance(x, Node) and isinstance(y, Node) and same(x, y))
-            for x, y in zip(*ends)
-        )
+    trees = [{math.inf: INF, -math.inf: negate(INF)} for _ in (a, b)]
+    found = first, second = [*map(region, (a, b), trees)]
+    if None not in found:
+        ends = [[tree[x] for x, _ in borders] for tree, borders in zip(trees, found)]
+        return [side for _, side in first] == [side for _, side in second] and all(map(same, *ends))
     if tags & {"set", "w"}:
         turns = (1, -1) if a.data != "\\setminus" else (1,)
-        both = a[:2] == b[:2] and a.tag == "set"
-        return both and any(all(map(same, a.kids, b.kids[::turn])) for turn in turns)
+        alike = a[:2] == b[:2] and a.tag == "set"
+        return alike and any(all(map(same, a.kids, b.kids[::turn])) for turn in turns)
     return False if "rel" in tags and not (several(a) and several(b)) else None
 
 
@@ -530,12 +524,13 @@ def same_ratio(a, b):
     return all(same_expr(times(p, second), times(q, first)) for p, q in zip(a.kids, b.kids))
 
 
-def vector(node):
-    """A matrix of one row or one column as a tuple."""
+def vector(node, other):
+    """A matrix of one row or one column as a tuple, with the brackets of the other."""
     rows = node.kids
     if node.data[2] != "matrix" or (len(rows) > 1 and any(len(row.kids) != 1 for row in rows)):
         return node
-    return Node("seq", ("(", ")", ""), tuple(cell for row in rows for cell in row.kids))
+    fence = other.data[:2] if other.data[:2] == ("[", "]") else ("(", ")")
+    return Node("seq", (*fence, ""), tuple(cell for row in rows for cell in row.kids))
 
 
 def same_ordered(a, b):
@@ -543,7 +538,7 @@ def same_ordered(a, b):
     if not a.tag == b.tag == "seq":
         return None
     if (a.data[2] == "matrix") != (b.data[2] == "matrix"):
-        a, b = vector(a), vector(b)
+        a, b = vector(a, b), vector(b, a)
     fences, words = [n.data[0] + n.data[1] for n in (a, b)], (a.data[2], b.data[2])
     openers = (a.data[0], b.data[0])
     if "(" not in openers and openers != ("[", "["):

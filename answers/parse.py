@@ -48,7 +48,8 @@ _SAME_NAME = (
 ).split()
 SERIES = "lim sum prod int".split()
 FUNCTIONS = {name: name for name in _SAME_NAME} | pairs(
-    "det abs asin arcsin acos arccos atan arctan tg tan ctg cot cosec csc arctg arctan"
+    "floor lfloor ceil lceil arsinh arcsinh arcosh arccosh artanh arctanh det abs "
+    "asin arcsin acos arccos atan arctan tg tan ctg cot cosec csc arctg arctan"
 )
 _GREEK = set(
     "alpha beta gamma delta epsilon varepsilon zeta eta theta vartheta kappa lambda mu nu xi rho "
@@ -198,15 +199,15 @@ class Parser:
             if not self.texts[self.i]:
                 break
             if separator == ";":
-                groups, out = [*groups, tuple(out)], []
+                groups, out = [*groups, out], []
             kind = _SEPARATORS[separator]
             word = "or" if "or" in (word, kind) else word or kind
             out.append(self.relation())
-        groups.append(tuple(out))
-        if len({len(group) for group in groups}) == 1 < len(out):  # p=5, q=2; p=7, q=2
-            out = [Node("seq", ("(", ")", ""), group) for group in groups] if groups[1:] else out
+        groups.append(out)
+        if groups[1:] and {*map(len, groups)} == {len(out)} != {1}:  # p=5, q=2; p=7, q=2
+            out = [Node("seq", ("(", ")", ""), tuple(group)) for group in groups]
         else:
-            out = [item for group in groups for item in group]
+            out = sum(groups, [])
         if not opener:
             return out[0] if len(out) == 1 else Node("seq", ("", "", word), tuple(out))
         fence = opener + self.need(*_CLOSERS[opener])

@@ -382,7 +382,10 @@ _TIME = re.compile(r"(\d{1,2})(?::(\d\d))?(?::\d\d)?\s*(?:([ap])\.?\s?m\.?|(o'?c
 _DATEISH = re.compile(r"\d[-/年.]\d|(?<!\\)\b[A-Za-z]{3}")
 _YEAR_FIRST = re.compile(r"(\d{4})[-/年.](\d{1,2})[-/月.](\d{1,2})日?")
 _YEAR_LAST = re.compile(r"(\d{1,2})/(\d{1,2})/(\d{4})")
-_LAYOUT = re.compile(r"\\(?:text\w*|math\w+|q?quad|left|right|[^A-Za-z]|$)|[{}$*_\"]")
+_LAYOUT = re.compile(
+    r"\\(?:text\w*|math\w+|emph|\w*box|\w+line|q?quad|left|right|rm|bf|it|[lL]arge|[^A-Za-z]|$)"
+    r'|[{}$*_"]'
+)
 _CLASS_A = re.compile(r"(?<=\S) A(?![a-z])")
 _HYPHEN = re.compile(r"(?<=[a-z]{2})-(?=[a-z]{2})")
 _APOSTROPHE = re.compile(r"(?<=\w)'s\b|'")
