@@ -52,8 +52,12 @@ class Config:
     top_p: float = 0.95  # likewise
     skip_pseudo_cot: bool = False  # ablation of App. B: the description without the pseudo-CoT
     skip_description: bool = False  # ablation: the pseudo-CoT in place of the description (Fig. 5)
+    # Fig. 2 gives the reasoner description and question; the first author says that it saw the
+    # answer too (Osilly/Vision-R1, issue 17). Off: only an answer that it found can be checked.
+    reasoner_sees_answer: bool = False
     pseudo_cot_only: bool = False  # a reviewer's question: the pseudo-CoT is the chain, no reasoner
-    template: str = "<think>{chain}</think>\n<answer>Final Answer:{answer}</answer>"  # as released
+    # The authors' evaluation reads an answer with exactly these spaces.
+    template: str = "<think>{chain}</think>\n<answer> Final Answer:{answer} </answer>"
     min_chars: int = 100  # shorter chains are dropped. ours
     max_chars: int = 50_000  # longer ones too: they would not fit SFT's 16,384 tokens. ours
     concurrency: int = 256  # records in work at a time, one call each
@@ -107,6 +111,9 @@ Image description:
 {description}
 
 Question: {question}"""
+KNOWN = """
+The correct answer is {answer}. Reason as if you had found it yourself, and do not say that you \
+were told."""
 
 # ---- The bridge: what happens to one record (Sec. 3.3.1, Fig. 2).
 
@@ -142,6 +149,8 @@ async def bridge(config: Config, record: Record, mllm: Server, reasoner: Server)
         chain, rest = re.split(r"(?i)\W*final answer\W*:", pseudo_cot)[0], pseudo_cot
     else:
         prompt = REASON.format(description=description, question=question)
+        if config.reasoner_sees_answer:
+            prompt += KNOWN.format(answer=record.answer)
         reply = await reasoner.ask(record.id, "chain", prompt)
         chain, _, rest = chains.checked("chain", reply, question).rpartition("</think>")
         chain = chain.strip().removeprefix("<think>").strip()

@@ -52,7 +52,7 @@ class Config:
     strict: bool = False  # stop at the first bad record instead of reporting it
     seed: int = 0
     # Sec. 3.4
-    stages: str = ptst.format_stages(STAGES)  # as text: 4Kx16x100,8Kx8x100
+    stages: str = ptst.format_stages(STAGES)  # as text, 4Kx16x100,8Kx8x100, or by name (ptst.py)
     questions: int = 512  # per rollout batch, over all ranks
     minibatches: int = 4  # optimizer steps per rollout batch
     epochs: int = 1  # times that a rollout batch is gone through
@@ -66,7 +66,8 @@ class Config:
     clip_eps_high: float = 0.0  # 0 = clip_eps; larger = clip-higher (DAPO)
     kl_coef: float = 1e-2  # beta; 0 = no reference model is loaded
     std_norm: bool = True  # divide advantages by the group's std; off = Dr. GRPO
-    # over tokens, then samples (Eq. 1); over all tokens (DAPO); over samples x max_len (Dr. GRPO)
+    # over tokens, then samples (Eq. 1); over all tokens (DAPO, and EasyR1 when the paper was
+    # written: its runs may have used that); over samples x max_len (Dr. GRPO)
     loss_mean: Literal["sequence", "token", "fixed"] = "sequence"
     drop_zero_var: bool = False  # leave groups without an advantage out of the means
     tis: float = 0.0  # truncated importance sampling: at most this weight per token; 0 = off
@@ -101,7 +102,7 @@ class Config:
     eval_top_p: float = 0.95  # the paper's evaluation
     keep_best: bool = False  # save the checkpoint with the best eval_accuracy, and never remove it
     save_every: int = 5  # steps; the last one is always saved
-    keep: int = 20  # checkpoints
+    keep: int = 10  # checkpoints: every fifth of the last 50 steps, as for Tables 5 and 6
     resume: bool = True  # --no_resume starts over
     sample_questions: int = 1  # questions a step whose rollouts go to samples.jsonl
     wandb: bool = False
@@ -121,12 +122,19 @@ SYSTEM_PROMPT = (  # ours, in the manner of R1-Zero's
     "<think> </think>, then give the final answer inside <answer> </answer>, that is: "
     "<think> reasoning here </think><answer> answer here </answer>."
 )
+BASE_PROMPT = (  # of arXiv 2503.05132; "User: ... Assistant:" and the prefill follow
+    "A conversation between User and Assistant. The user asks a question about the image, and the "
+    "Assistant solves it. The assistant first thinks about the reasoning process in the mind and "
+    "then provides the user with the answer."
+)
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 # Ours: a model of this size needs vLLM, which sleeps while training runs.
 PAPER = dict(engine="vllm", vllm_memory=0.7, max_rows=1024)
 ZERO = PAPER | dict(model=QWEN, system_prompt=SYSTEM_PROMPT, format_weight=1.0)
 CI_7B, CI_32B, CI_72B = (f"runs/vision-r1-ci-{size}/final" for size in ("7b", "32b", "72b"))
-LARGER = [(4096, 16, 100), (8192, 8, 200)]  # 32B, 72B: 20K more problems in the setting of stage 2
+# 32B, 72B: 20K more problems (AIME as images, MAmmoTH-VL, MM-IQ) in the setting of stage 2. They
+# are yours to bring, since they are not released: --data Osilly/Vision-R1-rl,FILE
+LARGER = [(4096, 16, 100), (8192, 8, 200)]
 TOY = dict(model="toy:ci", data="toy:rl-problems", stages=[(96, 16, 60), (192, 8, 60)], questions=8)
 TOY |= dict(minibatches=1, lr=3e-5, warmup_steps=5, freeze_vision=True, max_prompt_len=2048)
 TOY |= dict(micro_tokens=16384, activation_checkpointing=False, save_every=20, keep=2)
@@ -150,9 +158,13 @@ RECIPES = {
     "vision-r1-zero": ZERO | dict(out="runs/vision-r1-zero", stages=[(4096, 16, 300)]),
     "zero-ptst": ZERO | dict(out="runs/zero-ptst"),
     "zero-sft-ptst": ZERO | dict(model="runs/zero-sft/final", out="runs/zero-sft-ptst"),
-    # the neighbour, arXiv 2503.05132: RL straight on a base model; `data` = your SAT file
-    "r1-zero-base": ZERO
-    | dict(model="Qwen/Qwen2-VL-2B", out="runs/r1-zero-base", data="SAT", stages=[(2048, 8, 300)]),
+    # The neighbour, arXiv 2503.05132, RL straight on a base model: the values are theirs, of their
+    # script or TRL's defaults. A step asks 8 questions; they go twice through 15K of SAT.
+    "r1-zero-base": PAPER
+    | dict(model="Qwen/Qwen2-VL-2B", out="runs/r1-zero-base", data="array/SAT")
+    | dict(stages=[(700, 8, 3750)], questions=8, minibatches=1, max_pixels=401_408)
+    | dict(system_prompt=BASE_PROMPT, prefill=" Let me solve this step by step.\n<think>")
+    | dict(format_weight=1.0, kl_coef=0.04, weight_decay=0.0, save_every=100),
 }
 
 

@@ -21,7 +21,12 @@ class Stage(NamedTuple):
 
 
 def parse(stages: str | list) -> list[Stage]:
-    """Read "4Kx16x100,8Kx8x100", or a list of tuples or of such parts. Errors name the part."""
+    """Read "4Kx16x100,8Kx8x100", the name of a schedule, or a list of tuples or of such parts.
+
+    Errors name the part.
+    """
+    if isinstance(stages, str) and stages.strip() in SCHEDULES:
+        return list(SCHEDULES[stages.strip()])
     parts = stages.split(",") if isinstance(stages, str) else list(stages)
     if not parts:
         raise ValueError(f"no stages are given; {FORM}")
@@ -35,7 +40,9 @@ def _parse_stage(part: str | tuple, where: str) -> Stage:
             length, kilo, group_size, steps = found.groups()
             part = int(length) * (1024 if kilo else 1), int(group_size), int(steps)
     if not isinstance(part, (list, tuple)) or [type(field) for field in part] != [int] * 3:
-        raise ValueError(f"{where} has no whole max_len, group_size and steps; {FORM}")
+        names = ", ".join(difflib.get_close_matches(str(part), SCHEDULES, n=1) or SCHEDULES)
+        wrong = f"{where} has no whole max_len, group_size and steps; {FORM}"
+        raise ValueError(f"{wrong}; or one by name: {names}")
     for name, field, least in zip(Stage._fields, part, (1, 2, 1)):
         if field < least:
             why = "; a group of one has no advantage (Eq. 1)" if field == 1 else ""
@@ -89,7 +96,8 @@ def budget_note(stages: list) -> str:
     return note if len(set(budgets)) > 1 else ""
 
 
-SCHEDULES: dict[str, list[Stage]] = {
+SCHEDULES: dict[str, list[Stage]] = {}
+SCHEDULES |= {
     "vision-r1": parse("4Kx16x100,8Kx8x100"),  # Sec. 3.4, App. A; Table 5, last row
     "vision-r1-zero": parse("4Kx16x300"),  # App. A
     "vision-r1-long": parse("16Kx4x300"),  # App. A
@@ -112,9 +120,8 @@ if __name__ == "__main__":
     print(f"{'schedule':24} {'L x G x steps':29} {'most tokens of a question':>25}  L x G")
     for word in words or SCHEDULES:
         try:
-            stages = SCHEDULES.get(word) or parse(word)
+            stages = parse(word)
         except ValueError as error:
-            near = difflib.get_close_matches(word, SCHEDULES, n=1) or SCHEDULES
-            sys.exit(f"ptst.py: {error}, or one by name: {', '.join(near)}")
+            sys.exit(f"ptst.py: {error}")
         budgets = ", ".join(tokens(token_budget(stage)) for stage in stages)
         print(f"{word:24} {format_stages(stages):29} {total_tokens(stages):25,}  {budgets}")

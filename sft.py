@@ -51,6 +51,7 @@ class Config:
     batch_size: int = 32  # sequences per step over all ranks (released config: 8 GPUs x 1 x 4)
     lr: float = 5e-6  # released config
     warmup_ratio: float = 0.05  # released config
+    beta2: float = 0.999  # Adam's; the released file leaves it at this default
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     freeze_vision: bool = False
@@ -83,13 +84,18 @@ HOW_ONLY = (
 )
 
 TOY = dict(model="toy:base", data="toy:cold", lr=2e-3, epochs=5, freeze_vision=True, cutoff=1024)
-TOY |= dict(micro_tokens=4096, workers=0, activation_checkpointing=False, save_every=200)
+TOY |= dict(
+    beta2=0.95, micro_tokens=4096, workers=0, activation_checkpointing=False, save_every=200
+)
 LLAMA = "meta-llama/Llama-3.2-11B-Vision-Instruct"  # Table 2's has no chat template; this one has
 
 RECIPES = {
     "toy": TOY,
     # App. A: Vision-R1-CI in three sizes, and the answers-only start of Zero+SFT+PTST
-    "vision-r1-ci-7b": dict(out="runs/vision-r1-ci-7b"),
+    "vision-r1-ci-7b": dict(out="runs/vision-r1-ci-7b"),  # Sec. 4.1: all parameters
+    # as the released file trains: no tower, no projector, pictures of at most 768 x 768
+    "vision-r1-ci-7b-released": dict(out="runs/vision-r1-ci-7b-released")
+    | dict(freeze_vision=True, max_pixels=768 * 768),
     "vision-r1-ci-32b": dict(model="Qwen/Qwen2.5-VL-32B-Instruct", out="runs/vision-r1-ci-32b"),
     "vision-r1-ci-72b": dict(model="Qwen/Qwen2.5-VL-72B-Instruct", out="runs/vision-r1-ci-72b"),
     "zero-sft": dict(out="runs/zero-sft", drop_chains=True),
@@ -198,7 +204,9 @@ def main(config: Config):
     shape = budget.shape(policy.hf.config) if packable else None
     trained = [p for p in policy.parameters() if p.requires_grad]
     decay = config.weight_decay
-    optimizer = torch.optim.AdamW(trained, lr=config.lr, betas=(0.9, 0.95), weight_decay=decay)
+    optimizer = torch.optim.AdamW(
+        trained, lr=config.lr, betas=(0.9, config.beta2), weight_decay=decay
+    )
     width = policy.hf.config.get_text_config().hidden_size
     steps = Steps(file, spans, processor, config, width)
     exam = Steps(file, held_spans, processor, replace(config, epochs=1), width)

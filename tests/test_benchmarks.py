@@ -737,3 +737,40 @@ def test_offline_the_message_says_what_to_do(tmp_path):
         "MathVista testmini is not on this machine" in done.stdout
         and "--bench mathvista=FOLDER" in done.stdout
     ), done.stderr
+
+
+def test_the_average_of_tables_3_5_and_6():
+    """Its mean is theirs; its interval that of draws from three independent normal laws."""
+    assert [report.PAPER[m].split()[4] for m in list(report.PAPER)[:2]] == ["68.1", "73.5"]
+    rng = np.random.default_rng(0)
+    found = [
+        dict(value=v, low=v - w, high=v + w) for v, w in ((0.7, 0.03), (0.5, 0.01), (0.4, 0.02))
+    ]
+    mean = report.average(found)
+    assert mean["value"] == pytest.approx(np.mean([0.7, 0.5, 0.4]))
+    draws = np.mean(
+        [rng.normal(f["value"], (f["high"] - f["low"]) / 3.92, 200_000) for f in found], 0
+    )
+    assert np.quantile(draws, [0.025, 0.975]) == pytest.approx(
+        [mean["low"], mean["high"]], abs=2e-4
+    )
+
+
+@pytest.mark.parametrize("left_out", [None, "mathvista", "mm-math"])
+def test_avg_stands_in_the_main_table_when_its_three_do(left_out):
+    one = dict(value=0.5, low=0.4, high=0.6)
+    metrics = {"ALL": one, "Vision Only": dict(one, value=0.25)}
+    benches = {"mathvista", "mathverse", "mm-math"} - {left_out}
+    text = report.paper_table("ours", {b: dict(strict=metrics, fork=metrics) for b in benches})
+    head, *lines = text.splitlines()
+    assert ("AVG" in head) == (left_out is None)
+    assert "Vision-Only" in head
+    assert "25.0 (40.0 - 60.0)" in lines[-1]
+    if left_out is None:
+        cells = {line.split("|")[1].strip(): line.split("|")[-2].strip() for line in lines}
+        assert cells["Qwen2.5-VL-7B (Table 1)"] == "49.6"  # Table 5, row 1
+        assert cells["Vision-R1-7B (Table 1)"] == "55.4"  # Tables 3, 5, 6
+        assert cells["Vision-R1-Zero (Table 3)"] == "50.7"
+        assert cells["Zero+SFT+PTST (Table 6)"] == "39.8"
+        assert cells["ours, the paper's rules"] == "50.0 (44.2 - 55.8)"
+    assert len({line.count("|") for line in [head, *lines]}) == 1

@@ -258,7 +258,7 @@ def test_run_writes_the_released_look_and_reads_back(tmp_path, serve):
     assert kept[0]["response"] == (
         "<think>Okay, let's see. The image shows there are 1 red and 1 blue balls. Wait, I count "
         "again. So 1 plus 1 makes 2.</think>\n"
-        "<answer>Final Answer:2</answer>"
+        "<answer> Final Answer:2 </answer>"
     )
     ours, bad = read(out / "cold.jsonl")
     assert len(ours) == 16 and not len(bad)
@@ -576,7 +576,7 @@ def test_reasoning_is_found_wherever_the_server_puts_it(tmp_path, serve, message
     )
     assert (
         rows(tmp_path / "out" / "cold.jsonl")[0]["response"]
-        == "<think>A long enough thought about 1 and 2.</think>\n<answer>Final Answer:3</answer>"
+        == "<think>A long enough thought about 1 and 2.</think>\n<answer> Final Answer:3 </answer>"
     )
 
 

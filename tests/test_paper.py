@@ -4,6 +4,7 @@ What the paper leaves open is taken from its framework EasyR1 or is ours, and sa
 """
 
 import asyncio
+import re
 
 import pytest
 import torch
@@ -83,7 +84,27 @@ def test_modality_bridging_shows_each_model_what_fig_2_shows(tmp_path):
     # 4. The chain reads as if its writer had seen the image, in the form of the released data.
     assert response.startswith("<think>")
     assert "description" not in response
-    assert response.endswith("</think>\n<answer>Final Answer:417</answer>")
+    assert response.endswith("</think>\n<answer> Final Answer:417 </answer>")
+    # The authors' evaluation takes what stands between exactly these words and spaces.
+    assert re.findall(r"<answer> Final Answer:(.*?) </answer>", response) == ["417"]
+    assert reward.score(response, "417").reward == 1.0
+
+
+@pytest.mark.parametrize("shown", [False, True])
+def test_the_answer_may_be_shown_to_the_reasoner(shown, tmp_path):
+    """Fig. 2 does not; the first author did (Osilly/Vision-R1, issue 17)."""
+    Image.new("RGB", (28, 28)).save(tmp_path / "line.png")
+    record = Record("r", "<image>What is the SLOPE?", "417", [str(tmp_path / "line.png")])
+    mllm = Teacher("CAPTION. Final Answer: 417", "DETAILS")
+    reasoner = Teacher(f"<think>{'I compute. ' * 20}</think>\nFinal Answer: 417")
+    config = settings(cold_start, recipe="vision-r1-cold")
+    assert not config.reasoner_sees_answer
+    config.reasoner_sees_answer = shown
+    asyncio.run(cold_start.bridge(config, record, mllm, reasoner))
+    ((prompt, _),) = reasoner.asked
+    assert ("417" in prompt) == shown
+    for part in ("DETAILS", "SLOPE"):
+        assert part in prompt
 
 
 # -------------------------------------------------------------------------------------------------
@@ -108,9 +129,22 @@ def test_cold_start_initialization(recipe, model):
     assert config.warmup_ratio == 0.05  # released config
     assert config.cutoff == 16384  # released config
     assert config.batch_size == 32  # released config: 8 GPUs x 1 x 4, or 32 GPUs
+    assert config.beta2 == 0.999  # released config: it leaves the optimizer at its defaults
+    assert config.max_pixels == 0  # the paper does not limit pictures
     assert not config.freeze_vision  # Sec. 4.1: all parameters are trained
     assert config.drop_chains == (recipe == "zero-sft")  # Table 6: SFT without the chains
     assert not config.system_prompt
+
+
+def test_sft_as_the_released_file_does_it():
+    """It freezes the tower and the projector, which model.py freezes as one, and limits pictures;
+    all else is as in the paper's own recipe."""
+    released = vars(settings(sft, recipe="vision-r1-ci-7b-released"))
+    paper = vars(settings(sft, recipe="vision-r1-ci-7b"))
+    changed = {name: value for name, value in released.items() if value != paper[name]}
+    assert changed.pop("recipe") == "vision-r1-ci-7b-released"
+    assert changed.pop("out") == "runs/vision-r1-ci-7b-released"
+    assert changed == dict(freeze_vision=True, max_pixels=768 * 768)
 
 
 def test_the_learning_rate_of_sft_is_a_cosine_after_5_percent_of_warm_up():
@@ -169,6 +203,10 @@ def test_the_models_of_app_a(recipe):
     assert config.temperature == 1.0  # EasyR1
     assert config.top_p == 1.0  # EasyR1
     assert not config.freeze_vision
+    assert config.max_pixels == config.min_pixels == 0
+    assert not config.prefill
+    assert config.keep * config.save_every == 50  # Tables 5, 6: every fifth of the last 50 steps
+    assert config.save_every == 5
 
 
 def test_every_recipe_of_rl_is_pinned_here():
@@ -180,8 +218,19 @@ def test_the_neighbour_starts_from_a_base_model():
     """arXiv 2503.05132: R1-Zero on Qwen2-VL-2B, straight on SAT, without SFT."""
     config = settings(grpo, recipe="r1-zero-base")
     assert config.model == "Qwen/Qwen2-VL-2B"
-    assert config.system_prompt
-    assert config.format_weight == 1.0
+    assert config.data == "array/SAT"
+    ((max_len, group_size, steps),) = ptst.parse(config.stages)
+    assert (max_len, group_size) == (700, 8)  # their script; TRL's default
+    assert steps * config.questions == 2 * 15_000  # their script: 2 epochs of 15K problems
+    assert config.questions == 8  # their script: 4 GPUs x 1 x 2
+    assert config.max_pixels == 401_408  # their script
+    assert config.format_weight == 1.0  # their script: accuracy and format
+    assert (config.lr, config.kl_coef, config.weight_decay) == (1e-6, 0.04, 0.0)  # TRL's defaults
+    # their prompt, word for word: it ends in <think>
+    user = "\nUser: {question} \nAssistant: Let me solve this step by step.\n<think>"
+    assert config.system_prompt.endswith("and then provides the user with the answer.")
+    assert config.system_prompt.startswith("A conversation between User and Assistant. ")
+    assert user.endswith(f"Assistant:{config.prefill}")
 
 
 def test_ptst_in_plain_sight():

@@ -92,6 +92,16 @@ def test_parse_errors_name_the_part(text, words):
         parse(text)
 
 
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_is_known_by_its_name(name):
+    assert parse(name) == parse(f" {name} ") == parse(format_stages(SCHEDULES[name]))
+
+
+def test_the_nearest_schedule_is_named():
+    with pytest.raises(ValueError, match="or one by name: vision-r1-long"):
+        parse("vision-r1-lang")
+
+
 def test_stage_at_covers_every_step_once():
     stages = [(4096, 16, 3), (8192, 8, 2), (16384, 4, 1)]
     assert [stage_at(stages, step)[0] for step in range(total_steps(stages))] == [0, 0, 0, 1, 1, 2]
