@@ -42,7 +42,7 @@ class Config:
     fresh: bool = False  # forget the calls of an earlier run in `out`
     strict: bool = False  # stop at the first bad input row instead of reporting it
     limit: int = 0  # use only the first so many records; 0 means all
-    mllm_url: str = "http://localhost:8000/v1"  # OpenAI-compatible server that sees, with /v1
+    mllm_url: str = "http://localhost:8000/v1"  # OpenAI-compatible servers that see, with commas
     mllm_model: str = "Qwen/Qwen2.5-VL-72B-Instruct"  # its model name. Sec. 4.1
     reasoner_url: str = "http://localhost:8001/v1"  # the same for the text-only reasoner
     reasoner_model: str = "deepseek-ai/DeepSeek-R1"  # Sec. 4.1
@@ -63,7 +63,7 @@ class Config:
     concurrency: int = 256  # records in work at a time, one call each
     timeout: float = 1800.0  # seconds for one answer
     retries: int = 10  # failed answers (500, timeout, cut, malformed) that a record survives
-    backoff: float = 1.0  # seconds before the first retry, doubled each time, at most 60
+    backoff: float = 1.0  # seconds before the first retry, doubled each time, at most 60 times this
 
 
 RECIPES = {
@@ -190,7 +190,8 @@ def contradiction(chain: str, truth: str, choices: list[str] | None) -> str | No
 
 def final_answer(text: str) -> str | None:
     """What a text says its answer is; None when it does not say."""
-    found = re.findall(r"<answer>(.*?)</answer>", text, re.S)
+    # An <answer> that nothing closes would be searched for its end from each opening tag on.
+    found = re.findall(r"<answer>(.*?)</answer>", text[: text.rfind("</answer>") + 9], re.S)
     found = found or re.findall(r"(?i)final answer[\s*]*[:：][\s*]*([^\n]+)", text)
     found = found or [loose_answer(text)]  # \boxed{}
     if not found[-1]:
@@ -344,16 +345,20 @@ async def work_all(config: Config, records, mllm: Server, reasoner: Server, outp
             row = dict(seconds=time.monotonic() - start, cpu=time.process_time() - cpu)
             row |= dict(done=output.next + len(output.early), kept=output.kept.total())
             row |= dict(records=len(records), **mllm.tally)
+            hosts = [(s.name, host) for s in (mllm, reasoner) for host in s.hosts]
+            row["servers"] = {f"{name} at {host.url}": host.rate() for name, host in hosts}
             row |= dict(trouble=mllm.trouble or reasoner.trouble)
             with open(output.out / "log.jsonl", "a") as log:
                 log.write(json.dumps(row) + "\n")
-            bar.set_postfix_str(f"kept {row['kept']:,} {row['trouble']}")
+            rates = " ".join(row["servers"].values())
+            bar.set_postfix_str(f"kept {row['kept']:,}, servers {rates} {row['trouble']}")
             bar.update(row["done"] - bar.n)
         bar.close()
         await crew  # raises what ended one of them
 
 
-def main(config: Config) -> None:
+def main(config: Config) -> int:
+    """-> how many records survived"""
     if not config.data:
         raise Stop("--data is needed: problems with images and answers (formats: nano/data.py)")
     with claim(config):
@@ -376,12 +381,17 @@ def main(config: Config) -> None:
         print(f"{output.kept.total():,} records in {config.out}/cold.jsonl; {calls}")
         if again := sum(n for (_, rule), n in output.lost.items() if rule == "no answer"):
             print(f"{again} had no answer from a server; the same command tries them again")
+        if not output.kept:
+            why = output.lost.most_common(3)
+            why = ", ".join(f"{n:,} x {rule} ({step})" for (step, rule), n in why)
+            print(f"no record survived: {why or 'no usable data'}; see {config.out}/rejected.jsonl")
+    return output.kept.total()
 
 
 def guarded(config: Config) -> None:
     """main(config); what a person can mend ends the program with a sentence."""
     try:
-        main(config)
+        sys.exit(0 if main(config) else 1)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"stopped: {error}")
     except OSError as error:

@@ -97,7 +97,7 @@ class HTTPEngine(Client):
 
     async def patiently(self, body: bytes) -> tuple[str, dict | str]:
         """As attempt, but hours may pass, as long as the server is alive."""
-        post = asyncio.ensure_future(self.attempt(body))
+        post = asyncio.ensure_future(self.attempt(self.session, body))
         alive = {"timeout": aiohttp.ClientTimeout(total=PATIENCE), **self.how}
         try:
             while not (await asyncio.wait([post], timeout=PATIENCE))[0]:

@@ -30,7 +30,7 @@ import cold_start
 from cold_start import Config
 from nano import chains
 from nano.data import Record, read, write_parquet
-from nano.teachers import Journal, Reject, Server, Stop, open_session
+from nano.teachers import Client, Journal, Reject, Stop, open_session
 from tools import stats
 
 SAMPLES = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "formats"
@@ -97,7 +97,7 @@ class Teachers:
             server = await asyncio.start_server(
                 self.serve, "127.0.0.1", port, backlog=1024, ssl=tls
             )
-            self.port = server.sockets[0].getsockname()[1]
+            self.listening, self.port = server, server.sockets[0].getsockname()[1]
             ready.set()
 
         def work():
@@ -158,6 +158,7 @@ class Teachers:
 
     def close(self):
         async def stop():
+            self.listening.close()
             tasks = asyncio.all_tasks() - {asyncio.current_task()}
             for task in tasks:
                 task.cancel()
@@ -617,9 +618,8 @@ def test_answers_in_pieces(tmp_path, raw, expected, piece):
     async def talk():
         tcp = await asyncio.start_server(serve_raw, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{tcp.sockets[0].getsockname()[1]}/v1"
-        server = Server("mllm", config(tmp_path, url), None, {})
-        async with open_session(20) as server.session, tcp:
-            return await server.attempt(b"?")
+        async with open_session(20) as session, tcp:
+            return await Client(url, "MLLM_API_KEY").attempt(session, b"?")
 
     kind, reply, _ = asyncio.run(talk())
     assert kind == expected, reply
@@ -645,9 +645,8 @@ def test_an_endless_answer_is_cut_and_counts_as_failed(tmp_path, monkeypatch):
     async def talk():
         tcp = await asyncio.start_server(serve_without_end, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{tcp.sockets[0].getsockname()[1]}/v1"
-        server = Server("mllm", config(tmp_path, url), None, {})
-        async with open_session(20) as server.session, tcp:
-            return await server.attempt(b"?")
+        async with open_session(20) as session, tcp:
+            return await Client(url, "MLLM_API_KEY").attempt(session, b"?")
 
     kind, text, _ = asyncio.run(talk())
     assert kind == "failed" and "more than 100,000 bytes" in text and sent < 50_000_000
@@ -1046,18 +1045,18 @@ def test_a_kept_connection_gives_every_question_its_own_time(tmp_path):
     async def talk():
         tcp = await asyncio.start_server(serve_slowly, "127.0.0.1", 0)
         url = f"http://127.0.0.1:{tcp.sockets[0].getsockname()[1]}/v1"
-        server = Server("mllm", config(tmp_path, url), None, {})
-        async with open_session(0.25) as server.session:
+        server = Client(url, "MLLM_API_KEY")
+        async with open_session(0.25) as session:
             for delay in (b"0.1", b"0.1", b"0.1", b"0", b"0.1"):
-                assert (await server.attempt(delay))[0] == "ok"
+                assert (await server.attempt(session, delay))[0] == "ok"
                 await asyncio.sleep(0.4 if delay == b"0" else 0)
             assert len(connections) == 1
             for delay in (b"9", b"9"):  # on the kept connection, and on a new one
                 start = time.monotonic()
-                kind, text, _ = await server.attempt(delay)
+                kind, text, _ = await server.attempt(session, delay)
                 assert kind == "failed" and "Timeout" in text
                 assert 0.24 < time.monotonic() - start < 2
-            assert (await server.attempt(b"0"))[0] == "ok" and len(connections) == 3
+            assert (await server.attempt(session, b"0"))[0] == "ok" and len(connections) == 3
         tcp.close()
 
     asyncio.run(talk())
