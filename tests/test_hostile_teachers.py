@@ -463,7 +463,7 @@ def test_two_servers_one_of_which_dies_and_comes_back(tmp_path, serve):
         {r.pop("key"): r for r in rows(tmp_path / out / "journal.jsonl")} for out in ("one", "out")
     )
     assert one == two
-    assert 150 <= len(dying.requests) < 250 and len(again[0].requests) > 50
+    assert 150 <= len(dying.requests) < 250 and len(again[0].requests) > 5
     last = rows(tmp_path / "out" / "log.jsonl")[-1]["servers"]
     assert list(last) == [
         f"{role} at {server.url}" for role in ("mllm", "reasoner") for server in (steady, dying)
