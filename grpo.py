@@ -27,7 +27,7 @@ import ptst
 import reward
 import toy
 from benchmarks.validate import validate
-from nano import asking, budget, data, lora, packing, run
+from nano import asking, budget, data, lora, packing, resample, run
 from nano.device import compute_dtype
 from nano.health import Health
 from nano.rollout import Sample, TorchEngine
@@ -56,6 +56,7 @@ class Config:
     questions: int = 512  # per rollout batch, over all ranks
     minibatches: int = 4  # optimizer steps per rollout batch
     epochs: int = 1  # times that a rollout batch is gone through
+    resample: int = 1  # ask up to so many times the questions, to have more with a signal (DAPO)
     system_prompt: str = ""  # none after the cold start; Zero has one
     prefill: str = ""  # the prompt ends in it, the completion begins with it, e.g. <think>
     min_pixels: int = 0  # a smaller picture is enlarged; 0 = as the checkpoint says
@@ -82,6 +83,7 @@ class Config:
     # optimization
     lr: float = 1e-6
     warmup_steps: int = 0
+    lr_decay: Literal["constant", "cosine"] = "constant"  # cosine: to 0 at the end of all stages
     weight_decay: float = 1e-2
     max_grad_norm: float = 1.0
     freeze_vision: bool = False  # then each image is encoded once a step
@@ -238,8 +240,10 @@ def policy_loss(logprobs: torch.Tensor, batch: packing.Batch, config: Config):
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """Linear warm-up, then constant. `step` is counted from 0."""
-    return config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
+    """Linear warm-up, then constant or a cosine. `step` is counted from 0."""
+    rate = config.lr * min(1, (step + 1) / max(1, config.warmup_steps))
+    done = step / ptst.total_steps(ptst.parse(config.stages))
+    return rate if config.lr_decay == "constant" else rate * 0.5 * (1 + math.cos(math.pi * done))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -260,11 +264,10 @@ class Questions:
         self.records, self.processor, self.config = records, processor, config
         self.policy, self.device = policy, device
         self.ahead = packing.Ahead(processor)
-        self.mine = range(dist.get_rank(), config.questions, dist.get_world_size())
 
     def record(self, step: int, number: int) -> data.Record:
         """The record of question `number` of a step."""
-        place = step * self.config.questions + number
+        place = step * self.config.questions * self.config.resample + number
         epoch, place = divmod(place, len(self.records))
         return self.records[epoch_order(len(self.records), self.config.seed, epoch)[place]]
 
@@ -278,11 +281,25 @@ class Questions:
             model.encode_once(self.policy, [prompt], self.device)
         return prompt
 
-    def prompts(self, step: int) -> list[packing.Prompt]:
-        """Those that this rank asks in a step. Threads begin with the pictures of the next step."""
-        prompts = [self.prompt(step, number) for number in self.mine]
-        self.ahead.start({(step + 1, n): self.record(step + 1, n) for n in self.mine})
+    def prompts(self, step: int, numbers: range) -> list[packing.Prompt]:
+        """This rank's share of these. Threads begin with the pictures of the next step."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        prompts = [self.prompt(step, number) for number in numbers[rank::world]]
+        if numbers.start == 0:
+            following = numbers[rank::world]
+            self.ahead.start({(step + 1, n): self.record(step + 1, n) for n in following})
         return prompts
+
+
+def rollouts(engine, policy, questions, config, step, stage, numbers: range):
+    """G answers, at most L tokens each, to this rank's share of these questions of a step."""
+    engine.sync(policy)
+    prompts = questions.prompts(step, numbers)
+    seeds = [(config.seed, step, prompt.number) for prompt in prompts]
+    how = (config.temperature, config.top_p)
+    groups = engine.generate(prompts, stage.group_size, stage.max_len, seeds, *how)
+    run.meet()  # one rank may sample much longer than the others
+    return groups
 
 
 def make_engine(config, policy, processor, stages, device):
@@ -506,12 +523,9 @@ def main(config: Config):
 
         # 1. Questions, each rank its share, and 2. rollouts: G answers to each, at most L tokens.
         with timer("rollout"):
-            engine.sync(policy)
-            prompts = questions.prompts(step)  # (questions of this rank)
-            seeds = [(config.seed, step, prompt.number) for prompt in prompts]
-            how = (config.temperature, config.top_p)
-            groups = engine.generate(prompts, stage.group_size, stage.max_len, seeds, *how)
-            run.meet()  # one rank may sample much longer than the others
+            ask = partial(rollouts, engine, policy, questions, config, step, stage)
+            judge = partial(score, format_weight=config.format_weight)
+            groups, used, drawn = resample.rounds(ask, judge, config.questions, config.resample)
 
         # 3. Rewards: format AND answer (Sec. 3.4). Reshape sample.reward here: all below sees it.
         with timer("reward"):
@@ -520,15 +534,17 @@ def main(config: Config):
                 sample.reward = sample.score.reward
 
         # 4. Advantages within each group (Eq. 1).
-        rewards = torch.tensor([[sample.reward for sample in group] for group in groups])  # (Q, G)
+        rewards = torch.tensor([[sample.reward for sample in group] for group in groups])
+        rewards = rewards.view(len(groups), stage.group_size)  # (Q, G); a rank may have Q = 0
         advantages = group_advantages(rewards, config.std_norm)  # (Q, G)
         for sample, advantage in zip(chain(*groups), advantages.flatten().tolist()):
             sample.advantage = advantage
 
         # 5. Pack: whole groups change ranks until each rank has nearly the same work.
-        minibatches, size = [], len(groups) // config.minibatches
-        for first in range(0, len(groups), size):
-            part = groups[first : first + size]
+        minibatches, size = [], config.questions // config.minibatches
+        for first in range(0, config.questions, size):
+            chosen = used[first : first + size]
+            part = [group for group in groups if group[0].prompt.number in chosen]
             set_token_weights(part, stage.max_len, config)
             part = packing.balance(part, width, partial(questions.prompt, step))
             samples = list(chain(*part))
@@ -561,7 +577,7 @@ def main(config: Config):
         # 8. What happened, and now and then what the held-out problems say.
         row = dict(step=step + 1, stage=stage_number, lr=learning_rate(step, config))
         row |= dict(max_len=stage.max_len, group_size=stage.group_size)
-        row |= stats.row(groups)
+        row |= stats.row(groups) | drawn
         look = (step + 1) % config.eval_every == 0 or step + 1 == total
         if look and held:
             with timer("eval"):

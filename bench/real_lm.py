@@ -32,7 +32,7 @@ from toy.tiny import CHAT_TEMPLATE
 
 ROOT = Path(__file__).resolve().parents[1]
 MARKS = "vision_start vision_end image_pad video_pad vision_pad".split()
-SFT, RL, TEST = 256, 600, 200  # sums of each part; no sum is in two of them
+SFT, RL, TEST = 256, 600, 100  # sums of each part; no sum is in two of them
 
 
 def graft(out: Path):

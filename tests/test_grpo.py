@@ -217,6 +217,12 @@ def test_the_learning_rate_warms_up_in_equal_steps_and_stays(warmup, want):
     assert got == pytest.approx([4e-6 * w / max(want) for w in want])
 
 
+def test_a_cosine_falls_from_the_peak_to_zero():
+    config = grpo.Config(lr=2.0, lr_decay="cosine", stages="96x2x60,192x2x40")
+    got = [grpo.learning_rate(step, config) for step in (0, 25, 50, 75, 100)]
+    assert got == pytest.approx([2, 1 + 0.5**0.5, 1, 1 - 0.5**0.5, 0])
+
+
 def test_the_order_of_questions_goes_through_every_epoch_once():
     """Two steps of 7 questions may share an epoch of 10 records; another seed, another order."""
     single_rank()
