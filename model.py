@@ -332,23 +332,29 @@ def load_sharded(
     return policy
 
 
+def names_in_files(hf, reader: HuggingFaceStorageReader) -> dict[str, str]:
+    """{weight: its name in the files of a Hugging Face folder}; adapters are in none."""
+    names = {clean_name(n): p for n, p in hf.named_parameters() if ".lora_" not in n}
+    # Checkpoints of Qwen2.5-VL carry older names than transformers' modules.
+    rules, found = get_model_conversion_mapping(hf), {}
+    for key in reader.read_metadata().state_dict_metadata:
+        name, _ = rename_source_key(key, rules, [], hf.base_model_prefix, names)
+        if name in names:
+            found[name] = key
+    if missing := [name for name in names if name not in found]:
+        some = ", ".join(missing[:3])
+        raise ValueError(
+            f"{reader.path}: {len(missing)} weights are not in its *.safetensors, e.g. {some}"
+        )
+    return found
+
+
 @torch.no_grad()
 def read_weights(policy, folder: str):
     """The values of a Hugging Face folder into the weights of a sharded policy (a collective)."""
     reader = HuggingFaceStorageReader(folder)
-    names = {clean_name(n): p for n, p in policy.hf.named_parameters() if ".lora_" not in n}
-    # Checkpoints of Qwen2.5-VL carry older names than transformers' modules.
-    rules = get_model_conversion_mapping(policy.hf)
-    wanted = {}
-    for key in reader.read_metadata().state_dict_metadata:
-        name, _ = rename_source_key(key, rules, [], policy.hf.base_model_prefix, names)
-        if name in names:
-            wanted[key] = names.pop(name).data
-    if names:
-        some = ", ".join(list(names)[:3])
-        raise ValueError(
-            f"{folder}: {len(names)} weights are not in its *.safetensors, e.g. {some}"
-        )
+    weights = {clean_name(name): p.data for name, p in policy.hf.named_parameters()}
+    wanted = {key: weights[name] for name, key in names_in_files(policy.hf, reader).items()}
     dcp.load(wanted, storage_reader=reader)
 
 

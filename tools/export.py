@@ -1,0 +1,147 @@
+"""A checkpoint of sft.py or grpo.py as a Hugging Face folder: no ranks, no GPU, little memory.
+
+  python -m tools.export RUN OUT [--step N] [--model START] [--dtype bfloat16]
+
+Weights are read, cast and written file by file, so that 72B is never whole in memory. OUT appears
+when all of it is written. START is where the run began, by default as its config.json has it: its
+processor is taken, and what adapters (--lora_rank) are merged into. Weights get the type of the
+run's final/, or before that is there START's, unless --dtype says another.
+"""
+
+import argparse
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed.checkpoint as dcp
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader
+from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers.core_model_loading import revert_weight_conversion
+
+from model import names_in_files
+from nano import asking, generic, packing, run
+
+FILE_BYTES = 4 * 10**9  # of float32 that are in memory at a time, and about what a file holds
+
+
+def find(folder: Path, step: int) -> Path:
+    """The checkpoint of a step, or of the last one (0)."""
+    found = {int(path.name.removeprefix("step-")): path for path in run.checkpoints(folder)}
+    if not found:
+        raise ValueError(f"{folder}: no checkpoints in it; RUN is a folder of sft.py or grpo.py")
+    if (step or max(found)) not in found:
+        raise ValueError(f"{folder}: no checkpoint of step {step}, only of {[*found]}")
+    return found[step or max(found)]
+
+
+def parts(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """The names in order, cut into lists whose sizes sum to `limit` at most, or of one name."""
+    lists, room = [], 0
+    for name, size in sizes.items():
+        if size > room:
+            lists.append([])
+            room = limit
+        lists[-1].append(name)
+        room -= size
+    return lists
+
+
+class Weights:
+    """The weights of a checkpoint by name, some at a time. Of a run with adapters it has only
+    these, and they are merged into what the run began with."""
+
+    def __init__(self, checkpoint: Path, hf, start: str, settings: dict):
+        self.reader, self.sizes = FileSystemReader(checkpoint), {}
+        self.there = self.reader.read_metadata().state_dict_metadata
+        self.scale = 0.0
+        if settings.get("lora_rank"):
+            self.scale = settings["lora_alpha"] / settings["lora_rank"]
+            self.start = HuggingFaceStorageReader(start)
+            self.keys = names_in_files(hf, self.start)
+        for name, p in hf.named_parameters():
+            if f"model.hf.{name}" not in self.there and not self.scale:
+                raise ValueError(f"{checkpoint}: {name} is not in it")
+            self.sizes[name] = p.shape
+
+    def read(self, reader, names: dict) -> dict[str, torch.Tensor]:
+        """{name: size} -> float32"""
+        found = {name: torch.empty(size) for name, size in names.items()}
+        dcp.load(found, storage_reader=reader, no_dist=True)
+        return found
+
+    def __call__(self, names: list[str]) -> dict[str, torch.Tensor]:
+        if not self.scale:
+            found = self.read(self.reader, {f"model.hf.{n}": self.sizes[n] for n in names})
+            return {n: found[f"model.hf.{n}"] for n in names}
+        found = self.read(self.start, {self.keys[n]: self.sizes[n] for n in names})
+        found = {n: found[self.keys[n]] for n in names}
+        for name in names:
+            pair = [f"model.hf.{name.removesuffix('.weight')}.lora_{kind}" for kind in "BA"]
+            if pair[0] in self.there:
+                b, a = self.read(self.reader, {k: self.there[k].size for k in pair}).values()
+                found[name] += self.scale * (b @ a)
+        return found
+
+
+def export(folder, out, step: int = 0, start: str = "", dtype: str = "", limit=FILE_BYTES) -> Path:
+    """Writes the checkpoint in the Hugging Face layout -> the checkpoint."""
+    checkpoint, out = find(Path(folder), step), Path(out)
+    if out.exists():
+        raise ValueError(f"{out} is there already")
+    settings, final = json.loads(Path(folder, "config.json").read_text()), Path(folder, "final")
+    start = start or settings["model"]
+    if not Path(start).is_dir():
+        try:
+            start = snapshot_download(start, allow_patterns=[*generic.FILES, "*.safetensors"])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{start}, where the run began, is not here: --model START") from error
+    config = AutoConfig.from_pretrained(final if final.exists() else start)
+    config.dtype = getattr(torch, dtype) if dtype else config.dtype or torch.float32
+    with torch.device("meta"):
+        hf = AutoModelForImageTextToText.from_config(config, dtype=config.dtype)
+    library = generic if generic.packed_refusal(config) else packing
+    how = {name: settings.get(name, "") for name in asking.SETTINGS}
+    read = Weights(checkpoint, hf, start, settings)
+    lists, where, total = parts({n: 4 * s.numel() for n, s in read.sizes.items()}, limit), {}, 0
+    aside = out.with_name(f"writing-{out.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    try:
+        hf.config.architectures = [type(hf).__name__]
+        for part in (hf.config, hf.generation_config):
+            part.save_pretrained(aside)
+        library.Processor(start, **how).save(aside)
+        for number, names in enumerate(lists, 1):
+            weights = {name: weight.to(hf.dtype) for name, weight in read(names).items()}
+            weights = revert_weight_conversion(hf, weights)  # names as the hub's files have them
+            weights = {name: weight.contiguous() for name, weight in weights.items()}
+            file = f"model-{number:05d}-of-{len(lists):05d}.safetensors"
+            file = file if len(lists) > 1 else "model.safetensors"
+            save_file(weights, aside / file, {"format": "pt"})
+            where |= dict.fromkeys(weights, file)
+            total += sum(weight.nbytes for weight in weights.values())
+        if len(lists) > 1:
+            index = dict(metadata=dict(total_size=total), weight_map=where)
+            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        aside.rename(out)
+    finally:  # a full disk gets its room back
+        shutil.rmtree(aside, ignore_errors=True)
+    return checkpoint
+
+
+if __name__ == "__main__":
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("tools.export", description=__doc__, formatter_class=raw)
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("--step", type=int, default=0, help="of the checkpoint (default: the last)")
+    parser.add_argument("--model", default="", metavar="START")
+    parser.add_argument("--dtype", default="", choices=["", "float32", "bfloat16", "float16"])
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # that is what we want
+    with run.for_people():
+        found = export(args.run, args.out, args.step, args.model, args.dtype)
+    print(f"{found} is now {args.out}")
