@@ -17,6 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 
 MAX_ANSWER = 2**20  # bytes; a chain of 16,384 tokens takes about 64 KB
+PER_TOKEN = 32  # bytes that a teacher may send for each token it was asked for, and 64 KB more
 MOST_WAIT = 60  # times the first wait: the longest one, whatever a server asks for
 START = b'{"key": "'  # of a line of the journal; within a text its quotes are escaped
 IMAGE_KINDS = {b"\xff\xd8": "jpeg", b"GIF8": "gif", b"RIFF": "webp", b"BM": "bmp"}  # else PNG
@@ -117,8 +118,9 @@ def open_session(timeout: float | None) -> aiohttp.ClientSession:
 class Client:
     """The chat of one OpenAI-compatible server, and how it is doing."""
 
-    def __init__(self, url: str, key_name: str):
+    def __init__(self, url: str, key_name: str, max_answer: int = 0):
         self.url, self.key_name, at = url, key_name, urlsplit(url)
+        self.max_answer = max_answer or MAX_ANSWER
         self.key = os.environ.get(key_name) or os.environ.get("OPENAI_API_KEY") or "EMPTY"
         headers = {"Authorization": f"Bearer {self.key}", "Content-Type": "application/json"}
         headers["Accept-Encoding"] = "identity"
@@ -160,8 +162,8 @@ class Client:
                 raw = bytearray()
                 async for piece in answer.content.iter_any():
                     raw += piece
-                    if len(raw) > MAX_ANSWER:
-                        raise ValueError(f"an answer of more than {MAX_ANSWER:,} bytes")
+                    if len(raw) > self.max_answer:
+                        raise ValueError(f"an answer of more than {self.max_answer:,} bytes")
         except aiohttp.ClientConnectorCertificateError as error:
             return "bad certificate", f"{error} (trusted: SSL_CERT_FILE)", 0.0
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
@@ -189,8 +191,10 @@ class Server:
                     f"--{name}_url and --{name}_model are needed: like http://host:8000/v1 "
                     "(no key in it; several with commas), and the model's name"
                 )
-        self.hosts = [Client(url.rstrip("/"), f"{name.upper()}_API_KEY") for url in urls]
-        settings = {"model": self.model, "max_tokens": getattr(config, f"{name}_tokens")}
+        tokens, key_name = getattr(config, f"{name}_tokens"), f"{name.upper()}_API_KEY"
+        most = PER_TOKEN * tokens + 2**16
+        self.hosts = [Client(url.rstrip("/"), key_name, most) for url in urls]
+        settings = {"model": self.model, "max_tokens": tokens}
         settings |= {"temperature": config.temperature, "top_p": config.top_p}
         self.head = json.dumps(settings)[:-1]  # Every request begins with it.
         self.given_up, self.trouble = 0, ""  # records in a row; what went wrong last

@@ -301,7 +301,7 @@ def test_a_mix_of_all_kinds_killed_and_resumed_in_bounded_memory(
 
 def test_256_huge_replies_at_once_stay_below_1_gb(tmp_path, hostile, fork):
     """replies just below the limit on every call, all in flight at the same time"""
-    BODIES["as large as allowed"] = b"x" * (teachers.MAX_ANSWER - 100)
+    BODIES["as large as allowed"] = b"x" * (teachers.PER_TOKEN * 4096 + 2**16 - 100)
     try:
         problems(tmp_path, 256)
         server = hostile(lambda body: "as large as allowed")
@@ -468,7 +468,6 @@ def test_two_servers_one_of_which_dies_and_comes_back(tmp_path, serve):
     assert list(last) == [
         f"{role} at {server.url}" for role in ("mllm", "reasoner") for server in (steady, dying)
     ]
-    assert all(rate.endswith("/s") for rate in last.values())
 
 
 def test_a_slow_server_gets_fewer_calls_and_a_failing_one_few(tmp_path, serve):
