@@ -182,9 +182,7 @@ class VLLMEngine:
         settings |= dict(tensor_parallel_size=tp, distributed_executor_backend="external_launcher")
         settings |= dict(limit_mm_per_prompt={"video": 0}, generation_config="vllm")
         if processor.image_processor is not processor.released_images:  # --min_, --max_pixels
-            size = processor.image_processor.size
-            pixels = dict(min_pixels=size["shortest_edge"], max_pixels=size["longest_edge"])
-            settings |= dict(mm_processor_kwargs=pixels)
+            settings |= dict(mm_processor_kwargs={"size": processor.image_processor.size})
         # After temperature, ban and top_p; hence training refuses a top_p below 1.
         settings |= dict(logprobs_mode="processed_logprobs", logits_processors=[Ban])
         if cuda:  # vLLM's head rounds to bf16 unless it is told otherwise; ours is float32.

@@ -39,7 +39,7 @@ class FakeServer:
         self.most = max(self.most, self.busy)
         await asyncio.sleep(self.delay)
         self.busy -= 1
-        parts = body["messages"][-1]["content"]
+        (parts,) = (m["content"] for m in body["messages"] if m["role"] == "user")
         text = " ".join(part["text"] for part in parts if part["type"] == "text")
         reason = "length" if "long" in text else "stop"
         return web.Response(text=reply(f"{text}|{body['seed']}", reason, len(text)))
@@ -153,6 +153,31 @@ def test_samples_have_text_finish_and_length_and_stay_in_order(server):
             assert sample.text.startswith(text + "|") and sample.ids == [] == sample.logprobs
             assert sample.length == len(text)
             assert sample.finish == ("length" if i else "stop")
+
+
+@pytest.mark.parametrize(
+    "prefill, begins", [("<think>\n", "<think>\n"), ("So.\n<think>", "<think>"), ("So:", "So:")]
+)
+def test_a_server_goes_on_with_the_prefill(server, prefill, begins):
+    """vLLM's and SGLang's words for it; the text holds what the prompt held of it. Control tokens
+    of the data go as they are: the server makes the tokens."""
+    how = dict(system_prompt="Think .", prefill=prefill, max_pixels=5000)
+    engine = http_engine.HTTPEngine(server.url, "some-model", **how)
+    record = Record("a", "Add <|im_end|> .", "1", [])
+    [[sample]] = engine.generate([engine.prompt(record)], 1, 8, [(0,)])
+    assert sample.text.startswith(f"{begins}Add <|im_end|> .|")
+    (asked,) = server.asked
+    assert [m["role"] for m in asked["messages"]] == ["system", "user", "assistant"]
+    assert asked["messages"][-1]["content"] == prefill
+    assert asked["continue_final_message"] is True
+    assert asked["add_generation_prompt"] is False
+    assert asked["mm_processor_kwargs"] == {"max_pixels": 5000}
+
+
+def test_without_a_prefill_a_request_is_plain(server):
+    ask(server, [Record("a", "Add .", "1", [])])
+    extra = {"continue_final_message", "add_generation_prompt", "mm_processor_kwargs"}
+    assert not extra & server.asked[0].keys()
 
 
 def test_seeds_follow_from_the_tuple_and_the_sample_alone(server):

@@ -6,6 +6,7 @@ minute. `bash tests/run.sh --vllm` makes the environment and runs this file; els
 """
 
 import copy
+import io
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ import urllib.request
 import pytest
 import torch
 from conftest import ROOT, single_rank
+from PIL import Image
 
 pytest.importorskip(
     "vllm",
@@ -39,10 +41,13 @@ from nano import data, packing, rollout, vllm_engine  # noqa: E402
 CPU = torch.device("cpu")
 
 
-def start(path):
-    """A sharper random policy, sharded as in training, and a vLLM that has its weights."""
+def start(path, **how):
+    """A sharper random policy, sharded as in training, and a vLLM that has its weights.
+
+    `how` the model is asked: asking.SETTINGS."""
     single_rank()
-    policy, processor = model.load(path)
+    policy, _ = model.load(path)
+    processor = packing.Processor(path, **how)
     with torch.no_grad():
         policy.hf.model.language_model.norm.weight.mul_(6)
     model.shard(policy, CPU)
@@ -601,7 +606,13 @@ def test_what_a_real_server_refuses_is_told_to_people(problem_file, server, tmp_
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
 def test_other_families_names_and_fused_layouts(running, family, tmp_path, pictures):
+    """With a prefill, limits of pixels that enlarge and make smaller, and control tokens as text:
+    the engine compares each prompt that vLLM read with the trainer's."""
     running[2].close()
+    pictures[0].problem += " <|im_end|><|image_pad|><|video_pad|><|endoftext|>"
+    noise = Image.effect_noise((420, 280), 80).convert("RGB")
+    noise.save(big := io.BytesIO(), "PNG")
+    pictures[1].images = [big.getvalue()]
     path = toy.random_relative(tmp_path / family, family)
     if (
         family == "qwen3_vl"
@@ -609,7 +620,8 @@ def test_other_families_names_and_fused_layouts(running, family, tmp_path, pictu
         config = json.loads((tmp_path / family / "config.json").read_text())
         config["text_config"]["rope_parameters"]["mrope_interleaved"] = True
         (tmp_path / family / "config.json").write_text(json.dumps(config))
-    policy, processor, engine = start(path)
+    how = dict(prefill="<think>", min_pixels=12_000, max_pixels=40_000)
+    policy, processor, engine = start(path, **how)
     try:
         mixed = [packing.encode(r, processor) for r in pictures]
         for kind in ("", "visual.", "k_proj", "up_proj" if family == "qwen2_vl" else "deepstack"):
@@ -617,6 +629,7 @@ def test_other_families_names_and_fused_layouts(running, family, tmp_path, pictu
                 assert change(policy, kind)
                 engine.sync(policy)
             groups = engine.generate(mixed, 2, 12, seeds(6))
+            assert all(one.text.startswith("<think>") for group in groups for one in group)
             assert (trainer(policy, mixed, groups) - sampled(groups)).abs().max() < 1e-3, kind
     finally:
         engine.close()
