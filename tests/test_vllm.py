@@ -36,7 +36,7 @@ from transformers import AutoModelForImageTextToText  # noqa: E402
 
 import model  # noqa: E402
 import toy  # noqa: E402
-from nano import data, packing, rollout, vllm_engine  # noqa: E402
+from nano import data, lora, packing, rollout, vllm_engine  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -318,6 +318,21 @@ def test_a_change_of_one_kind_of_layer_arrives(restored, prompts, kind):
     assert (
         trainer(policy, prompts[:1], [[after]]) - torch.tensor(after.logprobs)
     ).abs().max() < 1e-3
+
+
+def test_merged_adapters_arrive(restored, pictures, tiny):
+    """LoRA: vLLM gets the merged weights, of the vision tower too, and samples what the adapters
+    say. Without the adapters the trainer would say something else."""
+    _, processor, engine = restored
+    policy = model.load_sharded(tiny, CPU, adapters=(4, 8.0, True))
+    torch.manual_seed(0)
+    for layer in lora.layers(policy).values():
+        lora.fill(layer.lora_B, 0.2 * torch.randn(layer.lora_B.shape))
+    engine.sync(policy)
+    mixed = [packing.encode(r, processor) for r in pictures]
+    groups = engine.generate(mixed, 4, 24, seeds(6))
+    assert (trainer(policy, mixed, groups) - sampled(groups)).abs().max() < 1e-3
+    assert (trainer(lora.without(policy), mixed, groups) - sampled(groups)).abs().max() > 0.1
 
 
 def test_a_stale_cache_would_be_noticed(restored, prompts, monkeypatch):
