@@ -136,6 +136,7 @@ ZERO = PAPER | dict(model=QWEN, system_prompt=SYSTEM_PROMPT, format_weight=1.0)
 CI_7B, CI_32B, CI_72B = (f"runs/vision-r1-ci-{size}/final" for size in ("7b", "32b", "72b"))
 # 32B, 72B: 20K more problems (AIME as images, MAmmoTH-VL, MM-IQ) in the setting of stage 2. They
 # are yours to bring, since they are not released: --data Osilly/Vision-R1-rl,FILE
+LORA = PAPER | dict(lora_rank=16, lr=1e-5)  # ours: adapters want about ten times the rate
 LARGER = [(4096, 16, 100), (8192, 8, 200)]
 TOY = dict(model="toy:ci", data="toy:rl-problems", stages=[(96, 16, 60), (192, 8, 60)], questions=8)
 TOY |= dict(minibatches=1, lr=3e-5, warmup_steps=5, freeze_vision=True, max_prompt_len=2048)
@@ -155,6 +156,12 @@ RECIPES = {
     "vision-r1-72b": PAPER  # 64 x 80 GB
     | dict(model=CI_72B, out="runs/vision-r1-72b", stages=LARGER, vllm_tp=8)
     | dict(offload="all", micro_tokens=12288),
+    # On one GPU, computed: 66 GiB of 79, and 20 of 24 with half of the sampler's rows.
+    "vision-r1-7b-lora-1gpu": LORA
+    | dict(model=CI_7B, out="runs/vision-r1-7b-lora", vllm_memory=0.65),
+    "vision-r1-3b-lora-24gb": LORA
+    | dict(model="runs/vision-r1-ci-3b/final", out="runs/vision-r1-3b-lora", vllm_memory=0.55)
+    | dict(micro_tokens=12288, max_rows=512),
     "vision-r1-long": PAPER
     | dict(model=CI_7B, out="runs/vision-r1-long", stages=[(16384, 4, 300)]),
     "vision-r1-zero": ZERO | dict(out="runs/vision-r1-zero", stages=[(4096, 16, 300)]),

@@ -180,6 +180,22 @@ def test_a_7b_with_adapters_by_hand():
     assert both == 2 * 8_292_166_656
 
 
+@pytest.mark.parametrize(
+    "size, gib, peak", [("7b-lora-1gpu", 79.1, 67.3), ("3b-lora-24gb", 23.6, 20.3)]
+)
+def test_recipes_for_one_gpu_fit_on_paper(size, gib, peak):
+    """With the longest prompt and answer in a micro-batch, and 5,000 patches in it."""
+    config = grpo.Config(**grpo.RECIPES[f"vision-r1-{size}"])
+    longest = config.max_prompt_len + 8192
+    s = budget.shape(budget.published_config(f"qwen2.5-vl-{size[:2]}"))
+    knobs = dict(activation_checkpointing=True, frozen_vision=True, lora_rank=config.lora_rank)
+    knobs |= dict(reference="", vllm_bytes=config.vllm_memory * gib * budget.GIB)
+    items = budget.memory(s, max(longest, config.micro_tokens), 5000, **knobs)
+    assert config.micro_tokens == 0 or config.micro_tokens >= longest
+    assert budget.peak(items) / budget.GIB == pytest.approx(peak, abs=1)
+    assert budget.peak(items) < 0.9 * gib * budget.GIB
+
+
 # ---- whole runs
 
 FLAGS = dict(lora_rank=4, lora_alpha=8, lr=1e-3, recipe="toy-zero")
