@@ -180,8 +180,7 @@ def repeating(m: re.Match) -> str:
 _RULES = [
     ("{,", r"\s*\{,\s*\}\s*", ","),
     (",\\!", r"(?<=\d),\\!\s*(?=\d{3}(?!\d))", ","),  # 46,\! 656
-    ("vmatrix", r"(\\begin)\{vmatrix\}", r"|\1{pmatrix}"),
-    ("vmatrix", r"(\\end)\{vmatrix\}", r"\1{pmatrix}|"),
+    ("vmatrix", r"(?s)(\\begin)\{vmatrix\}(.*?)(\\end)\{vmatrix\}", r"|\1{pmatrix}\2\3{pmatrix}|"),
     ("or", r"(?<=[\d)}])or(?=[A-Za-z(\\])", " or "),
     (".", r"(?<=[a-z])\.(?=\s|$)", " "),  # sq. ft.
     ("", r"(?<![A-Za-z])(sin|cos|tan|cot|ln|log)(?=(?!h\b)[a-zA-Z]\b|\d)", r"\1 "),  # sinx, sin2x
@@ -210,6 +209,8 @@ _LATEX_RULES = [
     ("\\mathbb", r"\\mathbb\s*\{?\s*([A-Z])\s*\}?", r"\\\1 "),
     ("\\", r"(?s)\\([A-Za-z]+|.)", lambda m: _COMMANDS.get(m[1], m[0])),
     ("\\over", r"\{([^{}]*)\\over(?![A-Za-z])([^{}]*)\}", r"\\frac{\1}{\2}"),
+    ("\\frac{d", r"\\frac\{d([a-zA-Z])\}\{d[a-z]\}", r"\1'"),
+    ("\\frac{d", r"\\frac\{d\}\{d([a-z])\}", r"\\lim_{d\1} "),  # as little to be cancelled as lim
     (  # \frac{km}{h^2}
         "\\frac",
         r"(?<=[\d }])\\frac\s*\{\s*([A-Za-z]+)\s*\}"
@@ -335,7 +336,7 @@ kph kmph = 5/18 m s-1 | ha hectare = 10000 m2 | acre = 1 acre | percent percenta
 unit = 1 unit | usd USD dollar bucks = 1 usd | cent = .01 usd | eur EUR euro = 1 eur
 gbp GBP = 1 pound | cny yuan rmb RMB = 1 cny | rupee = 1 rupee | N newton = 1 N | J joule = 1 J
 kJ = 1000 J | W watt = 1 W | kW = 1000 W | V volt = 1 V | Hz hertz = 1 Hz | Pa pascal = 1 Pa
-kPa = 1000 Pa | mol mole = 1 mol"""
+kPa = 1000 Pa | mol mole = 1 mol | C coulomb = 1 C"""
 UNITS = {}
 for _row in re.split(r" \| |\n", _UNIT_TABLE):
     _names, _meaning = _row.split(" = ")
