@@ -812,6 +812,22 @@ PIECES = [
     "\x00",
     "'",
     "five",
+    "\\sum_{k=1}^{",
+    "\\lim_{x\\to ",
+    "\\int_0^",
+    "\\bmod",
+    "\\pmod{",
+    "\\lfloor",
+    "\\rfloor",
+    "\\setminus",
+    "\\cap",
+    "\\in",
+    "\\ne",
+    "\\det",
+    "\\max",
+    "\\Delta",
+    ";",
+    "!",
 ]
 
 
