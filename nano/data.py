@@ -18,10 +18,12 @@ import re
 import zipfile
 import zlib
 from collections import Counter, defaultdict
+from collections.abc import Iterable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from io import BytesIO, TextIOWrapper
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -403,16 +405,22 @@ def read(path: str | Path, strict: bool = False, check_images: bool = True):
     return [record for _, _, record in stream(path, problems, check_images)], problems
 
 
-def write_parquet(path: str | Path, records: list[Record]):
-    """Vision-R1-rl's columns (images, problem, answer) and id, source, choices, response."""
+def write_parquet(path: str | Path, records: Iterable[Record]) -> int:
+    """Vision-R1-rl's columns (images, problem, answer) and id, source, choices, response.
+
+    -> how many there were; only a few are in memory at a time"""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    rows, text = [], pa.string()
-    for r in records:
-        images = [i if isinstance(i, bytes) else Path(i).read_bytes() for i in r.images]
-        rows.append({**vars(r), "images": [{"bytes": image} for image in images]})
+    text, records, n = pa.string(), iter(records), 0
     columns = {"images": pa.list_(pa.struct([("bytes", pa.binary()), ("path", text)]))}
-    columns |= dict.fromkeys(("problem", "answer", "id", "source"), text)
+    columns |= {"problem": text, "answer": text, "id": text, "source": text}
     columns |= {"choices": pa.list_(text), "response": text}
-    table = pa.Table.from_pylist(rows, pa.schema(columns))
-    pq.write_table(table, f"{path}.part", row_group_size=256)
+    with pq.ParquetWriter(f"{path}.part", schema := pa.schema(columns)) as writer:
+        while some := list(islice(records, 256)):
+            rows = []
+            for r in some:
+                images = [i if isinstance(i, bytes) else Path(i).read_bytes() for i in r.images]
+                rows.append({**vars(r), "images": [{"bytes": image} for image in images]})
+            writer.write_table(pa.Table.from_pylist(rows, schema))
+            n += len(rows)
     os.replace(f"{path}.part", path)
+    return n
