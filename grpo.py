@@ -102,6 +102,7 @@ class Config:
     eval_every: int = 20  # steps; and before the first and after the last one
     eval_temperature: str = "0.6"  # the paper's; several with commas, 0 = greedy: 0.6,0
     eval_top_p: float = 0.95  # the paper's evaluation
+    eval_max_len: int = 0  # new tokens; 0 = the greatest limit of `stages`
     keep_best: bool = False  # save the checkpoint with the best eval_accuracy, and never remove it
     save_every: int = 5  # steps; the last one is always saved
     keep: int = 10  # checkpoints: every fifth of the last 50 steps, as for Tables 5 and 6
@@ -116,7 +117,7 @@ HOW_ONLY = (
     *("stages", "strict", "max_rows", "vllm_memory", "vllm_tp", "micro_tokens", "compile"),
     *("activation_checkpointing", "offload", "shard_size", "preflight", "save_every", "keep"),
     *("force", "sample_questions", "wandb", "tensorboard", "eval_data", "eval_every"),
-    *("eval_temperature", "eval_top_p", "keep_best"),
+    *("eval_temperature", "eval_top_p", "eval_max_len", "keep_best"),
 )
 
 SYSTEM_PROMPT = (  # ours, in the manner of R1-Zero's
@@ -141,7 +142,7 @@ LARGER = [(4096, 16, 100), (8192, 8, 200)]
 TOY = dict(model="toy:ci", data="toy:rl-problems", stages=[(96, 16, 60), (192, 8, 60)], questions=8)
 TOY |= dict(minibatches=1, lr=3e-5, warmup_steps=5, freeze_vision=True, max_prompt_len=2048)
 TOY |= dict(micro_tokens=16384, activation_checkpointing=False, save_every=20, keep=2)
-TOY |= dict(eval_temperature="1,0", eval_top_p=1.0)
+TOY |= dict(eval_temperature="1,0", eval_top_p=1.0, eval_max_len=384)
 
 RECIPES = {
     "toy": TOY,
@@ -315,7 +316,8 @@ def make_engine(config, policy, processor, stages, device):
         return TorchEngine(model.replica(policy), processor, config.max_rows)
     from nano.vllm_engine import VLLMEngine
 
-    longest = config.max_prompt_len + max(stage.max_len for stage in stages)
+    longest = max(config.eval_max_len, *(stage.max_len for stage in stages))
+    longest += config.max_prompt_len
     settings = dict(memory=config.vllm_memory, tp=config.vllm_tp, max_num_seqs=config.max_rows)
     return VLLMEngine(config.model, processor, longest, device, **settings)
 

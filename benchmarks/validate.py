@@ -45,12 +45,13 @@ def under(row: dict, max_len: int) -> dict:
 def validate(engine, policy, encode, records, config, stages, done: int) -> dict:
     """After `done` steps: eval_accuracy, eval_format, ... for the log (a collective).
 
-    Answers are drawn once, under the greatest limit of the stages; what they are worth under the
-    limit of the stage follows from their length. The first temperature has the plain names, the
-    others have theirs at the end.
+    Answers are drawn once, under the evaluation's limit; what they are worth under that of the
+    stage follows from their length. The first temperature has the plain names, the others have
+    theirs at the end.
     """
     rank, world, found = dist.get_rank(), dist.get_world_size(), {}
-    longest, mine = max(stage.max_len for stage in stages), range(rank, len(records), world)
+    longest = config.eval_max_len or max(stage.max_len for stage in stages)
+    mine = range(rank, len(records), world)
     _, stage = ptst.stage_at(stages, max(0, done - 1))  # the stage of the last step
     for number, word in enumerate(config.eval_temperature.split(",")):
         engine.sync(policy)

@@ -19,7 +19,7 @@ from nano import data, run, steps
 from nano.data import write_parquet
 
 PLAIN = ("step", "accuracy", "low", "high", "format", "len", "cut", "accuracy_stage", "cut_stage")
-EXAM = dict(eval_every=2, eval_temperature="1,0", eval_top_p=1.0)
+EXAM = dict(eval_every=2, eval_temperature="1,0", eval_top_p=1.0, eval_max_len=0)
 
 
 @pytest.fixture(scope="module")
