@@ -81,11 +81,13 @@ class Health:
         if step == 2 or step % max(1, self.total // 20) == 0:
             pace = (self.clock[-1] - self.clock[0]) / (len(self.clock) - 1)
             left = timedelta(seconds=round(pace * (self.total - step)))
-            parts = {k[2:]: v / row["t_total"] for k, v in row.items() if k.startswith("t_")}
-            shares = ", ".join(f"{k} {v:.0%}" for k, v in parts.items() if k != "total" and v)
+            recent, times = self.rows[-20:], [key for key in row if key.startswith("t_")]
+            sums = {key[2:]: sum(r.get(key, 0.0) for r in recent) for key in times}
+            total = sums.pop("total")
+            shares = ", ".join(f"{k} {v / total:.0%}" for k, v in sums.items() if v)
             said.append(
                 f"step {step}: {left} to go at the pace of the last {len(self.clock) - 1} steps; "
                 f"{row['tokens_per_s']:,.0f} tokens/s; {shares}; "
-                f"{means(self.rows[-20:]).signal:.0%} of the groups have a signal"
+                f"{means(recent).signal:.0%} of the groups have a signal"
             )
         return said

@@ -84,12 +84,14 @@ def test_the_line_tells_end_speed_shares_and_signal(monkeypatch):
     clock = iter(range(0, 10_000, 30))  # a step takes 30 s, whatever its own timer says
     monkeypatch.setattr(health.time, "time", lambda: float(next(clock)))
     watch = health.Health("none", 100, 8)
-    said = [line for row in rows((40, {})) for line in watch.see(row)]
+    log = rows((40, {}))
+    log[25] |= dict(t_eval=10.0, t_total=12.0)  # a validation: 10 s of the 50 s of 20 steps
+    said = [line for row in log for line in watch.see(row)]
     steps = [int(line.split()[1].rstrip(":")) for line in said]
     assert steps == [2, 5, 10, 15, 20, 25, 30, 35, 40]
     assert said[-1] == (
         "step 40: 0:30:00 to go at the pace of the last 20 steps; 2,000 tokens/s; "
-        "rollout 50%, update 40%; 50% of the groups have a signal"
+        "rollout 40%, update 32%, eval 20%; 50% of the groups have a signal"
     )
 
 

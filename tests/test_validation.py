@@ -17,6 +17,7 @@ import toy
 from benchmarks.validate import under
 from nano import data, run, steps
 from nano.data import write_parquet
+from tools import plot
 
 PLAIN = ("step", "accuracy", "low", "high", "format", "len", "cut", "accuracy_stage", "cut_stage")
 EXAM = dict(eval_every=2, eval_temperature="1,0", eval_top_p=1.0, eval_max_len=0)
@@ -58,6 +59,22 @@ def test_validation_comes_before_the_first_step_and_after_the_last(validated):
             assert row[f"eval_cut_stage{end}"] >= row[f"eval_cut{end}"]
     assert said.count("30 held out, T=1: accuracy") == said.count("held out, greedy") == 4
     assert [row["step"] for row in run.read_log(out)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_curves_show_validation_from_step_0_on(validated, tmp_path, monkeypatch):
+    out, _ = validated
+    kept = []
+    monkeypatch.setattr("matplotlib.pyplot.close", kept.append)
+    plot.plot([str(out)], str(tmp_path / "curves.png"))
+    rows = [row for row in log_of(out) if "eval_accuracy" in row]
+    for title, key, scale in (("Accuracy (%)", "eval_accuracy", 100), ("Mean len", "eval_len", 1)):
+        axes = [ax for ax in kept[0].axes if ax.get_title(loc="left").startswith(title)]
+        lines = [
+            line for ax in axes for line in ax.lines if line.get_label() == "held-out problems"
+        ]
+        assert [list(line.get_xdata()) for line in lines] == [[0, 2, 4, 6]]
+        assert list(lines[0].get_ydata()) == pytest.approx([scale * row[key] for row in rows])
+        assert axes[0].get_xlim()[0] < 0
 
 
 @pytest.mark.parametrize("temperature, end", [(1.0, ""), (0.0, "_t0")])

@@ -19,7 +19,7 @@ import urllib.request
 
 import pytest
 import torch
-from conftest import ROOT, single_rank
+from conftest import ROOT, run_grpo, single_rank
 from PIL import Image
 
 pytest.importorskip(
@@ -37,6 +37,7 @@ from transformers import AutoModelForImageTextToText  # noqa: E402
 import model  # noqa: E402
 import toy  # noqa: E402
 from nano import data, lora, packing, rollout, vllm_engine  # noqa: E402
+from tools import export  # noqa: E402
 
 CPU = torch.device("cpu")
 
@@ -596,6 +597,21 @@ def test_evaluation_by_torch_vllm_and_a_server_is_one_report(problem_file, serve
         assert all(other == first for other in others), name
     report = json.loads((tmp_path / "torch" / "report.json").read_text())["all"]
     assert report["n"] == 24 and 0.05 < report["accuracy"] < 0.9 and report["format_rate"] > 0.9
+
+
+def test_an_export_in_several_files_is_sampled_as_the_final_model(problem_file, tmp_path):
+    """A checkpoint in the middle of a run becomes a folder that vLLM reads as transformers does."""
+    trained, out = tmp_path / "run", tmp_path / "model"
+    run_grpo(trained, problem_file, stages="16x8x2", lr=1e-3, save_every=1)
+    export.export(trained, out, limit=300_000)
+    assert len(list(out.glob("*.safetensors"))) > 3
+    flags = dict(data=problem_file, limit=24, temperature=0.0, max_len=24, max_prompt_len=1000)
+    for engine, path in (("torch", trained / "final"), ("vllm", out)):
+        own = dict(engine=engine, model=path, out=tmp_path / engine)
+        said, code = ends(begin([sys.executable, str(ROOT / "eval.py"), *words(flags | own)]), 300)
+        assert code == 0, said
+    first, other = ((tmp_path / e / "responses.jsonl").read_text() for e in ("torch", "vllm"))
+    assert first == other
 
 
 def asked_in_vain(server, out, problem_file, key="sk-toy", **flags):

@@ -35,6 +35,7 @@ PANELS = [  # field of log.jsonl, title, scale, horizontal axis
     ("len_mean", "Mean length (tokens)", 1, "tokens sampled"),
     ("accuracy", "Accuracy (%)", 100, "tokens sampled"),
 ]
+HELD_OUT = {"len_mean": "eval_len", "accuracy": "eval_accuracy"}  # by validation, over the steps
 MEANS = dict(marker="o", mfc="white", mec="black")
 BOXES = dict(orientation="horizontal", widths=0.6, whis=(5, 95), showfliers=False, showmeans=True)
 BOXES |= dict(patch_artist=True, medianprops=dict(color="black"), meanprops=MEANS)
@@ -45,6 +46,7 @@ class Curve(NamedTuple):
     log: list[dict]  # a row for each step
     at: dict[str, list]  # horizontal axis -> where each step stands on it
     colour: str
+    exams: list[dict]  # the rows with a validation; step 0 is before the first
 
 
 def read_chains(run: str) -> tuple[list, list]:
@@ -61,6 +63,15 @@ def read_chains(run: str) -> tuple[list, list]:
             lengths = right if row.get("right", row.get("why") == "ok") else wrong
             lengths.append(row["length"])
     return right, wrong
+
+
+def read_exams(run: str) -> list[dict]:
+    """Return the rows of a log that have a validation."""
+    path, rows = Path(run) / "log.jsonl" if Path(run).is_dir() else Path(run), []
+    for line in path.read_bytes().splitlines():
+        with contextlib.suppress(ValueError):  # A half-written line is left out.
+            rows.append(json.loads(line))
+    return [row for row in rows if "eval_accuracy" in row]
 
 
 def smooth(log: list[dict], key: str, scale: float, width: int) -> np.ndarray:
@@ -98,6 +109,12 @@ def draw_curves(ax, panel: tuple, curves: list[Curve], width: int) -> None:
             ax.plot(at, smooth(curve.log, key, scale, 1), color=curve.colour, lw=0.8, alpha=0.3)
         mean = smooth(curve.log, key, scale, width)
         ax.plot(at, mean, color=curve.colour, lw=2.2, label=name)
+        if axis == "step" and key in HELD_OUT and curve.exams:
+            steps = [row["step"] for row in curve.exams]
+            means = [scale * row[HELD_OUT[key]] for row in curve.exams]
+            label = f"{curve.name}: held out" if len(curves) > 1 else "held-out problems"
+            how = dict(color=curve.colour, ms=5, lw=1, mec="white", clip_on=False)
+            ax.plot(steps, means, "D-", label=label, **how)
         if key == "len_mean" and len(curves) == 1:
             kinds = [("len_correct", "right answers", RIGHT), ("len_wrong", "wrong answers", WRONG)]
             for field, label, colour in kinds:
@@ -112,6 +129,8 @@ def draw_curves(ax, panel: tuple, curves: list[Curve], width: int) -> None:
     ax.yaxis.set_major_formatter("{x:,g}")
     ax.grid(axis="y")
     left, right = min(own[0][0] for own in stages), longest[-1][1]
+    if axis == "step" and any(curve.exams for curve in curves):
+        left = -0.5  # The first validation is before the first step.
     ax.set_xlim(left, right)
     for i, (begin, end, stage) in enumerate(longest if shared else []):
         ax.axvspan(begin, end, color=BANDS[i % 3], lw=0, zorder=0)
@@ -152,7 +171,7 @@ def plot(runs: list[str], out: str = "") -> Path:
             log = read_log(run)
             sampled = list(accumulate(row["tokens"] for row in log))
             at = {"step": [row["step"] for row in log], "tokens sampled": sampled}
-            curves.append(Curve(name, log, at, COLOURS[i % len(COLOURS)]))
+            curves.append(Curve(name, log, at, COLOURS[i % len(COLOURS)], read_exams(run)))
     plt.rcParams.update(STYLE)
     if curves:
         fig, axes = plt.subplots(2, 3, figsize=(11, 6.8), dpi=160, layout="constrained")
