@@ -39,6 +39,8 @@ class Config:
     recipe: str = "toy"  # toy | vision-r1-cold
     data: str = ""  # problems with images and answers, in any format of nano/data.py, or toy:NAME
     out: str = "runs/cold"  # the folder of this run
+    split: str = "train"  # of a folder or a hub name that has several
+    image_root: str = ""  # folders, with commas, where pictures are looked for besides the data's
     fresh: bool = False  # forget the calls of an earlier run in `out`
     strict: bool = False  # stop at the first bad input row instead of reporting it
     limit: int = 0  # use only the first so many records; 0 means all
@@ -79,7 +81,7 @@ RECIPES = {
     ),
     "vision-r1-cold": dict(out="runs/vision-r1-cold"),  # the defaults
 }
-HOW_ONLY = ("recipe", "out", "fresh", "strict", "mllm_url", "reasoner_url")
+HOW_ONLY = ("recipe", "out", "fresh", "strict", "image_root", "mllm_url", "reasoner_url")
 HOW_ONLY += ("concurrency", "timeout", "retries", "backoff")
 
 # ---- Prompts. The wording is ours; the paper shows what goes into each call (Fig. 2).
@@ -308,8 +310,8 @@ class Output:
 
 
 def load(config: Config, output: Output) -> list[Record]:
-    records, problems = [], Problems(config.strict)
-    for _, _, record in stream(config.data, problems):
+    records, problems, where = [], Problems(config.strict), (config.split, config.image_root)
+    for _, _, record in stream(config.data, problems, True, *where):
         for k, image in enumerate(record.images):
             if isinstance(image, bytes):
                 record.images[k] = output.save(f"{record.id}-{k}" if k else record.id, image)

@@ -41,6 +41,8 @@ class Config:
     model: str = ""  # a Hugging Face folder or hub name; toy:all = the toy's three models
     bench: str = ""  # NAME from the hub, NAME=FOLDER or NAME=FILE, with commas
     data: str = ""  # instead: problems, any format of nano/data.py
+    split: str = "test"  # of --data, if it is a folder or a hub name that has several
+    image_root: str = ""  # folders, with commas, where pictures are looked for besides the data's
     name: str = ""  # in the table; "" = the model's folder
     strict: bool = False  # stop at the first bad record
     limit: int = 0  # only so many problems (of each benchmark); 0 = all
@@ -70,7 +72,7 @@ class Config:
 
 # More benchmarks or more of their questions may join the answers of an earlier run.
 HOW_ONLY = tuple(
-    """bench name strict limit max_prompt_len judge_url judge_model
+    """bench name strict image_root limit max_prompt_len judge_url judge_model
     url max_rows vllm_memory vllm_tp chunk""".split()
 )
 
@@ -114,11 +116,12 @@ def questions(config: Config, processor) -> list[data.Record]:
     """The records whose prompts fit; what is wrong with the others is said."""
     records, problems, limit = [], data.Problems(config.strict), config.limit or None
     if config.data:
-        records, problems = data.read(config.data, config.strict)
+        where = dict(split=config.split, image_root=config.image_root)
+        records, problems = data.read(config.data, config.strict, **where)
         records = records[:limit]
     for word in filter(None, map(str.strip, config.bench.split(","))):
         name, _, path = word.partition("=")
-        some, wrong = rules.load(name, path, config.strict)
+        some, wrong = rules.load(name, path, config.strict, config.image_root)
         records += some[:limit]
         problems += wrong
         run.say(f"{name}: {len(some):,} of {rules.BENCHMARKS[name].full:,} questions are there")

@@ -49,6 +49,8 @@ class Config:
     data: str = "Osilly/Vision-R1-rl"  # problems, any format of nano/data.py, or toy:NAME
     eval_data: str = ""  # problems for validation, before the first step and every eval_every
     holdout: int = 0  # without eval_data: so many problems of `data` are held out for it
+    split: str = "train"  # of a folder or a hub name that has several
+    image_root: str = ""  # folders, with commas, where pictures are looked for besides the data's
     strict: bool = False  # stop at the first bad record instead of reporting it
     seed: int = 0
     # Sec. 3.4
@@ -117,7 +119,7 @@ HOW_ONLY = (
     *("stages", "strict", "max_rows", "vllm_memory", "vllm_tp", "micro_tokens", "compile"),
     *("activation_checkpointing", "offload", "shard_size", "preflight", "save_every", "keep"),
     *("force", "sample_questions", "wandb", "tensorboard", "eval_data", "eval_every"),
-    *("eval_temperature", "eval_top_p", "eval_max_len", "keep_best"),
+    *("eval_temperature", "eval_top_p", "eval_max_len", "keep_best", "image_root"),
 )
 
 SYSTEM_PROMPT = (  # ours, in the manner of R1-Zero's
@@ -444,8 +446,11 @@ def load_questions(config: Config, processor) -> tuple[list[data.Record], list[d
     What is wrong with the others is said and counted.
     """
     found = []
-    for path in filter(None, (config.data, config.eval_data)):
-        records, problems = data.read(path, strict=config.strict)
+    for path, part in ((config.data, config.split), (config.eval_data, "held-out")):
+        if not path:
+            continue
+        where = dict(split=part, image_root=config.image_root)
+        records, problems = data.read(path, config.strict, **where)
         found.append(packing.usable(records, processor, config.max_prompt_len, problems))
         if problems:
             run.say(problems.summary())

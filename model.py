@@ -18,7 +18,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
-from huggingface_hub import snapshot_download
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import (
     apply_activation_checkpointing,
 )
@@ -40,7 +39,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
-from nano import lora, run
+from nano import hub, lora, run
 from nano.device import compute_dtype, gpu_path
 from nano.generic import packed_refusal
 from nano.logprobs import likeliest, token_logprobs
@@ -259,6 +258,7 @@ def is_trained(module) -> bool:
 
 def load(path: str, device="cpu", dtype=torch.float32, freeze_vision=False):
     """A Hugging Face folder or hub name -> (Policy, Processor), whole on this device."""
+    path = hub.model(path)
     config = AutoConfig.from_pretrained(path)
     refuse_unpackable(config, path)
     hf = AutoModelForImageTextToText.from_pretrained(path, config=config, dtype=dtype)
@@ -299,12 +299,9 @@ def load_sharded(
     and whether the vision tower has some too (nano/lora.py); the frozen weights are then in bf16
     on a GPU.
     """
-    folder = path
+    folder = hub.model(path)
     rank, alpha, vision = adapters
     dtype = compute_dtype(device) if rank else dtype
-    if not Path(path).is_dir():
-        wanted = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
-        folder = snapshot_download(path, allow_patterns=wanted)
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(folder)
         hf = AutoModelForImageTextToText.from_config(config, dtype=dtype)

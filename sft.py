@@ -22,7 +22,7 @@ from transformers import AutoConfig
 
 import model
 import toy
-from nano import asking, budget, data, generic, run
+from nano import asking, budget, data, generic, hub, run
 from nano.steps import Steps, ahead, batches, encode, kind, shelve
 
 
@@ -37,6 +37,8 @@ class Config:
     data: str = "Osilly/Vision-R1-cold"  # records with a response, in any format of data.py
     eval_data: str = ""  # held-out records: their loss and accuracy are logged now and then
     holdout: int = 0  # without eval_data: so many records of `data` are held out for it
+    split: str = "train"  # of a folder or a hub name that has several
+    image_root: str = ""  # folders, with commas, where pictures are looked for besides the data's
     strict: bool = False  # stop at the first bad record instead of reporting it
     seed: int = 0
     # the task
@@ -80,7 +82,7 @@ class Config:
 HOW_ONLY = (
     *("eval_data", "strict", "micro_tokens", "workers", "activation_checkpointing", "compile"),
     *("offload", "shard_size", "preflight", "eval_every", "save_every", "keep"),
-    *("force", "wandb", "tensorboard"),
+    *("force", "wandb", "tensorboard", "image_root"),
 )
 
 TOY = dict(model="toy:base", data="toy:cold", lr=2e-3, epochs=5, freeze_vision=True, cutoff=1024)
@@ -196,7 +198,7 @@ def main(config: Config):
     knobs |= dict(adapters=(config.lora_rank, config.lora_alpha, config.lora_vision))
     with run.for_people():
         # What cannot be packed goes through the model one sequence per forward.
-        packable = not generic.packed_refusal(AutoConfig.from_pretrained(config.model))
+        packable = not generic.packed_refusal(AutoConfig.from_pretrained(hub.model(config.model)))
         library = model if packable else generic
         policy = model.load_sharded(
             config.model, device, wrap=library.wrap, freeze_vision=config.freeze_vision, **knobs

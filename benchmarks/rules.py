@@ -15,13 +15,11 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
-from huggingface_hub import snapshot_download
-
 from answers.parse import Unparsable, parse, variables
 from answers.text import clean, core_text, letters, unwrap
 from benchmarks import extract
 from benchmarks.extract import SHORT, candidates, find_option, math_value, option_index
-from nano import data, run
+from nano import data, hub, run
 from reward import verdict as reward_verdict
 
 
@@ -409,17 +407,15 @@ def fork_prediction(completion: str) -> str:
 
 def files(name, path=""):
     bench, patterns = BENCHMARKS[name], BENCHMARKS[name].files.split()
-    if not path:
+    if not path or hub.is_name(path):  # a copy of it on the hub
         try:
-            path = snapshot_download(bench.repo, repo_type="dataset", allow_patterns=patterns)
-        except Exception as error:  # The hub raises many kinds: no network, a gated repository, ...
+            path = hub.snapshot(path or bench.repo, patterns)
+        except ValueError as error:
             raise ValueError(
-                f"{bench.title} is not on this machine ({str(error).splitlines()[0]}). Download "
-                f"{' and '.join(patterns)} of https://huggingface.co/datasets/{bench.repo} "
-                f"elsewhere, then say --bench {name}=FOLDER"
+                f"{bench.title} is not on this machine: {error}, then --bench {name}=FOLDER"
             ) from error
     found = sorted(f for p in patterns for f in Path(path).expanduser().glob(p))
-    return [f for f in found if f.suffix != ".zip"] or data._files(path)
+    return [f for f in found if f.suffix != ".zip"] or data._files(path, "test")
 
 
 def tags(name: str, meta: dict) -> list[str]:
@@ -463,14 +459,14 @@ def adapt(record, name, file):
     meta |= {"bench": name, "tags": tags(name, meta)}
 
 
-def load(name: str, path: str | Path = "", strict: bool = False):
+def load(name: str, path: str | Path = "", strict: bool = False, image_root: str = ""):
     """(records, data.Problems): the usable questions, and what is wrong with the others."""
     if name not in BENCHMARKS:
         known = f"{run.nearest(name, BENCHMARKS)}; there are: {', '.join(BENCHMARKS)}"
         raise ValueError(f"no benchmark {name!r}{known}")
     records, problems = {}, data.Problems(strict)
     for file in files(name, path):
-        part, wrong = data.read(file, strict)
+        part, wrong = data.read(file, strict, image_root=image_root)
         problems += wrong
         for record in part:
             adapt(record, name, file)

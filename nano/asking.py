@@ -71,7 +71,7 @@ class Asking:
         A base model without a usable template gets the plain dialogue of arXiv 2503.05132.
         """
         parts = [part for part in re.split(f"({MARK})", record.problem) if part]
-        system = self.plain(self.system_prompt)
+        system = self.plain(self.system_prompt or record.system)
         if not self.chat:
             problem = "".join(VISION_MARK if p == MARK else self.plain(p) for p in parts)
             return f"{system}\nUser: {problem} \nAssistant:".lstrip() + self.prefill

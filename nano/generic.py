@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from huggingface_hub import snapshot_download
 from PIL import Image
 from torch import nn
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
+from nano import hub
 from nano.asking import Asking
 from nano.data import BadRow, Record, load_image
 from nano.logprobs import likeliest, token_logprobs
@@ -51,8 +51,7 @@ class Processor(Asking):
     """The model's own processor, around a tokenizer and an image processor without torchvision."""
 
     def __init__(self, path: str, **how):
-        local = Path(path).is_dir()
-        self.folder = Path(path if local else snapshot_download(path, allow_patterns=FILES))
+        self.folder = Path(hub.model(path))
         self.tokenizer = AutoTokenizer.from_pretrained(self.folder)
         self.image_processor = AutoImageProcessor.from_pretrained(self.folder, backend="pil")
         kind = PROCESSOR_MAPPING[type(AutoConfig.from_pretrained(self.folder))]

@@ -93,7 +93,8 @@ class HTTPEngine(Client):
         pictures, content = map(picture, record.images), []
         for part in filter(None, re.split(f"({MARK})", record.problem)):
             content.append(next(pictures) if part == MARK else {"type": "text", "text": part})
-        return [*self.system, {"role": "user", "content": content}, *self.prefill]
+        own = [{"role": "system", "content": record.system}] if record.system else []
+        return [*(self.system or own), {"role": "user", "content": content}, *self.prefill]
 
     async def patiently(self, body: bytes) -> tuple[str, dict | str]:
         """As attempt, but hours may pass, as long as the server is alive."""

@@ -8,6 +8,7 @@ row, a `Batch`; its `Packing` says where each one lies. `balance` and `batches` 
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, partial
 from itertools import accumulate
@@ -18,7 +19,7 @@ from PIL import ImageOps
 from tqdm import tqdm
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from nano import run
+from nano import hub, run
 from nano.asking import Asking
 from nano.data import BadRow, Problems, Record, load_image, opened
 
@@ -32,6 +33,7 @@ class Processor(Asking):
     """
 
     def __init__(self, path: str, **how):
+        path = hub.model(path)
         self.tokenizer = AutoTokenizer.from_pretrained(path)
         self.image_processor = AutoImageProcessor.from_pretrained(path, backend="pil")
         if not hasattr(self.image_processor, "merge_size"):
@@ -93,6 +95,15 @@ def prompt_ids(record: Record, processor, patches: list[int]) -> list[int]:
     return out
 
 
+@contextmanager
+def accepted():
+    """An image processor may refuse a picture in any way; here that is a BadRow."""
+    try:
+        yield
+    except Exception as error:
+        raise BadRow("odd image", f"the image processor refuses it: {error}") from error
+
+
 def prompt_length(record: Record, processor) -> int:
     """Tokens of the prompt, from the headers of its images: nothing is decoded."""
     patches = []
@@ -100,7 +111,9 @@ def prompt_length(record: Record, processor) -> int:
         with opened(image) as picture:
             turned = picture.getexif().get(0x0112, 1) > 4  # EXIF: stored lying on its side
             width, height = ImageOps.exif_transpose(picture).size if turned else picture.size
-        patches.append(processor.image_processor.get_number_of_image_patches(height, width, {}))
+        with accepted():
+            counted = processor.image_processor.get_number_of_image_patches(height, width, {})
+        patches.append(counted)
     return len(prompt_ids(record, processor, patches))
 
 
@@ -117,8 +130,9 @@ def usable(
                 limit = f"the limit is {max_prompt_len} (--max-prompt-len)"
                 raise BadRow("prompt too long", f"{length} tokens, {limit}")
             kept.append(record)
-        except BadRow as bad:
-            problems.add(*bad.args, record.source, None, record.id)
+        except ValueError as error:
+            bad = error.args if isinstance(error, BadRow) else ("broken image", str(error))
+            problems.add(*bad, *record.place, record.id)
     return kept
 
 
@@ -127,7 +141,8 @@ def image_patches(record: Record, processor):
     if not record.images:
         return None, torch.zeros(0, 3, dtype=torch.long)
     images = [load_image(image) for image in record.images]
-    out = processor.image_processor(images=images, return_tensors="pt")
+    with accepted():
+        out = processor.image_processor(images=images, return_tensors="pt")
     return out["pixel_values"], out["image_grid_thw"]
 
 

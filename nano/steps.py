@@ -33,7 +33,9 @@ def shelve(config, file: Path) -> tuple[np.ndarray, np.ndarray]:
     with open(file, "wb") as f:
         for path in paths:
             ends = [f.tell()]
-            for source, row, record in data.stream(path, problems, check_images=False):
+            split = "held-out" if shelves else config.split
+            where = (False, split, config.image_root)
+            for source, row, record in data.stream(path, problems, *where):
                 if record.response:
                     pickle.dump(record, f)
                     ends.append(f.tell())
@@ -98,7 +100,7 @@ def encode(records: list, processor, config, problems: data.Problems) -> list[tu
         except ValueError as error:
             bad_row = isinstance(error, data.BadRow)
             what = error.args if bad_row else ("broken image", str(error))
-            problems.add(*what, record.source, None, record.id)
+            problems.add(*what, *record.place, record.id)
     return sequences
 
 

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+from nano import hub
 from nano.data import MARK, Record, load_image
 from nano.packing import Processor, Prompt, encode, pack
 from nano.rollout import Sample, make_sample
@@ -195,7 +196,7 @@ class VLLMEngine:
         before = {name: os.environ[name] for name in names if name in os.environ}
         os.environ |= {"RANK": "0", "LOCAL_RANK": "0"} | before
         threads = torch.get_num_threads()
-        self.llm = LLM(path, weight_transfer_config={"backend": "buckets"}, **settings)
+        self.llm = LLM(hub.model(path), weight_transfer_config={"backend": "buckets"}, **settings)
         torch.set_num_threads(threads)  # vLLM leaves one; the optimizer under offload wants all
         for name in names:
             os.environ.pop(name, None)

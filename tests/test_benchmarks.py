@@ -715,7 +715,7 @@ def test_wrong_and_half_downloaded_files_say_so(real, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="broken zip of 100 bytes, half downloaded"):
         rules.load("mm-math", places["mm-math"])
     picture.unlink()
-    rules.data._members.cache_clear()
+    rules.data.archives.members.cache_clear()
     with pytest.raises(ValueError, match="no usable question(.|\n)*missing image"):
         rules.load("mm-math", places["mm-math"])
 

@@ -73,11 +73,8 @@ def test_our_jsonl(name):
     assert len(problems) == 0 and problems.summary() == ""
     assert [r.id for r in records] == [r["id"] for r in rows]
     for r, raw in zip(records, rows):
-        assert (
-            r.problem == raw["problem"]
-            and r.answer == raw["answer"].strip()
-            and r.source == raw["source"]
-        )
+        assert r.problem.startswith(raw["problem"])  # The options may stand below it.
+        assert r.answer == raw["answer"].strip() and r.source == raw["source"]
         assert r.choices == raw["choices"] and r.response is None
         assert r.problem.count("<image>") == len(r.images) == 1 and Path(r.images[0]).is_file()
     assert load_image(records[0].images[0]).mode == "RGB"
@@ -253,7 +250,7 @@ def test_numbers_byte_order_mark_blank_lines_and_windows_ends(tmp_path):
         ("7", "80", None),
         ("a-3", "5.75", ["1", "x"]),
     ]
-    assert records[1].problem == "line\u2028separator"
+    assert records[1].problem == "line\u2028separator\nChoices:\n(A) 1\n(B) x"
 
 
 def test_parquet_with_one_image_column_and_paths(tmp_path):
@@ -294,14 +291,17 @@ def test_every_name_that_data_sets_use_is_ours(tmp_path):
     ours = {"problem": "2 + 2 = ?", "answer": "4", "choices": ["4", "5"], "images": ["p.png"]}
     ours["id"] = "7"
     as_text = {"solution": "It is $\\boxed{3}$, no, $\\boxed{4}$.", "label": ["4"]}
+    as_text |= {"answers": ["4", "four"]}
     as_text |= dict.fromkeys(("image", "filename", "file_name", "image_path"), "p.png")
-    for field, others in NAMES.items():
-        for other in others:
+    for field in ("problem", "answer", "choices", "images", "id"):
+        for other in NAMES[field]:
             plain = {"question": ours["problem"]} | {
                 k: v for k, v in ours.items() if k != "problem"
             }
             plain.pop("question" if field == "problem" else field)
-            file = jsonl(tmp_path / "x", plain | {other: as_text.get(other, ours[field])})
+            outer, _, inner = other.partition(".")
+            value = as_text.get(other, ours[field])
+            file = jsonl(tmp_path / "x", plain | {outer: {inner: value} if inner else value})
             ((record,), _) = read(file, strict=True)
             assert record.problem == "<image>2 + 2 = ?\nChoices:\n(A) 4\n(B) 5", other
             assert (record.answer, record.choices, record.id) == ("4", ["4", "5"], "7"), other
@@ -329,7 +329,9 @@ BAD = [
     ({"id": "bad", "question": {"a": "p"}, "answer": "4", "choices": ["A", "B"]}, "wrong type"),
     ({"id": "bad", "problem": "p", "answer": "4", "response": " "}, "empty response"),
     ({"id": "bad", "problem": "p", "answer": "4", "images": [3]}, "wrong type"),
-    ({"id": "bad", "problem": "p", "answer": "4", "image": ""}, "wrong type"),
+    ({"id": "bad", "problem": "p", "answer": "4", "images": [""]}, "wrong type"),
+    ({"id": "bad", "problem": "p", "answer": "4", "video": "a.mp4"}, "video"),
+    ({"id": "bad", "problem": "<video> p", "answer": "4"}, "video"),
     ({"id": "bad", "problem": "p", "answer": "4", "image": "none.png"}, "missing image"),
     ({"id": "bad", "problem": "p", "answer": "4", "image": "a\0b.png"}, "missing image"),
     ({"id": "bad", "problem": "p", "answer": "4", "image": "broken.png"}, "broken image"),
@@ -344,8 +346,8 @@ BAD = [
         "image marks",
     ),
     ({"id": "bad", "conversations": "hello"}, "wrong type"),
-    ({"id": "bad", "conversations": []}, "odd turns"),
-    ({"id": "bad", "conversations": [{"from": "human", "value": "q"}]}, "odd turns"),
+    ({"id": "bad", "conversations": []}, "empty problem"),
+    ({"id": "bad", "conversations": [{"from": "human", "value": "q"}]}, "empty answer"),
     (
         {
             "id": "bad",
@@ -363,7 +365,7 @@ BAD = [
     (
         {
             "id": "bad",
-            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "just 4"}],
+            "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "<think>"}],
         },
         "empty answer",
     ),
@@ -612,7 +614,7 @@ def some_records(folder):
     return [
         Record(
             "a/b:c",
-            "<image>π = ?",
+            "<image>π = ?\nChoices:\n(A) 3\n(B) 3.14",
             "3.14",
             [png()],
             "s",
@@ -635,7 +637,8 @@ def test_what_is_written_reads_back(tmp_path):
     write_parquet(tmp_path / "out/set", records)
     back, _ = read(tmp_path / "out/set", strict=True)
     for a, b in zip(records, back, strict=True):
-        assert {**vars(a), "images": contents(a)} == {**vars(b), "images": contents(b)}
+        same = {"images": contents(a), "place": 0}
+        assert {**vars(a), **same} == {**vars(b), "images": contents(b), "place": 0}
     write_parquet(tmp_path / "out/set", back)  # and again, over itself
     assert read(tmp_path / "out/set", strict=True)[0] == back
     assert not list((tmp_path / "out").glob("*.part"))

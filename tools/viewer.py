@@ -59,7 +59,7 @@ def read_rows(path: Path) -> tuple[list[dict], list[str]]:
     return rows, wrong
 
 
-def find_records(source: str) -> tuple[dict, str]:
+def find_records(source: str, config: dict) -> tuple[dict, str]:
     """-> ({id: Record, or what is wrong with it}, why any other id has none)."""
     if not source:
         return {}, "no config.json beside the rollouts says where the problems are; give --data"
@@ -67,7 +67,8 @@ def find_records(source: str) -> tuple[dict, str]:
     if not os.path.exists(source) and (HERE.parent / source).exists():
         source = str(HERE.parent / source)
     try:
-        records, problems = data.read(source, check_images=False)
+        where = dict(split=config.get("split", ""), image_root=config.get("image_root", ""))
+        records, problems = data.read(source, check_images=False, **where)
     except (ValueError, FileNotFoundError) as error:
         return {}, f"the problems are not where the run had them; give --data ({error})"
     bad = {p.id: f"{p.kind} {p.detail}" for p in problems}
@@ -150,7 +151,7 @@ def build(path: str | Path, source: str = "", image_mb: float = 24.0) -> tuple[d
     rows, wrong = read_rows(path)
     config = path.with_name("config.json")
     config = json.loads(config.read_text()) if config.is_file() else {}
-    records, absent = find_records(source or config.get("data", ""))
+    records, absent = find_records(source or config.get("data", ""), config)
     asked, groups = {}, {}
     for row in rows:
         step, limit = number(row.get("step"), 0) or 0, row.get("max_len", config.get("max_len"))
