@@ -114,8 +114,7 @@ Image description:
 
 Question: {question}"""
 KNOWN = """
-The correct answer is {answer}. Reason as if you had found it yourself, and do not say that you \
-were told."""
+Correct answer: {answer}. Reason as if you had found it yourself; do not say that you were told."""
 
 # ---- The bridge: what happens to one record (Sec. 3.3.1, Fig. 2).
 

@@ -178,10 +178,8 @@ def read_responses(path: Path) -> list[dict]:
 def evaluate(config: Config, device) -> dict:
     """One model's report: {"all": summary, source: summary, ...} or {benchmark: ...}."""
     rank, world, out = dist.get_rank(), dist.get_world_size(), Path(config.out)
-    for name, value in asking.in_training(config.model).items():
-        if config.as_trained and value and not getattr(config, name):
-            run.say(f"as in training (--no_as_trained to leave it): --{name} {value!r}")
-            setattr(config, name, value)
+    if config.as_trained:
+        asking.as_trained(config)
     run.claim(config, HOW_ONLY)
     log, responses = run.Log(out, config, after_step=10**9), out / "responses.jsonl"
     done = run.on_main_first(lambda: read_responses(responses))

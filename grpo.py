@@ -127,11 +127,6 @@ SYSTEM_PROMPT = (  # ours, in the manner of R1-Zero's
     "<think> </think>, then give the final answer inside <answer> </answer>, that is: "
     "<think> reasoning here </think><answer> answer here </answer>."
 )
-BASE_PROMPT = (  # of arXiv 2503.05132; "User: ... Assistant:" and the prefill follow
-    "A conversation between User and Assistant. The user asks a question about the image, and the "
-    "Assistant solves it. The assistant first thinks about the reasoning process in the mind and "
-    "then provides the user with the answer."
-)
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 # Ours: a model of this size needs vLLM, which sleeps while training runs.
 PAPER = dict(engine="vllm", vllm_memory=0.7, max_rows=1024)
@@ -170,12 +165,12 @@ RECIPES = {
     "vision-r1-zero": ZERO | dict(out="runs/vision-r1-zero", stages=[(4096, 16, 300)]),
     "zero-ptst": ZERO | dict(out="runs/zero-ptst"),
     "zero-sft-ptst": ZERO | dict(model="runs/zero-sft/final", out="runs/zero-sft-ptst"),
-    # The neighbour, arXiv 2503.05132, RL straight on a base model: the values are theirs, of their
-    # script or TRL's defaults. A step asks 8 questions; they go twice through 15K of SAT.
+    # the neighbour, arXiv 2503.05132, RL straight on a base model. The values are of its script or
+    # TRL's defaults; it goes twice through 15K problems of SAT
     "r1-zero-base": PAPER
     | dict(model="Qwen/Qwen2-VL-2B", out="runs/r1-zero-base", data="array/SAT")
     | dict(stages=[(700, 8, 3750)], questions=8, minibatches=1, max_pixels=401_408)
-    | dict(system_prompt=BASE_PROMPT, prefill=" Let me solve this step by step.\n<think>")
+    | dict(system_prompt=asking.BASE_PROMPT, prefill=" Let me solve this step by step.\n<think>")
     | dict(format_weight=1.0, kl_coef=0.04, weight_decay=0.0, save_every=100),
 }
 
@@ -521,8 +516,7 @@ def main(config: Config):
     log = run.Log(out, config, start or -1)  # the validation before step 1 is step 0
     resumed = f"; resumed after step {start}" if start else ""
     run.say(f"recipe {config.recipe or 'none'}: {len(records)} questions, stages {config.stages}")
-    run.say(f"{world} rank(s) on {device.type}; out {out}{resumed}")
-    run.say(str(processor))
+    run.say(f"{world} rank(s) on {device.type}; out {out}{resumed}\n{processor}")
     run.say(ptst.budget_note(stages))
     encode = partial(packing.encode, processor=processor)
     health = Health(out, total, config.questions)

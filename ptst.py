@@ -21,12 +21,8 @@ class Stage(NamedTuple):
 
 
 def parse(stages: str | list) -> list[Stage]:
-    """Read "4Kx16x100,8Kx8x100", the name of a schedule, or a list of tuples or of such parts.
-
-    Errors name the part.
-    """
-    if isinstance(stages, str) and stages.strip() in SCHEDULES:
-        return list(SCHEDULES[stages.strip()])
+    """Read "4Kx16x100,8Kx8x100", a name of SCHEDULES, or a list of tuples or of such parts."""
+    stages = SCHEDULES.get(str(stages).strip(), stages)
     parts = stages.split(",") if isinstance(stages, str) else list(stages)
     if not parts:
         raise ValueError(f"no stages are given; {FORM}")
@@ -40,9 +36,9 @@ def _parse_stage(part: str | tuple, where: str) -> Stage:
             length, kilo, group_size, steps = found.groups()
             part = int(length) * (1024 if kilo else 1), int(group_size), int(steps)
     if not isinstance(part, (list, tuple)) or [type(field) for field in part] != [int] * 3:
-        names = ", ".join(difflib.get_close_matches(str(part), SCHEDULES, n=1) or SCHEDULES)
-        wrong = f"{where} has no whole max_len, group_size and steps; {FORM}"
-        raise ValueError(f"{wrong}; or one by name: {names}")
+        near = ", ".join(difflib.get_close_matches(str(part), SCHEDULES, n=1) or SCHEDULES)
+        wrong = f"{where} has no whole max_len, group_size and steps"
+        raise ValueError(f"{wrong}; {FORM}, or one by name: {near}")
     for name, field, least in zip(Stage._fields, part, (1, 2, 1)):
         if field < least:
             why = "; a group of one has no advantage (Eq. 1)" if field == 1 else ""

@@ -95,9 +95,8 @@ RECIPES = {
     "toy": TOY,
     # App. A: Vision-R1-CI in three sizes, and the answers-only start of Zero+SFT+PTST
     "vision-r1-ci-7b": dict(out="runs/vision-r1-ci-7b"),  # Sec. 4.1: all parameters
-    # as the released file trains: no tower, no projector, pictures of at most 768 x 768
-    "vision-r1-ci-7b-released": dict(out="runs/vision-r1-ci-7b-released")
-    | dict(freeze_vision=True, max_pixels=768 * 768),
+    # the released file: tower and projector are frozen, pictures have at most 768 x 768 pixels
+    "vision-r1-ci-7b-released": dict(freeze_vision=True, max_pixels=768 * 768),
     "vision-r1-ci-3b": dict(model="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/vision-r1-ci-3b"),
     "vision-r1-ci-32b": dict(model="Qwen/Qwen2.5-VL-32B-Instruct", out="runs/vision-r1-ci-32b"),
     "vision-r1-ci-72b": dict(model="Qwen/Qwen2.5-VL-72B-Instruct", out="runs/vision-r1-ci-72b"),

