@@ -1391,6 +1391,8 @@ def test_stats_counts_words_lengths_and_duplicates(tmp_path, monkeypatch, capsys
         and table["duplicates"] == ["1", "0"]
         and table["words: median"] == ["5", "3"]
     )
+    stats.main(["a.jsonl"], "there.png")
+    assert Path("there.png").stat().st_size > 1000
     Path("c.jsonl").write_text("{}\n")
     with pytest.raises(ValueError, match="no responses"):
         stats.main(["c.jsonl"])

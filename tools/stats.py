@@ -1,14 +1,16 @@
 """Table 4: how often the words of self-reflection occur in the responses of a data set.
 
-  python -m tools.stats FILE...      JSONL or JSON with `response`, `conversations` or `messages`
+  python -m tools.stats FILE... [--out stats.png]
+
+FILE: JSONL or JSON with `response`, `conversations` or `messages`.
 
 Counted are whole words in any case. Lengths and duplicates of each file stand beside them, and the
-paper's three data sets; the lengths are drawn in stats.png.
+paper's three data sets; the lengths are drawn in --out.
 """
 
+import argparse
 import json
 import re
-import sys
 from collections import Counter
 
 from matplotlib.figure import Figure
@@ -60,7 +62,7 @@ def column(path: str) -> tuple[dict[str, str], list[int]]:
     return cells, lengths
 
 
-def main(files: list[str]) -> None:
+def main(files: list[str], out: str = "stats.png") -> None:
     names = [file if len(file) < 32 else "..." + file[-29:] for file in files]
     columns, lengths = zip(*map(column, files))
     columns = dict(zip(names, columns))
@@ -73,12 +75,14 @@ def main(files: list[str]) -> None:
     axes = figure.add_subplot(xlabel="words in a response")
     axes.hist(lengths, bins=40, density=True, label=names)
     axes.legend()
-    figure.savefig("stats.png", dpi=120)
-    print("lengths: stats.png")
+    figure.savefig(out, dpi=120)
+    print(f"lengths: {out}")
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:] or sys.argv[1].startswith("-"):
-        sys.exit(__doc__)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("stats", description=__doc__, formatter_class=raw)
+    parser.add_argument("files", nargs="+", metavar="FILE")
+    parser.add_argument("--out", default="stats.png", help="the picture of the lengths")
     with run.for_people():
-        main(sys.argv[1:])
+        main(**vars(parser.parse_args()))
