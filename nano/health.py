@@ -78,13 +78,14 @@ class Health:
         """What is to be said after a step."""
         self.clock.append(time.time())
         said, step = self.warnings(row), row["step"]
-        if step == 2 or step % max(1, self.total // 20) == 0:
+        due = step == 2 or step % max(5, self.total // 20) == 0
+        if due and step < self.total:
             pace = (self.clock[-1] - self.clock[0]) / (len(self.clock) - 1)
             left = timedelta(seconds=round(pace * (self.total - step)))
             recent, times = self.rows[-20:], [key for key in row if key.startswith("t_")]
             sums = {key[2:]: sum(r.get(key, 0.0) for r in recent) for key in times}
             total = sums.pop("total")
-            shares = ", ".join(f"{k} {v / total:.0%}" for k, v in sums.items() if v)
+            shares = ", ".join(f"{k} {v / total:.0%}" for k, v in sums.items() if v > total / 200)
             said.append(
                 f"step {step}: {left} to go at the pace of the last {len(self.clock) - 1} steps; "
                 f"{row['tokens_per_s']:,.0f} tokens/s; {shares}; "

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import sys
 
@@ -83,8 +84,11 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(trained, tiny, tmp_p
         export.export(trained, tmp_path / "x", 1)
     with pytest.raises(ValueError, match="no checkpoints in it"):
         export.export(tmp_path, tmp_path / "x")
+    unfinished = tmp_path / "unfinished"
+    shutil.copytree(trained, unfinished, ignore=shutil.ignore_patterns("final"))
     with pytest.raises(ValueError, match="nowhere.*--model"):
-        export.export(trained, tmp_path / "x", start="nowhere")
+        export.export(unfinished, tmp_path / "x", start="nowhere")
+    shutil.rmtree(unfinished)
     with pytest.raises(ValueError, match="is there already"):
         export.export(trained, tmp_path)
     assert not list(tmp_path.iterdir())

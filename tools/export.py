@@ -3,9 +3,9 @@
   python -m tools.export RUN OUT [--step N] [--model START] [--dtype bfloat16]
 
 Weights are read, cast and written file by file, so that 72B is never whole in memory. OUT appears
-when all of it is written. START is where the run began, by default as its config.json has it: its
-processor is taken, and what adapters (--lora_rank) are merged into. Weights get the type of the
-run's final/, or before that is there START's, unless --dtype says another.
+when all of it is written. Configuration, processor and type of the weights are those of the run's
+final/, and before that is there those of START, the model where the run began (by default as its
+config.json names it). Adapters (--lora_rank) are merged into START.
 """
 
 import argparse
@@ -50,12 +50,24 @@ def parts(sizes: dict[str, int], limit: int) -> list[list[str]]:
     return lists
 
 
+def local(model: str) -> str:
+    """The folder of a model that may be one of the hub's."""
+    if Path(model).is_dir():
+        return model
+    try:
+        return snapshot_download(model, allow_patterns=[*generic.FILES, "*.safetensors"])
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{model}, where the run began, is not here: say --model START") from error
+
+
 class Weights:
     """The weights of a checkpoint by name, some at a time. Of a run with adapters it has only
     these, and they are merged into what the run began with."""
 
     def __init__(self, checkpoint: Path, hf, start: str, settings: dict):
-        self.reader, self.sizes = FileSystemReader(checkpoint), {}
+        files = next(checkpoint.glob("*.safetensors"), None)
+        kind = HuggingFaceStorageReader if files else FileSystemReader
+        self.reader, self.sizes = kind(checkpoint), {}
         self.there = self.reader.read_metadata().state_dict_metadata
         self.scale = 0.0
         if settings.get("lora_rank"):
@@ -93,19 +105,15 @@ def export(folder, out, step: int = 0, start: str = "", dtype: str = "", limit=F
     if out.exists():
         raise ValueError(f"{out} is there already")
     settings, final = json.loads(Path(folder, "config.json").read_text()), Path(folder, "final")
-    start = start or settings["model"]
-    if not Path(start).is_dir():
-        try:
-            start = snapshot_download(start, allow_patterns=[*generic.FILES, "*.safetensors"])
-        except (ValueError, OSError) as error:
-            raise ValueError(f"{start}, where the run began, is not here: --model START") from error
-    config = AutoConfig.from_pretrained(final if final.exists() else start)
+    start, merged = start or settings["model"], bool(settings.get("lora_rank"))
+    source = str(final) if final.exists() else local(start)
+    config = AutoConfig.from_pretrained(source)
     config.dtype = getattr(torch, dtype) if dtype else config.dtype or torch.float32
     with torch.device("meta"):
         hf = AutoModelForImageTextToText.from_config(config, dtype=config.dtype)
     library = generic if generic.packed_refusal(config) else packing
     how = {name: settings.get(name, "") for name in asking.SETTINGS}
-    read = Weights(checkpoint, hf, start, settings)
+    read = Weights(checkpoint, hf, local(start) if merged else "", settings)
     lists, where, total = parts({n: 4 * s.numel() for n, s in read.sizes.items()}, limit), {}, 0
     aside = out.with_name(f"writing-{out.name}")
     shutil.rmtree(aside, ignore_errors=True)
@@ -113,7 +121,7 @@ def export(folder, out, step: int = 0, start: str = "", dtype: str = "", limit=F
         hf.config.architectures = [type(hf).__name__]
         for part in (hf.config, hf.generation_config):
             part.save_pretrained(aside)
-        library.Processor(start, **how).save(aside)
+        library.Processor(source, **how).save(aside)
         for number, names in enumerate(lists, 1):
             weights = {name: weight.to(hf.dtype) for name, weight in read(names).items()}
             weights = revert_weight_conversion(hf, weights)  # names as the hub's files have them
