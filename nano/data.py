@@ -48,7 +48,8 @@ NAMES = {
     "answer": """answer ground_truth label gt_answer correct_answer reward_model.ground_truth
         solution answers""",
     "choices": "choices options",
-    "images": "images decoded_image image image_bytes image_path image_url filename file_name",
+    "images": """images decoded_image image image_bytes image_path image_url img picture filename
+        file_name""",
     "video": "video videos",
     "id": "id pid sample_index index",
     "split": "extra_info.split",
@@ -58,7 +59,7 @@ ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assi
 # How a chain says its answer: ours and R1's, LLaVA-CoT's, Mulberry's, GSM8K's.
 ENDS = (
     *(r"<answer>(.*?)</answer>", r"<CONCLUSION>(.*?)</CONCLUSION>"),
-    *(r"### The final answer is:?([^\n]+)", r"\n#### ?([^\n]+)"),
+    *(r"### The final answer is:?([^\n]+)", r"\n#### ?([^\n]+)\s*\Z"),
 )
 NOTHING = (None, "", [], {})
 TASK = {*NAMES["turns"], *NAMES["problem"]}  # A row without any of these is no problem.

@@ -35,7 +35,9 @@ PICTURES = {
 def is_name(path: str | Path) -> bool:
     """OWNER/NAME, and nothing on this disk is called like this."""
     text = str(path)
-    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", text)) and not os.path.exists(text)
+    is_file = text.endswith((".parquet", ".jsonl", ".json", ".csv", ".tsv"))
+    named = re.fullmatch(r"\w[\w.-]*/[\w.-]+", text) and not is_file
+    return bool(named) and not os.path.exists(text)
 
 
 def command(name: str, patterns=(), repo_type: str = "dataset") -> str:
@@ -59,7 +61,7 @@ def snapshot(name: str, patterns=(), repo_type: str = "dataset") -> Path:
     except Exception as error:  # No network, an unknown or gated name, a full disk, ...
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else str(error).split("\n")[0]
         raise ValueError(
-            f"{name} is not on this machine and could not be fetched ({why}). "
+            f"{name} is neither on this machine nor could it be fetched from the hub ({why}). "
             f"Where there is a network: {command(name, patterns, repo_type)}"
         ) from error
 

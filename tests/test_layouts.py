@@ -400,6 +400,8 @@ def test_names_of_splits():
     assert chosen("test", "data/test-0.parquet", "data/testmini-0.parquet") == [
         "data/test-0.parquet"
     ]
+    assert chosen("held-out", *sat, "SAT_test.parquet") == ["SAT_val.parquet"]
+    assert chosen("held-out", "train.parquet", "test.parquet") == ["test.parquet"]
     assert chosen("test", "data/testmini-0.parquet") == ["data/testmini-0.parquet"]
 
 

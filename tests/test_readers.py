@@ -292,7 +292,7 @@ def test_every_name_that_data_sets_use_is_ours(tmp_path):
     ours["id"] = "7"
     as_text = {"solution": "It is $\\boxed{3}$, no, $\\boxed{4}$.", "label": ["4"]}
     as_text |= {"answers": ["4", "four"]}
-    as_text |= dict.fromkeys(("image", "filename", "file_name", "image_path"), "p.png")
+    as_text |= dict.fromkeys(NAMES["images"][1:], "p.png")
     for field in ("problem", "answer", "choices", "images", "id"):
         for other in NAMES[field]:
             plain = {"question": ours["problem"]} | {

@@ -177,9 +177,9 @@ def looks_of(images: list[str | bytes]) -> tuple[list | None, str]:
         return None, str(error)
 
 
-def looked(paths: list, problems: data.Problems, pool: ProcessPoolExecutor):
+def looked(paths: list, problems: data.Problems, pool: ProcessPoolExecutor, split: str = ""):
     """Yields (record without its pictures, its place, their looks or None if broken) in order."""
-    items = (item for path in paths for item in data.stream(path, problems, check_images=False))
+    items = (item for path in paths for item in data.stream(path, problems, False, split))
     jobs = deque()  # Only a few batches exist at a time.
     while (batch := list(islice(items, BATCH))) or jobs:
         if batch:

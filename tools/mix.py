@@ -37,14 +37,14 @@ def clean(sets: list[str], against: list[str], dedup: bool, problems: data.Probl
     ids, left_out, evals = [[] for _ in sets], Counter(), []
     if not against and not dedup:
         for k, path in enumerate(sets):
-            ids[k] = [record.id for *_, record in data.stream(path, problems)]
+            ids[k] = [record.id for *_, record in data.stream(path, problems, True, "train")]
         return ids, left_out
     with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
         tests = Index(
             [(r, place, looks or []) for r, place, looks in looked(against, problems, pool)]
         )
         for k, path in enumerate(sets):
-            for record, place, looks in looked([path], problems, pool):
+            for record, place, looks in looked([path], problems, pool, "train"):
                 found = tests.pairs(record, place, looks or []).values()
                 if looks is None or any(pair["kind"] in REMOVED for pair in found):
                     left_out[k, "broken" if looks is None else "in the tests"] += 1
@@ -66,7 +66,7 @@ def chosen(sets: list[str], wanted: list[set[str]]):
     seen = set()
     for path, ids in zip(sets, wanted):
         name = Path(path).stem
-        for *_, record in data.stream(path, data.Problems(), check_images=False):
+        for *_, record in data.stream(path, data.Problems(), False, "train"):
             if record.id in ids:
                 record.source = record.source or name
                 while record.id in seen:

@@ -30,9 +30,10 @@ def pass_rates(path: Path) -> dict[str, float]:
     return {id: sum(own) / len(own) for id, own in right.items()}
 
 
-def joined(source: str, rates: dict[str, float], least: float, most: float, missing: set[str]):
-    """Yields the records of `source` with a rate in [least, most]; takes all from `missing`."""
-    for *_, record in data.stream(source, data.Problems(), check_images=False):
+def joined(config: dict, rates: dict[str, float], least: float, most: float, missing: set[str]):
+    """Yields the records of the run with a rate in [least, most]; takes all from `missing`."""
+    where = (False, config.get("split", ""), config.get("image_root", ""))
+    for *_, record in data.stream(config["data"], data.Problems(), *where):
         missing.discard(record.id)
         if least <= rates.get(record.id, -1) <= most:
             yield record
@@ -47,12 +48,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", required=True, metavar="FILE", help="a parquet file")
     args = parser.parse_args(argv)
     with run.for_people():
-        source = json.loads((args.run / "config.json").read_text()).get("data")
-        if not source:
+        config = json.loads((args.run / "config.json").read_text())
+        if not (source := config.get("data")):
             raise ValueError(f"{args.run}: not a run of eval.py with --data")
         rates = pass_rates(args.run / "responses.jsonl")
         missing = set(rates)
-        kept = data.write_parquet(args.out, joined(source, rates, args.min, args.max, missing))
+        kept = data.write_parquet(args.out, joined(config, rates, args.min, args.max, missing))
         if missing:
             some = ", ".join(sorted(missing)[:3])
             raise ValueError(f"{source}: {len(missing):,} answered ids are not there, as {some}")
