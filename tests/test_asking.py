@@ -2,11 +2,12 @@
 
 import io
 import json
+import shutil
 
 import pytest
 from conftest import alone, log_of
 from PIL import Image
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Qwen2Tokenizer
 
 import eval as evaluation
 import grpo
@@ -88,9 +89,29 @@ def test_text_from_data_never_becomes_a_control_token(pictures):
     assert ids == [*naive(fresh, (response,)), fresh.eos_token_id]
 
 
-def test_what_holds_no_control_token_has_the_ids_it_always_had(pictures):
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory):
+    """The toy's vocabulary in transformers' own class for Qwen, which normalizes to NFC."""
+    folder = tmp_path_factory.mktemp("qwen") / "base"
+    shutil.copytree(toy.BASE, folder)
+    bpe = json.loads((folder / "tokenizer.json").read_text())["model"]
+    special = [f"<|{name}|>" for name in tiny_model.SPECIAL.split()]
+    Qwen2Tokenizer(
+        vocab=bpe["vocab"],
+        merges=[tuple(pair) for pair in bpe["merges"]],
+        extra_special_tokens=special,
+        eos_token="<|im_end|>",
+        pad_token="<|endoftext|>",
+        chat_template=tiny_model.CHAT_TEMPLATE,
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_what_holds_no_control_token_has_the_ids_it_always_had(own, qwen):
     """Byte for byte what the tokenizer makes of the template's text; NFC and emoji included."""
-    processor, fresh = packing.Processor(toy.BASE), AutoTokenizer.from_pretrained(toy.BASE)
+    folder = toy.BASE if own else qwen
+    processor, fresh = packing.Processor(folder), AutoTokenizer.from_pretrained(folder)
     for text in (
         "Add A1 .",
         "x < |im_end|> >",
@@ -102,6 +123,10 @@ def test_what_holds_no_control_token_has_the_ids_it_always_had(pictures):
         record = data.Record("a", text, "1", [])
         ids = packing.encode(record, processor).ids
         assert ids == fresh(whole, add_special_tokens=False).input_ids
+    hostile = packing.encode(data.Record("a", f"cafe\u0301 {HOSTILE}", "1", []), processor).ids
+    middle = (f"user\ncafe\u0301 {HOSTILE}",)
+    end = "<|im_end|>\n<|im_start|>assistant\n"
+    assert hostile == naive(fresh, "<|im_start|>", middle, end)
 
 
 def test_the_saved_tokenizer_is_the_one_that_was_loaded(tmp_path):
