@@ -122,19 +122,13 @@ HOW_ONLY = (
     *("eval_temperature", "eval_top_p", "eval_max_len", "keep_best", "image_root"),
 )
 
-SYSTEM_PROMPT = (  # ours, in the manner of R1-Zero's
-    "Answer the user's question about the image. First think it through step by step inside "
-    "<think> </think>, then give the final answer inside <answer> </answer>, that is: "
-    "<think> reasoning here </think><answer> answer here </answer>."
-)
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
 # Ours: a model of this size needs vLLM, which sleeps while training runs.
 PAPER = dict(engine="vllm", vllm_memory=0.7, max_rows=1024)
-ZERO = PAPER | dict(model=QWEN, system_prompt=SYSTEM_PROMPT, format_weight=1.0)
+ZERO = PAPER | dict(model=QWEN, system_prompt=asking.ZERO_PROMPT, format_weight=1.0)
 CI_7B, CI_32B, CI_72B = (f"runs/vision-r1-ci-{size}/final" for size in ("7b", "32b", "72b"))
-# 32B, 72B: 20K more problems (AIME as images, MAmmoTH-VL, MM-IQ) in the setting of stage 2. They
-# are yours to bring, since they are not released: --data Osilly/Vision-R1-rl,FILE
 LORA = PAPER | dict(lora_rank=16, lr=1e-5)  # ours: adapters want about ten times the rate
+# 32B, 72B: 20K more problems, which are not released: bring yours, --data Osilly/Vision-R1-rl,FILE
 LARGER = [(4096, 16, 100), (8192, 8, 200)]
 TOY = dict(model="toy:ci", data="toy:rl-problems", stages=[(96, 16, 60), (192, 8, 60)], questions=8)
 TOY |= dict(minibatches=1, lr=3e-5, warmup_steps=5, freeze_vision=True, max_prompt_len=2048)

@@ -16,6 +16,11 @@ VISION_MARK = "<|vision_start|><|image_pad|><|vision_end|>"  # Qwen-VL's, in a p
 GUARD = "\ufdd0"  # No text has this character. It parts what would else read as a control token.
 SETTINGS = ("system_prompt", "prefill", "min_pixels", "max_pixels")
 PROBE = Record("probe", f"{MARK}What is this?", "-", [b""])
+ZERO_PROMPT = (  # of Vision-R1-Zero: ours, in the manner of R1-Zero's
+    "Answer the user's question about the image. First think it through step by step inside "
+    "<think> </think>, then give the final answer inside <answer> </answer>, that is: "
+    "<think> reasoning here </think><answer> answer here </answer>."
+)
 BASE_PROMPT = (  # of arXiv 2503.05132; "User: ... Assistant:" and a prefill follow
     "A conversation between User and Assistant. The user asks a question about the image, and the "
     "Assistant solves it. The assistant first thinks about the reasoning process in the mind and "

@@ -215,6 +215,12 @@ def test_every_recipe_of_rl_is_pinned_here():
     assert set(grpo.RECIPES) - toys == {*APP_A, "r1-zero-base"} | ours
 
 
+def test_every_recipe_of_sft_is_pinned_here():
+    papers = {f"vision-r1-ci-{size}" for size in ("7b", "32b", "72b")}
+    others = {"zero-sft", "vision-r1-llamav-ci", "vision-r1-ci-7b-released"}
+    assert papers | others <= set(sft.RECIPES)
+
+
 def test_the_neighbour_starts_from_a_base_model():
     """arXiv 2503.05132: R1-Zero on Qwen2-VL-2B, straight on SAT, without SFT."""
     config = settings(grpo, recipe="r1-zero-base")
