@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from benchmarks import report
 from nano import run
@@ -33,7 +34,8 @@ def evaluate(folder: Path, step: int, out: Path, ranks: int, flags: list[str]) -
             export(folder, model, step)
         launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         call = [sys.executable, *(launch if ranks > 1 else []), str(EVAL), *flags]
-        subprocess.run([*call, "--model", str(model), "--out", str(out)], check=True)
+        call += ["--name", f"step {step}", "--model", str(model), "--out", str(out)]
+        subprocess.run(call, check=True)
         shutil.rmtree(model)
     return sorted(report.counted(report.read_run(out)), key=lambda r: (r["id"], r["sample"]))
 
@@ -87,7 +89,8 @@ def draw(s: dict, path: Path):
     axes.axhspan(*mean[1:], color="#555555", alpha=0.12, lw=0)
     top = values[s["steps"].index(s["best"])]
     axes.plot(s["best"], top, "*", color="#D55E00", ms=14, label=f"best {top:.1f}")
-    axes.legend(frameon=False)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.legend(frameon=False, loc="upper left")
     figure.savefig(path)
 
 

@@ -69,32 +69,28 @@ class Weights:
         kind = HuggingFaceStorageReader if files else FileSystemReader
         self.reader, self.sizes = kind(checkpoint), {}
         self.there = self.reader.read_metadata().state_dict_metadata
-        self.scale = 0.0
+        self.scale, self.source, weights = 0.0, self.reader, dict(hf.named_parameters())
+        self.sizes = {name: p.shape for name, p in weights.items()}
+        self.keys = {name: f"model.hf.{name}" for name in weights}
         if settings.get("lora_rank"):
             self.scale = settings["lora_alpha"] / settings["lora_rank"]
-            self.start = HuggingFaceStorageReader(start)
-            self.keys = names_in_files(hf, self.start)
-        for name, p in hf.named_parameters():
-            if f"model.hf.{name}" not in self.there and not self.scale:
-                raise ValueError(f"{checkpoint}: {name} is not in it")
-            self.sizes[name] = p.shape
+            self.source = HuggingFaceStorageReader(start)
+            self.keys = names_in_files(hf, self.source)
+        elif missing := [key for key in self.keys.values() if key not in self.there]:
+            raise ValueError(f"{checkpoint}: {missing[0]} is not in it")
 
-    def read(self, reader, names: dict) -> dict[str, torch.Tensor]:
-        """{name: size} -> float32"""
-        found = {name: torch.empty(size) for name, size in names.items()}
+    def read(self, reader, sizes: dict) -> dict[str, torch.Tensor]:
+        found = {key: torch.empty(size) for key, size in sizes.items()}  # float32
         dcp.load(found, storage_reader=reader, no_dist=True)
         return found
 
     def __call__(self, names: list[str]) -> dict[str, torch.Tensor]:
-        if not self.scale:
-            found = self.read(self.reader, {f"model.hf.{n}": self.sizes[n] for n in names})
-            return {n: found[f"model.hf.{n}"] for n in names}
-        found = self.read(self.start, {self.keys[n]: self.sizes[n] for n in names})
-        found = {n: found[self.keys[n]] for n in names}
-        for name in names:
+        found = self.read(self.source, {self.keys[name]: self.sizes[name] for name in names})
+        found = {name: found[self.keys[name]] for name in names}
+        for name in names if self.scale else []:
             pair = [f"model.hf.{name.removesuffix('.weight')}.lora_{kind}" for kind in "BA"]
             if pair[0] in self.there:
-                b, a = self.read(self.reader, {k: self.there[k].size for k in pair}).values()
+                b, a = self.read(self.reader, {key: self.there[key].size for key in pair}).values()
                 found[name] += self.scale * (b @ a)
         return found
 
