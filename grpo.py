@@ -263,6 +263,7 @@ class Questions:
         self.records, self.processor, self.config = records, processor, config
         self.policy, self.device = policy, device
         self.ahead = packing.Ahead(processor)
+        self.mine = range(dist.get_rank(), config.questions, dist.get_world_size())
 
     def record(self, step: int, number: int) -> data.Record:
         """The record of question `number` of a step."""
@@ -282,11 +283,8 @@ class Questions:
 
     def prompts(self, step: int, numbers: range) -> list[packing.Prompt]:
         """This rank's share of these. Threads begin with the pictures of the next step."""
-        rank, world = dist.get_rank(), dist.get_world_size()
-        prompts = [self.prompt(step, number) for number in numbers[rank::world]]
-        if numbers.start == 0:
-            following = numbers[rank::world]
-            self.ahead.start({(step + 1, n): self.record(step + 1, n) for n in following})
+        prompts = [self.prompt(step, n) for n in numbers[self.mine.start :: self.mine.step]]
+        self.ahead.start({(step + 1, n): self.record(step + 1, n) for n in self.mine})
         return prompts
 
 
@@ -488,8 +486,7 @@ def main(config: Config):
     out = Path(config.out or run.default_out("grpo", config.model, config.data))
     config.out = str(out)
     toy.resolve(config)
-    if config.lora_rank:
-        config.freeze_vision = not config.lora_vision
+    config.freeze_vision = not config.lora_vision if config.lora_rank else config.freeze_vision
     before = run.claim(config, HOW_ONLY)
 
     # ---- data and models
@@ -526,8 +523,7 @@ def main(config: Config):
         # 1. Questions, each rank its share, and 2. rollouts: G answers to each, at most L tokens.
         with timer("rollout"):
             ask = partial(rollouts, engine, policy, questions, config, step, stage)
-            judge = partial(score, format_weight=config.format_weight)
-            groups, used, drawn = resample.rounds(ask, judge, config.questions, config.resample)
+            groups, used, drawn = resample.rounds(ask, score, config)
 
         # 3. Rewards: format AND answer (Sec. 3.4). Reshape sample.reward here: all below sees it.
         with timer("reward"):
@@ -536,8 +532,9 @@ def main(config: Config):
                 sample.reward = sample.score.reward
 
         # 4. Advantages within each group (Eq. 1).
-        rewards = torch.tensor([[sample.reward for sample in group] for group in groups])
-        rewards = rewards.view(len(groups), stage.group_size)  # (Q, G); a rank may have Q = 0
+        rewards = torch.tensor([s.reward for s in chain(*groups)]).view(
+            -1, stage.group_size
+        )  # (Q, G)
         advantages = group_advantages(rewards, config.std_norm)  # (Q, G)
         for sample, advantage in zip(chain(*groups), advantages.flatten().tolist()):
             sample.advantage = advantage
@@ -545,8 +542,7 @@ def main(config: Config):
         # 5. Pack: whole groups change ranks until each rank has nearly the same work.
         minibatches, size = [], config.questions // config.minibatches
         for first in range(0, config.questions, size):
-            chosen = used[first : first + size]
-            part = [group for group in groups if group[0].prompt.number in chosen]
+            part = [g for g in groups if g[0].prompt.number in used[first : first + size]]
             set_token_weights(part, stage.max_len, config)
             part = packing.balance(part, width, partial(questions.prompt, step))
             samples = list(chain(*part))

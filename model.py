@@ -282,38 +282,29 @@ def wrap(hf, path: str, device="cpu", freeze_vision=False):
 
 
 def load_sharded(
-    path: str,
-    device,
-    dtype=torch.float32,
-    freeze_vision=False,
-    adapters: tuple[int, float, bool] = (0, 0, False),
-    offload=False,
-    wrap=wrap,
-    **knobs,
+    path: str, device, dtype=None, freeze_vision=False, adapters=(0,), wrap=wrap, **knobs
 ):
     """As `load`, but spread over the ranks by `shard` before a weight is read -> Policy.
 
     The model is made without memory (on the meta device); then every rank reads the slices of the
     safetensors that it keeps. `offload`: weights, gradients and with them the optimizer's state
-    live in the CPU's memory and visit the GPU block by block. `adapters`: rank (0 = none), alpha
-    and whether the vision tower has some too (nano/lora.py); the frozen weights are then in bf16
-    on a GPU.
+    live in the CPU's memory and visit the GPU block by block. `adapters`: (rank, alpha, vision) of
+    lora.add; the weights, which then stay as they are, get the dtype of the forward, else float32.
     """
     folder = hub.model(path)
-    rank, alpha, vision = adapters
-    dtype = compute_dtype(device) if rank else dtype
+    dtype = dtype or (compute_dtype(device) if adapters[0] else torch.float32)
     with torch.device("meta"):
         config = AutoConfig.from_pretrained(folder)
         hf = AutoModelForImageTextToText.from_config(config, dtype=dtype)
     hf.name_or_path = path
     policy, processor = wrap(hf, folder, device, freeze_vision)
-    if rank:
-        lora.add(policy, rank, alpha, vision)
+    if adapters[0]:
+        lora.add(policy, *adapters)
     if freeze_vision and policy.visual is not None:
         # Mixed precision does not reach what is not sharded.
         policy.visual.to(compute_dtype(device))
-    shard(policy, device, offload=offload, **knobs)
-    policy.to_empty(device="cpu" if offload else device)
+    shard(policy, device, **knobs)
+    policy.to_empty(device="cpu" if knobs.get("offload") else device)
     if freeze_vision:
         policy.visual.to_empty(device=device)
     # What no checkpoint holds: the rotary embeddings' frequencies, say. The outer model comes
@@ -436,10 +427,9 @@ def full_weights(policy, dtype=None) -> Iterator[tuple[str, torch.Tensor]]:
     adapted = {f"{name}.weight": layer for name, layer in lora.layers(policy).items()}
     for name, p in policy.hf.named_parameters():
         if layer := adapted.get(name):
-            a, b = full(layer.lora_A.detach()), full(layer.lora_B.detach())
-            whole = full(p.detach()).float() + layer.scale * (b @ a).float()
-            yield clean_name(name), whole.to(dtype or p.dtype)
-        elif ".lora_" not in name:
+            b, a = full(layer.lora_B.detach()), full(layer.lora_A.detach())
+            p = full(p.detach()).float() + layer.scale * (b @ a)
+        if ".lora_" not in name:
             yield clean_name(name), full(p.detach().to(dtype or p.dtype))
 
 
@@ -458,13 +448,10 @@ def replica(policy: Policy) -> Policy:
 
 @torch.no_grad()
 def export(policy, processor, path: Path):
-    """Writes the whole model in the Hugging Face layout, in bf16 after a run on GPUs.
-
-    Adapters are merged into it, and lie beside it for themselves.
-    """
+    """Writes the whole model in the Hugging Face layout, in bf16 after a run on GPUs. Adapters are
+    merged into it, and lie beside it for themselves."""
     own = [(clean_name(n), p) for n, p in policy.hf.named_parameters() if ".lora_" in n]
-    adapters = {name: full(p.detach()).cpu() for name, p in own}
-    state = {}
+    adapters, state = {name: full(p.detach()).cpu() for name, p in own}, {}
     for name, whole in full_weights(policy):
         if dist.get_rank() == 0:
             state[name] = (whole.bfloat16() if whole.is_cuda else whole.clone()).cpu()

@@ -182,8 +182,7 @@ def main(config: Config):
     config.out = config.out or run.default_out("sft", config.model, config.data)
     out = Path(config.out)
     toy.resolve(config)
-    if config.lora_rank:
-        config.freeze_vision = not config.lora_vision
+    config.freeze_vision = not config.lora_vision if config.lora_rank else config.freeze_vision
     run.claim(config, HOW_ONLY)
 
     # ---- data

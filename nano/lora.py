@@ -1,17 +1,15 @@
-"""LoRA (arXiv 2106.09685): W x + alpha / rank * B A x, where only A and B are trained.
-
-A layer keeps its name and its `weight`, which peft itself would rename: reading, sharding and
-writing a model need no second path. On disk adapters have peft's format.
-"""
+"""LoRA (arXiv 2106.09685): W x + alpha / rank * B A x, where only A and B are trained. On disk they
+have peft's format. peft itself would rename each `weight`, and all that reads, shards and writes a
+model would have to know it."""
 
 import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.functional import linear
 
 
 class LoRALinear(nn.Linear):
@@ -20,9 +18,9 @@ class LoRALinear(nn.Linear):
     enabled = True  # of all layers at once
 
     def forward(self, x):
-        out = F.linear(x, self.weight, self.bias)
+        out = linear(x, self.weight, self.bias)
         if self.enabled:
-            out = out + self.scale * F.linear(F.linear(x, self.lora_A), self.lora_B)
+            out = out + self.scale * linear(linear(x, self.lora_A), self.lora_B)
         return out
 
 
@@ -42,13 +40,12 @@ def add(policy, rank: int, alpha: float, vision: bool = False):
         layer.lora_B = nn.Parameter(torch.empty(layer.out_features, rank, **how))
 
 
-@torch.no_grad()
 def fill(p: torch.Tensor, whole: torch.Tensor):
     """Copies a whole tensor into a parameter, of which this rank may keep a shard."""
     if isinstance(p, DTensor):
-        whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
-        p, whole = p.to_local(), whole.to_local()
-    p.copy_(whole)
+        whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to_local()
+        p = p.to_local()
+    p.detach().copy_(whole)
 
 
 def reset(policy):

@@ -155,7 +155,7 @@ class Ahead:
     def start(self, records: dict):
         """{key: record}; what was made before and never taken is forgotten."""
         submit = partial(self.pool.submit, image_patches, processor=self.processor)
-        self.made = {key: submit(record) for key, record in records.items()}
+        self.made = {k: self.made.get(k) or submit(record) for k, record in records.items()}
 
     def take(self, key, record: Record):
         made = self.made.pop(key, None)

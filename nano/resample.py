@@ -12,13 +12,14 @@ from collections.abc import Callable
 import torch.distributed as dist
 
 
-def rounds(ask: Callable, judge: Callable, wanted: int, times: int) -> tuple:
-    """Asks until `wanted` questions have a signal, at most `times` as many (a collective).
+def rounds(ask: Callable, judge: Callable, config) -> tuple:
+    """Asks until enough questions have a signal, at most config.resample times (a collective).
 
-    ask(numbers) gives this rank's groups for its share of these questions, judge(sample) a score.
+    ask(numbers) gives this rank's groups for its share of these questions, `judge` is grpo.score.
     Returns this rank's groups to train on, the numbers of those of all ranks in order, and what
     the log says of all that were drawn. Questions without a signal fill up what is missing.
     """
+    wanted, times = config.questions, config.resample
     if times == 1:
         return ask(range(wanted)), list(range(wanted)), {}
     groups, seen, numbers = [], {}, range(wanted)  # number -> (signal, mean reward, tokens)
@@ -27,7 +28,7 @@ def rounds(ask: Callable, judge: Callable, wanted: int, times: int) -> tuple:
         groups += more
         own, parts = {}, [None] * dist.get_world_size()
         for group in more:
-            given = [judge(sample).reward for sample in group]
+            given = [judge(sample, config.format_weight).reward for sample in group]
             told = (len(set(given)) > 1, sum(given) / len(given), sum(s.length for s in group))
             own[group[0].prompt.number] = told
         dist.all_gather_object(parts, own)

@@ -139,10 +139,9 @@ def test_peft_reads_them(tiny, exported):
     assert difference.abs().max() < 1e-4
 
 
-def test_bf16_base_and_float32_adapters_as_on_a_gpu(tiny, pictures, monkeypatch):
+def test_bf16_base_and_float32_adapters_as_on_a_gpu(tiny, monkeypatch):
     """The base has no float32 master; the adapters, their gradients and moments are float32."""
     monkeypatch.setattr("nano.device.forced", True)
-    monkeypatch.setattr(model, "use_our_attention", lambda hf, device: None)
     policy = adapted(tiny)
     for name, p in policy.named_parameters():
         assert p.dtype == (torch.float32 if ".lora_" in name else torch.bfloat16), name

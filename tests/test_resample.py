@@ -29,7 +29,9 @@ def test_the_first_questions_with_a_signal_are_kept(share, times):
                 for p, pair in zip(prompts, rewards)
             ]
 
-        groups, used, row = resample.rounds(ask, lambda sample: sample, 16, times)
+        groups, used, row = resample.rounds(
+            ask, lambda sample, _: sample, grpo.Config(questions=16, resample=times)
+        )
         numbers = [n for some in asked for n in some]
         assert numbers == list(range(len(numbers)))  # in the order of the data, each once
         good = [n for n in numbers if not flat[n]]
