@@ -187,8 +187,9 @@ def test_layout(tmp_path, name):
         assert records[0].system == "Think."
 
 
-def test_grpo_and_sft_take_a_step_over_each_layout(tmp_path, tiny):
-    """One run over a list of all of them. --limit of its own is not needed: they are small."""
+def test_each_stage_runs_over_all_layouts(tmp_path, tiny):
+    """One step over a list of all of them, and an evaluation."""
+    import eval
     import grpo
     import sft
 
@@ -206,6 +207,9 @@ def test_grpo_and_sft_take_a_step_over_each_layout(tmp_path, tiny):
         sft, out=tmp_path / "s", epochs=1, batch_size=16, workers=0, micro_tokens=4096, **common
     )
     rows = conftest.log_of(tmp_path / "s")
+    flags = dict(model=tiny, data=files, image_root=root, out=tmp_path / "e", max_len=2)
+    conftest.alone(eval, split="train", **flags)
+    assert len((tmp_path / "e/responses.jsonl").read_text().splitlines()) == count
     chains = sum(sum(LAYOUTS[name][6]) for name in LAYOUTS)
     assert len(rows) == -(-chains // 16) and all(row["left_out"] == 0 for row in rows)
 
