@@ -31,7 +31,7 @@ from nano import asking, budget, data, lora, packing, resample, run
 from nano.device import compute_dtype
 from nano.health import Health
 from nano.rollout import Sample, TorchEngine
-from nano.steps import split
+from nano.steps import load_questions
 
 # PTST (Eq. 2): (max_len, group_size, steps) of each stage. Think short and try often, then longer.
 STAGES = [(4096, 16, 100), (8192, 8, 100)]
@@ -425,27 +425,6 @@ LINE = (
     "format {format_rate:.2f}  len {len_mean:6.1f}  cut {truncated:.2f}  kl {kl:.4f}  "
     "entropy {entropy:.3f}  {t_total:.2f} s"
 )
-
-
-def load_questions(config: Config, processor) -> tuple[list[data.Record], list[data.Record]]:
-    """-> the usable records of --data, and those of validation, which are never trained on.
-
-    What is wrong with the others is said and counted.
-    """
-    found = []
-    for path, part in ((config.data, config.split), (config.eval_data, "held-out")):
-        if not path:
-            continue
-        where = dict(split=part, image_root=config.image_root)
-        records, problems = data.read(path, config.strict, **where)
-        found.append(packing.usable(records, processor, config.max_prompt_len, problems))
-        if problems:
-            run.say(problems.summary())
-        if not found[-1]:
-            raise ValueError(f"{path}: no usable problem in it")
-    if config.eval_data:
-        return found[0], found[1]
-    return split(found[0], config.holdout, config.seed)
 
 
 def load_models(config: Config, device):

@@ -71,6 +71,27 @@ def split(records: list[data.Record], count: int, seed: int) -> tuple[list, list
     return parts[0], parts[1]
 
 
+def load_questions(config, processor) -> tuple[list[data.Record], list[data.Record]]:
+    """For grpo.py: the usable records of --data, and those of validation, which it never trains on.
+
+    What is wrong with the others is said and counted.
+    """
+    found = []
+    for path, part in ((config.data, config.split), (config.eval_data, "held-out")):
+        if not path:
+            continue
+        where = dict(split=part, image_root=config.image_root)
+        records, problems = data.read(path, config.strict, **where)
+        found.append(packing.usable(records, processor, config.max_prompt_len, problems))
+        if problems:
+            run.say(problems.summary())
+        if not found[-1]:
+            raise ValueError(f"{path}: no usable problem in it")
+    if config.eval_data:
+        return found[0], found[1]
+    return split(found[0], config.holdout, config.seed)
+
+
 def kind(processor):
     """The module that makes prompts and batches for this processor."""
     return generic if isinstance(processor, generic.Processor) else packing
