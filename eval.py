@@ -11,6 +11,8 @@ block (Sec. 3.4) and follows the authors' rules. The paper's own wants no format
 four more answers while </answer> is missing. A killed run goes on where it stopped.
 """
 
+import nano.usage  # noqa: F401, answers --help before torch is loaded
+
 import json
 import zlib
 from dataclasses import dataclass, replace

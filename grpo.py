@@ -10,6 +10,8 @@ reference's log-probabilities -> the clipped loss with its KL term (Eq. 1) -> an
 length limit and the group size follow STAGES (Eq. 2). A run that was stopped goes on where it was.
 """
 
+import nano.usage  # noqa: F401, answers --help before torch is loaded
+
 import copy
 import math
 from dataclasses import dataclass
@@ -28,7 +30,7 @@ import reward
 import toy
 from benchmarks.validate import validate
 from nano import asking, budget, data, lora, packing, resample, run
-from nano.device import compute_dtype
+from nano.device import compute_dtype, micro_tokens
 from nano.health import Health
 from nano.rollout import Sample, TorchEngine
 from nano.steps import load_questions
@@ -93,8 +95,9 @@ class Config:
     lora_alpha: float = 32.0  # the adapters' part is scaled by alpha / rank
     lora_vision: bool = False  # adapters for the vision tower too; else it is frozen
     # memory and speed
-    micro_tokens: int = 20480  # tokens of a packed micro-batch on one rank
+    micro_tokens: int = 0  # of a packed micro-batch on one rank; 0: GPU 20480, CPU 2560
     activation_checkpointing: bool = True
+    checkpoint_share: float = 1.0  # of the blocks whose activations are computed again
     compile: bool = False  # torch.compile of the MLPs
     offload: Literal["none", "reference", "all"] = "none"  # to the CPU; all = the optimizer too
     shard_size: int = 0  # ranks that share one copy of the weights (HSDP); 0 = all ranks
@@ -120,6 +123,7 @@ HOW_ONLY = (
     *("activation_checkpointing", "offload", "shard_size", "preflight", "save_every", "keep"),
     *("force", "sample_questions", "wandb", "tensorboard", "eval_data", "eval_every"),
     *("eval_temperature", "eval_top_p", "eval_max_len", "keep_best", "image_root"),
+    "checkpoint_share",
 )
 
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -436,7 +440,7 @@ def load_models(config: Config, device):
         adapters=(config.lora_rank, config.lora_alpha, config.lora_vision),
         offload=config.offload == "all",
         shard_size=config.shard_size,
-        activation_checkpointing=config.activation_checkpointing,
+        activation_checkpointing=config.activation_checkpointing * config.checkpoint_share,
         compile=config.compile,
     )
     reference = None
@@ -457,6 +461,7 @@ def load_models(config: Config, device):
 def main(config: Config):
     # ---- settings
     device = run.start_ranks()
+    config.micro_tokens = micro_tokens(config, device)
     rank, world = dist.get_rank(), dist.get_world_size()
     with run.for_people():
         check(config, world)

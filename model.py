@@ -346,9 +346,7 @@ def read_weights(policy, folder: str):
     dcp.load(wanted, storage_reader=reader)
 
 
-def shard(
-    policy, device, activation_checkpointing=False, shard_size=0, offload=False, compile=False
-):
+def shard(policy, device, activation_checkpointing=0.0, shard_size=0, offload=False, compile=False):
     """FSDP2: every block is its own unit, the rest (embeddings, head, merger) goes with the root.
 
     `shard_size` ranks share one copy of the weights (HSDP: those of a node, say), 0 = all. A frozen
@@ -356,10 +354,14 @@ def shard(
     without the other ranks. On a GPU the matrix products run in bf16 over float32 master weights
     and gradients are reduced in float32; on the CPU everything is float32. Gradients come out as
     the mean over ranks (FSDP2's default): scale a summed loss by the number of ranks.
+    `activation_checkpointing`: the share of the blocks that forget their activations and compute
+    them again for the backward.
     """
     device, world = torch.device(device).type, dist.get_world_size()
     if activation_checkpointing:
-        units = set(policy.blocks())
+        share = float(activation_checkpointing)  # of the blocks, spread evenly
+        blocks = enumerate(policy.blocks())
+        units = {block for i, block in blocks if int((i + 1) * share) > int(i * share)}
         apply_activation_checkpointing(policy, check_fn=units.__contains__)
     mesh = init_device_mesh(device, (world,))
     if shard_size and shard_size < world:

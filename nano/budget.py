@@ -166,33 +166,35 @@ class Item(NamedTuple):
     knob: str  # what makes it smaller
 
 
-def activations(s: Shape, tokens: int, patches: int, cuda: bool, checkpointing: bool) -> float:
+def activations(s: Shape, tokens: int, patches: int, cuda: bool, checkpointing: float) -> float:
     """Return the bytes that a forward keeps for the backward, without masks and index tables.
 
-    A value has e = 2 bytes (bf16) on a GPU and 4 on the CPU. An RMSNorm keeps 4 + 2e for each
-    channel: its float32 input, the normalised value and its output. A LayerNorm keeps 2e.
+    A value has e = 2 bytes (bf16) on a GPU and 4 on the CPU. An RMSNorm keeps 2e for each channel
+    on a GPU, its input and output, as a LayerNorm does; on the CPU its float32 input, the
+    normalised value and the output. `checkpointing`: the share of the blocks that keep no more
+    than their input.
     """
-    e = 2 if cuda else 4
+    e, extra = (2, 0) if cuda else (4, 4)
     family = s.text.model_type.removesuffix("_text")
     # A text layer keeps two norms, q, k, v and the output of attention (the CPU repeats keys for
     # all heads and keeps the output twice), and four times the width of its gated MLP.
     attention = e * (2 * s.query + 2 * s.kv if cuda else 5 * s.query)
     if family == "qwen3_vl":  # It has norms of q and k, whose outputs are not kept.
-        attention += (4 + e) * (s.query + s.kv)
-    hidden = (4 + 2 * e) * s.text.hidden_size
+        attention += (extra + e) * (s.query + s.kv)
+    hidden = (extra + 2 * e) * s.text.hidden_size
     layer = tokens * (2 * hidden + attention + 4 * e * s.text.intermediate_size)
     # A vision block keeps two norms, 7 values for each channel of its attention (v keeps the whole
     # of qkv alive), and 4, 3 or 2 times the width of its MLP: SiLU gate, quick GELU or GELU.
-    norm = 4 + 2 * e if family == "qwen2_5_vl" else 2 * e
+    norm = extra + 2 * e if family == "qwen2_5_vl" else 2 * e
     mlp = {"qwen2_vl": 3, "qwen2_5_vl": 4, "qwen3_vl": 2}[family] * e * s.vision_inner
     block = patches * ((2 * norm + 7 * e) * s.vision_hidden + mlp)
     mergers = 1 + len(getattr(s.vision, "deepstack_visual_indexes", ()))
     ends = tokens * hidden + patches * mergers * (norm + 2 * e) * s.vision_hidden
     layers, depth = s.text.num_hidden_layers, s.vision.depth
-    if checkpointing:  # The input of every block, and one block while it is made again.
-        inputs = e * (layers * tokens * s.text.hidden_size + depth * patches * s.vision_hidden)
-        return inputs + max(layer, block) + ends
-    return layers * layer + depth * block + ends
+    # Of a checkpointed block its input, and one block while it is made again.
+    inputs = e * (layers * tokens * s.text.hidden_size + depth * patches * s.vision_hidden)
+    kept = (1 - checkpointing) * (layers * layer + depth * block) + checkpointing * inputs
+    return kept + (max(layer, block) if checkpointing else 0) + ends
 
 
 def memory(
@@ -203,7 +205,7 @@ def memory(
     world: int = 1,
     shard_size: int | None = None,  # ranks that share one copy of the policy; None: all
     cuda: bool = True,
-    activation_checkpointing: bool = False,
+    activation_checkpointing: float = 0.0,  # the share of the blocks
     frozen_vision: bool = False,  # A tower that is not trained stays whole on each rank.
     lora_rank: int = 0,  # Only adapters are trained; all else is frozen, on a GPU in bf16.
     lora_vision: bool = False,
@@ -244,7 +246,7 @@ def memory(
     smaller = "nothing but a smaller model"
     more = f"more GPUs to a shard (now {n}), or --offload to the CPU"
     freeze = more if frozen_vision else f"{more}, --freeze_vision"
-    micro = "" if activation_checkpointing else "activation_checkpointing, or "
+    micro = "" if activation_checkpointing == 1 else "activation_checkpointing, or "
     micro += f"micro_tokens (now {tokens}; as many as the longest sequence at least)"
     no_reference = "--kl_coef 0 (none), or --offload reference (to the CPU)"
     kept = activations(s, tokens, patches, cuda, activation_checkpointing)
@@ -329,7 +331,7 @@ def announce_run(config, policy, device, say, tokens: int, patches: int, **more)
         world=dist.get_world_size(),
         shard_size=config.shard_size or None,
         cuda=cuda,
-        activation_checkpointing=config.activation_checkpointing,
+        activation_checkpointing=config.activation_checkpointing * config.checkpoint_share,
         frozen_vision=config.freeze_vision,
         lora_rank=config.lora_rank,
         lora_vision=config.lora_vision,

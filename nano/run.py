@@ -110,6 +110,10 @@ def start_ranks() -> torch.device:
     global store, meeting
     disable_progress_bar()  # transformers' bars for reading and writing shards
     local = int(os.environ.get("LOCAL_RANK", 0))
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        # Every micro-batch has another shape: without this, CUDA's memory falls into fragments.
+        # vLLM turns it off around the memory that it gives back when it sleeps.
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     device = torch.device("cuda", local) if torch.cuda.is_available() else torch.device("cpu")
     backend = "gloo"
     if device.type == "cuda":

@@ -191,10 +191,21 @@ class Flash(torch.autograd.Function):
         return out
 
 
+class Norm(torch.autograd.Function):
+    """Keeps what a fused RMSNorm keeps: its input."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x)
+        return x * weight
+
+
 def test_activations_in_bf16_with_flash_attention(path):
-    """The GPU's formula is tried on the CPU, with an attention that keeps what flash would."""
+    """The GPU's formula is tried on the CPU, with kernels that keep what the GPU's would."""
     policy, batch, lengths = build(path, length=600)
     s = budget.shape(policy.hf.config)
+    for norm in (m for m in policy.modules() if type(m).__name__.endswith("RMSNorm")):
+        norm.forward = lambda x, norm=norm: Norm.apply(x, norm.weight)
     own = {p.untyped_storage().data_ptr() for p in policy.bfloat16().parameters()}
     AttentionInterface.register("packed", lambda m, q, k, v, *_, **__: (Flash.apply(q, k, v), None))
     kept = {}
@@ -283,6 +294,9 @@ def test_sharding_and_offload():
     assert one["gradients, float32"] - frozen["gradients, float32"] == 4 * SEVEN.vision_params
     name = "activations of 16384 tokens"
     assert memory(activation_checkpointing=True)[name] < one[name] / 10
+    kept = [memory(activation_checkpointing=share)[name] for share in (0.25, 0.5, 0.75)]
+    steps = {round(a - b) for a, b in zip(kept, kept[1:])}
+    assert one[name] > kept[0] > kept[1] and len(steps) == 1  # each block less takes as much away
 
 
 def test_preflight_and_out_of_memory():
@@ -385,7 +399,7 @@ def test_passes_of_a_step():
     head = 2048 * 2048 * 152064 * 3584 * 6
     text = tokens * (6 * matrices + 3 * attention) + head
     assert 1 < parts["training"][0] / text < 1.06  # the rest is the vision tower
-    assert parts["training"][1] == pytest.approx(parts["training"][0] / 8 / 989e12 / 0.45)
+    assert parts["training"][1] == pytest.approx(parts["training"][0] / 8 / 989e12 / 0.3)
     assert parts["training"][0] == pytest.approx(3 * parts["reference"][0])
     assert set(price(minibatches=4, kl_coef=0)) == {"sampling", "old", "training"}
     assert set(price(epochs=2)) == {"sampling", "reference", "old", "training"}

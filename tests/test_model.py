@@ -338,6 +338,14 @@ def test_activation_checkpointing_changes_no_gradient_and_no_name(tiny, tmp_path
         assert torch.equal(a, b), n
 
 
+@pytest.mark.parametrize("share, wrapped", [(0.0, 0), (0.5, 2), (0.99, 4), (1.0, 5)])
+def test_a_share_of_the_blocks_computes_again(tiny, share, wrapped):
+    single_rank()
+    policy = model.load_sharded(tiny, "cpu", activation_checkpointing=share)
+    names = [name for name, _ in policy.named_modules()]
+    assert sum(name.endswith("_checkpoint_wrapped_module") for name in names) == wrapped
+
+
 def test_a_frozen_vision_tower_has_no_gradient(tiny, pictures):
     policy, processor = model.load(tiny, freeze_vision=True)
     policy(packing.pack(sequences(pictures, processor)))[0].sum().backward()

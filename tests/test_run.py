@@ -2,7 +2,10 @@
 stage is a valid one."""
 
 import dataclasses
+import importlib
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -282,3 +285,15 @@ def test_sums_and_maxima_over_the_ranks_are_named():
     assert run.on_main_first(lambda: "made") == "made"
     with pytest.raises(KeyError):
         run.on_main_first(lambda: {}["x"])
+
+
+@pytest.mark.parametrize("stage", ["sft", "grpo", "eval"])
+def test_help_names_every_flag_with_its_comment_and_loads_no_torch(stage):
+    path = ROOT / f"{stage}.py"
+    call = [sys.executable, "-X", "importtime", str(path), "--help"]
+    done = subprocess.run(call, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "torch" not in done.stderr
+    module = importlib.import_module(stage)
+    for field in dataclasses.fields(module.Config):
+        assert f"  --{field.name} " in done.stdout, field.name
+    assert all(name in done.stdout for name in module.RECIPES)

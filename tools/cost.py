@@ -18,7 +18,7 @@ from nano import budget
 from nano.run import for_people
 
 ASSUMED = {  # flag: (default, meaning)
-    "mfu": (0.45, "model FLOPs utilization of forwards and backwards"),
+    "mfu": (0.3, "model FLOPs utilization of forwards and backwards; bench/gpu.py measures it"),
     "bandwidth-share": (0.6, "share of the memory's bandwidth that sampling reaches"),
     "mean-fill": (0.5, "mean length of an answer over its limit"),
     "rows": (256, "answers that one engine decodes at a time"),
@@ -51,7 +51,7 @@ def cost(s: budget.Shape, stage: tuple, recipe: dict, gpu: budget.GPU, gpus: int
     image = budget.flops(s, [], 0, [(1, 32, patches / 32)])
     asked, whole = budget.flops(s, [prompt]), budget.flops(s, [prompt + length], length)
     # A group spans several micro-batches, and each of them encodes the image once.
-    parts = min(group, 1 + group * (prompt + length) / recipe["micro_tokens"])
+    parts = min(group, 1 + group * (prompt + length) / (recipe["micro_tokens"] or 20480))
     images, frozen = questions * parts, recipe["freeze_vision"]
     forward = answers * whole.forward + images * image.forward
     prompts = questions * (asked.forward + image.forward)
@@ -88,6 +88,9 @@ def main():
     print(f"{args.recipe}: {source}, {s.params / 1e9:.2f} G parameters, {args.gpus} x {gpu.name}")
     told = ", ".join(f"{flag} {value:g}" for flag, value in assumed.items())
     print(f"{recipe['questions']} questions a step; assumed: {told}")
+    print(
+        "mfu is " + ("expected, not measured" if assumed["mfu"] == ASSUMED["mfu"][0] else "given")
+    )
     hours = sampled = 0
     for stage in ptst.parse(recipe["stages"]):
         parts = cost(s, stage, recipe, gpu, args.gpus, assumed)
