@@ -158,6 +158,10 @@ RECIPES = {
     "vision-r1-3b-lora-24gb": LORA
     | dict(model="runs/vision-r1-ci-3b/final", out="runs/vision-r1-3b-lora", vllm_memory=0.55)
     | dict(micro_tokens=12288, max_rows=512),
+    # One GPU of 80 GB, all weights; computed: 70 GiB.
+    "vision-r1-3b": PAPER
+    | dict(model="runs/vision-r1-ci-3b/final", out="runs/vision-r1-3b", offload="reference")
+    | dict(vllm_memory=0.35, max_rows=256),
     "vision-r1-long": PAPER
     | dict(model=CI_7B, out="runs/vision-r1-long", stages=[(16384, 4, 300)]),
     "vision-r1-zero": ZERO | dict(out="runs/vision-r1-zero", stages=[(4096, 16, 300)]),

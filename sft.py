@@ -103,7 +103,8 @@ RECIPES = {
     "vision-r1-ci-7b-released": dict(freeze_vision=True, max_pixels=768 * 768),
     "vision-r1-ci-3b": dict(model="Qwen/Qwen2.5-VL-3B-Instruct", out="runs/vision-r1-ci-3b"),
     "vision-r1-ci-32b": dict(model="Qwen/Qwen2.5-VL-32B-Instruct", out="runs/vision-r1-ci-32b"),
-    "vision-r1-ci-72b": dict(model="Qwen/Qwen2.5-VL-72B-Instruct", out="runs/vision-r1-ci-72b"),
+    "vision-r1-ci-72b": dict(model="Qwen/Qwen2.5-VL-72B-Instruct", out="runs/vision-r1-ci-72b")
+    | dict(micro_tokens=16384),
     "zero-sft": dict(out="runs/zero-sft", drop_chains=True),
     "vision-r1-llamav-ci": dict(model=LLAMA, out="runs/vision-r1-llamav"),
 }

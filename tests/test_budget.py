@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AutoConfig, AutoModelForImageTextTo
 
 import grpo
 import model
+import sft
 import toy
 from nano import budget, data, packing, rollout
 from nano.logprobs import token_logprobs
@@ -378,7 +379,7 @@ def test_sampling_step_by_step(share):
     GPU, and every step reads the weights and what each row has so far"""
     weights = 2 * (28 * (2 * 3584**2 + 2 * 3584 * 512 + 3 * 3584 * 18944) + 152064 * 3584)
     read = sum(weights + 256 * (640 + t) * 2 * 28 * 2 * 512 for t in range(2048))
-    _, seconds = price(**{"bandwidth-share": share})["sampling"]
+    _, seconds = price(mfu=0.45, **{"bandwidth-share": share})["sampling"]
     assert seconds == pytest.approx(read / 3.35e12 / share, rel=0.01)
     # half as many rows at a time read the weights twice as often
     _, half = price(**{"bandwidth-share": share, "rows": 128})["sampling"]
@@ -446,3 +447,29 @@ def test_a_start_that_cannot_fit_is_refused_and_names_the_knob(tiny, monkeypatch
     assert "this will not fit" in said[0]
     config.force = True
     budget.announce_run(config, *table)
+
+
+@pytest.mark.parametrize(
+    "stage, recipe, size, gpus",
+    [
+        (grpo, "vision-r1-3b", "3b", 1),
+        (grpo, "vision-r1-7b", "7b", 8),
+        (grpo, "vision-r1-32b", "32b", 32),
+        (grpo, "vision-r1-72b", "72b", 64),
+        (sft, "vision-r1-ci-3b", "3b", 1),
+        (sft, "vision-r1-ci-7b", "7b", 8),
+        (sft, "vision-r1-ci-32b", "32b", 32),
+        (sft, "vision-r1-ci-72b", "72b", 64),
+    ],
+)
+def test_the_papers_recipes_fit_gpus_of_80_gb(stage, recipe, size, gpus):
+    config, card = stage.Config(**stage.RECIPES[recipe]), 79.1 * budget.GIB
+    settings = dict(world=gpus, activation_checkpointing=True, frozen_vision=config.freeze_vision)
+    settings |= dict(reference="", offload=config.offload in (True, "all"))
+    if stage is grpo:
+        settings["reference"] = "bfloat16" if config.offload == "none" else "cpu"
+        settings["vllm_bytes"] = config.vllm_memory * card
+        assert config.engine == "vllm"
+    s = budget.shape(budget.published_config(f"qwen2.5-vl-{size}"))
+    tokens, patches = config.micro_tokens or 20480, 4 * 4096
+    assert budget.peak(budget.memory(s, tokens, patches, **settings)) < 0.95 * card

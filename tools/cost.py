@@ -58,7 +58,8 @@ def cost(s: budget.Shape, stage: tuple, recipe: dict, gpu: budget.GPU, gpus: int
     flops = {
         "sampling": prompts + answers * (whole.forward - asked.forward),
         "reference": forward if recipe["kl_coef"] else 0,
-        "old": forward if recipe["minibatches"] * recipe["epochs"] > 1 else 0,
+        # With one epoch, the first mini-batch is updated by the policy that it was sampled from.
+        "old": forward * (1 - (recipe["epochs"] == 1) / recipe["minibatches"]),
         "training": answers * whole.training() + images * image.training(frozen),
     }
     speed = gpus * gpu.tera * 1e12 * assumed["mfu"]
