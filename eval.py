@@ -15,7 +15,7 @@ import nano.usage  # noqa: F401, answers --help before torch is loaded
 
 import json
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -29,7 +29,7 @@ import toy
 from benchmarks import judge, rules
 from benchmarks.report import bench_report, bench_tables, counted, grouped, summarize, table
 from benchmarks.validate import answer
-from nano import asking, data, packing, run
+from nano import asking, data, kept, packing, run
 from nano.device import compute_dtype
 from nano.http_engine import HTTPEngine
 from nano.rollout import TorchEngine
@@ -77,6 +77,8 @@ HOW_ONLY = tuple(
     """bench name strict image_root limit max_prompt_len judge_url judge_model
     url max_rows vllm_memory vllm_tp chunk""".split()
 )
+
+PLACES = ("recipe", "out", "model", "data", "resume")  # by these an answer is no other one
 
 RECIPES = {
     "toy": dict(model="toy:all", data="toy:test-problems", limit=1000)
@@ -161,33 +163,23 @@ def ask(engine, encode, config: Config, records, number: dict[str, int]) -> list
     return list(chain(*rows))
 
 
-def read_responses(path: Path) -> list[dict]:
-    """The rows of whole questions; half a line and half a question are cut off the file, too."""
-    rows, question, read, good = [], [], 0, 0
-    path.touch()
-    with open(path, "r+b") as f:
-        for line in f.readlines():
-            if not line.endswith(b"}\n"):
-                break
-            question.append(json.loads(line))
-            read += len(line)
-            if not question[-1].get("more"):
-                rows, question, good = rows + question, [], read
-        f.truncate(good)
-    return rows
-
-
 def evaluate(config: Config, device) -> dict:
     """One model's report: {"all": summary, source: summary, ...} or {benchmark: ...}."""
     rank, world, out = dist.get_rank(), dist.get_world_size(), Path(config.out)
     if config.as_trained:
         asking.as_trained(config)
     run.claim(config, HOW_ONLY)
-    log, responses = run.Log(out, config, after_step=10**9), out / "responses.jsonl"
-    done = run.on_main_first(lambda: read_responses(responses))
+    responses, served = out / "responses.jsonl", config.engine == "http"
     with run.for_people():
+        weights = "" if served else run.fingerprint(run.find_model(config.model))
         engine, processor = make_engine(config, device)
+        weights = run.on_main_first(engine.fingerprint) if served else weights
         records = questions(config, processor)
+    log = run.Log(out, config, after_step=10**9)
+    # An answer belongs to the weights, the question and these settings.
+    settings = {k: v for k, v in asdict(config).items() if k not in (*HOW_ONLY, *PLACES)}
+    old = (responses, weights, records, settings, run.say)
+    done = run.on_main_first(lambda: kept.read(*old))
     encode = partial(packing.encode, processor=processor)
     encode = encode if processor else engine.prompt
     order = {r.id: i for i, r in enumerate(records)}
@@ -201,8 +193,11 @@ def evaluate(config: Config, device) -> dict:
     bar = tqdm(total=len(records), initial=len(finished), leave=False, disable=rank > 0 or None)
     for first in range(0, len(todo), config.chunk):
         some = todo[first : first + config.chunk]
-        gathered = [None] * world
-        dist.all_gather_object(gathered, ask(engine, encode, config, some[rank::world], number))
+        gathered, mine = [None] * world, some[rank::world]
+        new = ask(engine, encode, config, mine, number)
+        asked = {record.id: kept.asked(record, settings) for record in mine}
+        new = [row | dict(weights=weights, asked=asked[row["id"]]) for row in new]
+        dist.all_gather_object(gathered, new)
         new = list(chain(*gathered))
         if rank == 0:
             with open(responses, "a") as f:
@@ -210,6 +205,7 @@ def evaluate(config: Config, device) -> dict:
         rows += new
         bar.update(len(some))
         bar.set_postfix(accuracy=f"{np.mean([r['right'] for r in counted(rows)]):.3f}")
+        run.stop_if_told(f"{len(rows)} answers are in {responses}")
     bar.close()
     rows.sort(key=lambda r: (order[r["id"]], r["sample"]))
 

@@ -85,7 +85,7 @@ class Config:
     vllm_memory: float = 0.5  # share of a GPU that vLLM may take while it samples
     vllm_tp: int = 1  # neighbouring ranks that share one vLLM (tensor parallel)
     # optimization
-    lr: float = 1e-6
+    lr: float = 1e-6  # learning rate
     warmup_steps: int = 0
     lr_decay: Literal["constant", "cosine"] = "constant"  # cosine: to 0 at the end of all stages
     weight_decay: float = 1e-2
@@ -421,6 +421,7 @@ class Stats:
             len_correct=s["length_right"] / right if right else math.nan,
             len_wrong=(length - s["length_right"]) / wrong if wrong else math.nan,
             grad_norm=sum(self.grad_norms) / len(self.grad_norms),
+            refused_updates=sum(map(math.isnan, self.grad_norms)),
             logprob_gap_max=run.all_max(self.gap_max),
             tokens=int(length),
             zero_var_groups=int(s["zero_var_groups"]),
@@ -479,6 +480,7 @@ def main(config: Config):
 
     # ---- data and models
     with run.for_people():
+        run.find_model(config.model)
         processor = packing.Processor(config.model, **asking.settings(config))
         records, held = load_questions(config, processor)
     policy, reference, optimizer = load_models(config, device)
@@ -551,14 +553,15 @@ def main(config: Config):
         stats = Stats()
         with timer("update"):
             for batches in minibatches * config.epochs:
+                loss_sum = 0.0
                 for batch in (waiting.to(device) for waiting in batches):
                     logprobs, entropy = policy(batch, config.temperature)
                     loss, clipped = policy_loss(logprobs, batch, config)
                     (loss * world).backward()  # FSDP takes the mean over ranks
+                    loss_sum += loss.item()
                     stats.add(batch, logprobs.detach(), entropy, clipped)
-                stats.grad_norms.append(model.clip_gradients(policy, config.max_grad_norm))
-                optimizer.step()
-                optimizer.zero_grad()
+                norm = model.update(policy, optimizer, config.max_grad_norm, loss_sum)
+                stats.grad_norms.append(norm)
 
         # 8. What happened, and now and then what the held-out problems say.
         row = dict(step=step + 1, stage=stage_number, lr=learning_rate(step, config))
@@ -577,9 +580,7 @@ def main(config: Config):
         if look:
             log.show(shown, step + 1)
         run.say("\n".join([LINE.format(total=total, **row), *health.see(row)]))
-        best = run.best_step(out) if config.keep_best else 0
-        if step + 1 in (total, best) or (step + 1) % config.save_every == 0:
-            run.save_checkpoint(out, step + 1, policy, optimizer, config.keep, best)
+        run.end_step(config, step + 1, total, policy, optimizer)
 
     model.export(policy, processor, out / "final")
     ended = "nothing left to do" if start == total else "done"

@@ -8,6 +8,8 @@ other in one row (T,), and `packed_attention` keeps them apart.
 
 import copy
 import inspect
+import math
+import shutil
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -406,6 +408,17 @@ def clip_gradients(policy, max_norm: float) -> float:
     return full(nn.utils.clip_grad_norm_(trained, max_norm)).item()
 
 
+def update(policy, optimizer, max_norm: float, loss: float) -> float:
+    """Clips the gradients and takes the step -> their norm before, NaN when it is not taken, since
+    it or this rank's loss is not finite on some rank (a collective)."""
+    norm = clip_gradients(policy, max_norm)
+    taken = run.accept(loss, norm)
+    if taken:
+        optimizer.step()
+    optimizer.zero_grad()
+    return norm if taken else math.nan
+
+
 # -------------------------------------------------------------------------------------------------
 # whole weights: replica and export
 
@@ -452,14 +465,24 @@ def replica(policy: Policy) -> Policy:
 def export(policy, processor, path: Path):
     """Writes the whole model in the Hugging Face layout, in bf16 after a run on GPUs. Adapters are
     merged into it, and lie beside it for themselves."""
+    run.refuse_broken(policy)
     own = [(clean_name(n), p) for n, p in policy.hf.named_parameters() if ".lora_" in n]
-    adapters, state = {name: full(p.detach()).cpu() for name, p in own}, {}
+    adapters = {name: full(p.detach()).cpu() for name, p in own}
+    state, path = {}, Path(path)
+    aside = path.with_name(f"writing-{path.name}")
     for name, whole in full_weights(policy):
         if dist.get_rank() == 0:
             state[name] = (whole.bfloat16() if whole.is_cuda else whole.clone()).cpu()
-    if dist.get_rank() == 0:
-        policy.hf.save_pretrained(path, state_dict=state)
-        processor.save(path)
-        if adapters:
-            lora.save(path.parent / "adapter", policy, adapters)
-    run.meet()
+
+    def write():
+        try:
+            policy.hf.save_pretrained(aside, state_dict=state)
+            processor.save(aside)
+            if adapters:
+                lora.save(path.parent / "adapter", policy, adapters)
+            shutil.rmtree(path, ignore_errors=True)
+            aside.rename(path)
+        finally:  # a full disk gets its room back
+            shutil.rmtree(aside, ignore_errors=True)
+
+    run.on_main_first(write)

@@ -54,7 +54,7 @@ class Config:
     # optimization
     epochs: int = 2  # Sec. 4.1
     batch_size: int = 32  # sequences per step over all ranks (released config: 8 GPUs x 1 x 4)
-    lr: float = 5e-6  # released config
+    lr: float = 5e-6  # learning rate (released config)
     warmup_ratio: float = 0.05  # released config
     beta2: float = 0.999  # Adam's; the released file leaves it at this default
     weight_decay: float = 0.0
@@ -192,8 +192,9 @@ def main(config: Config):
     run.claim(config, HOW_ONLY)
 
     # ---- data
-    file = out / "records.pkl"
+    file = out / "records.bin"
     with run.for_people():
+        run.find_model(config.model)
         spans, held_spans = run.on_main_first(lambda: shelve(config, file))
 
     # ---- model
@@ -246,16 +247,15 @@ def main(config: Config):
             loss = sft_loss(logprobs, counts["tokens"])
             (loss * world).backward()  # FSDP takes the mean over ranks
             loss_sum += loss.item()
-        grad_norm = model.clip_gradients(policy, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad()
+        grad_norm = model.update(policy, optimizer, config.max_grad_norm, loss_sum)
 
         flops = model_flops(shape, sequences, config) if shape else 0.0
         sums = run.all_sum({"loss": loss_sum, "flops": flops})
         seconds = time.perf_counter() - began
         mfu = budget.mfu(sums["flops"] / world, seconds, device) if shape else None
         row = dict(step=step + 1, epoch=step / steps.per_epoch, loss=sums["loss"], lr=lr)
-        row |= dict(grad_norm=grad_norm, **counts, tokens_per_s=counts["tokens"] / seconds)
+        row |= dict(grad_norm=grad_norm, refused_updates=int(math.isnan(grad_norm)), **counts)
+        row |= dict(tokens_per_s=counts["tokens"] / seconds)
         row |= dict(mfu=mfu, t_data=t_data, t_total=seconds, mem_peak=run.peak_memory())
         last, place = step + 1 == total, f"step {step + 1:5d}/{total}"
         if len(held_spans) and (last or (step + 1) % config.eval_every == 0):
@@ -266,8 +266,7 @@ def main(config: Config):
         if (step + 1) % max(1, total // 20) == 0:
             numbers = "loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:.0f} tokens/s".format(**row)
             run.say(f"{place}  {numbers}")
-        if last or (step + 1) % config.save_every == 0:
-            run.save_checkpoint(out, step + 1, policy, optimizer, config.keep)
+        run.end_step(config, step + 1, total, policy, optimizer)
         began = time.perf_counter()
 
     # ---- result

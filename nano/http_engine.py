@@ -7,6 +7,7 @@ EVAL_API_KEY or OPENAI_API_KEY.
 """
 
 import asyncio
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -51,6 +52,23 @@ class HTTPEngine(Client):
             self.more |= {"continue_final_message": True, "add_generation_prompt": False}
         self.prefill = [{"role": "assistant", "content": prefill}] if prefill else []
         self.opening = prefill[max(0, prefill.find("<think>")) :]
+
+    def fingerprint(self) -> str:
+        """What can be known of the weights: the model's name and what the server says of it."""
+
+        async def models() -> dict:
+            async with open_session(PATIENCE) as session:
+                async with session.get(f"{self.url}/models", **self.how) as answer:
+                    return json.loads(await answer.text())
+
+        try:
+            known = {str(model["id"]): model for model in asyncio.run(models())["data"]}
+            about = known.get(self.model_name, {})
+        except (aiohttp.ClientError, asyncio.TimeoutError, ValueError, LookupError, TypeError):
+            about = {}  # some services do not list their models
+        about = {k: v for k, v in about.items() if k not in ("created", "permission")}  # change
+        text = json.dumps([self.model_name, about], sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def prompt(self, record: Record) -> Prompt:
         """What generate takes: the server makes tokens and pixels."""

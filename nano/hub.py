@@ -66,12 +66,21 @@ def snapshot(name: str, patterns=(), repo_type: str = "dataset") -> Path:
         ) from error
 
 
+def maker(path: str) -> str:
+    """The command whose result this folder is, by the names of the recipes in the stages."""
+    made = re.fullmatch(r"(?:\./)?runs/([^/]+)/final/?", path)
+    for stage in ("sft.py", "grpo.py") if made else ():
+        if f'"{made[1]}":' in (Path(__file__).parents[1] / stage).read_text():
+            return f"; this makes it: torchrun --nproc_per_node 8 {stage} --recipe {made[1]}"
+    return " (OWNER/NAME)"
+
+
 @lru_cache
 def model(path: str) -> str:
     """A model's folder, or its name on the hub -> its folder."""
     if not is_name(path):
         if not Path(path).is_dir():
-            raise ValueError(f"{path}: no such folder, and no name on the hub (OWNER/NAME)")
+            raise ValueError(f"{path}: no such folder, and no name on the hub{maker(str(path))}")
         return str(path)
     return str(snapshot(path, MODEL_FILES, "model"))
 

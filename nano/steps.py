@@ -5,10 +5,11 @@ a parquet file are more than the ranks of a host could hold. `batches` cuts a st
 micro-batches.
 """
 
+import json
 import os
-import pickle
 import re
 import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ def shuffled(n: int, seed: int) -> list[int]:
 
 
 def shelve(config, file: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Pickles the records that have a response into `file`, and reports the others.
+    """Writes the records that have a response into `file`, and reports the others.
 
     Returns where they lie: (begin, end) of each one to train on, and of each one held out.
     """
@@ -37,7 +38,7 @@ def shelve(config, file: Path) -> tuple[np.ndarray, np.ndarray]:
             where = (False, split, config.image_root)
             for source, row, record in data.stream(path, problems, *where):
                 if record.response:
-                    pickle.dump(record, f)
+                    f.write(to_bytes(record))
                     ends.append(f.tell())
                     pictures.append({hash(image) for image in record.images})
                 else:
@@ -53,6 +54,23 @@ def shelve(config, file: Path) -> tuple[np.ndarray, np.ndarray]:
     if held.all():
         raise ValueError(f"--holdout {config.holdout} leaves none of {len(held)} records")
     return shelves[0][~held], shelves[0][held]
+
+
+def to_bytes(record: data.Record) -> bytes:
+    """A line of JSON, and behind it the pictures that are bytes; there stand their sizes."""
+    sizes = [len(image) if isinstance(image, bytes) else image for image in record.images]
+    line = json.dumps(vars(record) | {"images": sizes}, default=str).encode() + b"\n"
+    return line + b"".join(image for image in record.images if isinstance(image, bytes))
+
+
+def from_bytes(raw: bytes) -> data.Record:
+    line, _, rest = raw.partition(b"\n")
+    record = data.Record(**json.loads(line))
+    record.place = tuple(record.place)
+    for i, size in enumerate(record.images):
+        if isinstance(size, int):
+            record.images[i], rest = rest[:size], rest[size:]
+    return record
 
 
 def hold_out(pictures: list[set], count: int, seed: int) -> list[bool]:
@@ -142,7 +160,7 @@ class Steps(Dataset):
 
     def record(self, i: int) -> data.Record:
         begin, end = self.spans[i]
-        return pickle.loads(self.bytes[begin:end])  # we wrote them ourselves
+        return from_bytes(self.bytes[begin:end].tobytes())
 
     def __getitem__(self, step):
         rank, world, size = dist.get_rank(), dist.get_world_size(), self.config.batch_size
@@ -167,6 +185,14 @@ class Steps(Dataset):
             return 0
 
 
+def start_worker(_):
+    """It must not hold the lock on the run's folder longer than its rank lives. A signal to all
+    processes of a rank tells the rank to finish its step, for which it needs its workers."""
+    for lock in run.locks:
+        lock.close()
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def ahead(steps: Steps, start: int, workers: int) -> DataLoader:
     """The items of `steps` from `start` on, made by worker processes before they are needed."""
     options = dict(sampler=range(start, len(steps)), batch_size=None, collate_fn=tuple)
@@ -175,9 +201,7 @@ def ahead(steps: Steps, start: int, workers: int) -> DataLoader:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-        # A worker must not hold the lock on the run's folder longer than its rank lives.
-        options |= dict(worker_init_fn=lambda _: [lock.close() for lock in run.locks])
-        options |= dict(multiprocessing_context="fork")
+        options |= dict(worker_init_fn=start_worker, multiprocessing_context="fork")
     return DataLoader(steps, num_workers=workers, **options)
 
 

@@ -243,7 +243,6 @@ def test_a_killed_run_goes_on_to_the_same_report(tiny, tmp_path, real):
     lines = path.read_text().splitlines(True)
     assert 10 <= len(lines) < 60
     path.write_text("".join(lines[:-3]))  # as if the kill had come between the lines of a question
-    assert len(evaluation.read_responses(path)) == len(lines) - 5  # five draws a question
     again = evaluate(
         tmp_path / "killed",
         tiny,

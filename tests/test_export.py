@@ -82,6 +82,12 @@ def test_adapters_of_a_checkpoint_are_merged_as_in_final(problem_file, tmp_path)
 def test_what_cannot_be_exported_is_said_and_leaves_nothing(trained, tiny, tmp_path):
     with pytest.raises(ValueError, match="no checkpoint of step 1, only of .2, 3, 4."):
         export.export(trained, tmp_path / "x", 1)
+    shutil.copytree(trained, tmp_path / "copy")
+    file = next((tmp_path / "copy" / "checkpoints" / "step-000004").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is not as it was written.*--step"):
+        export.export(tmp_path / "copy", tmp_path / "x")
+    shutil.rmtree(tmp_path / "copy")
     with pytest.raises(ValueError, match="no checkpoints in it"):
         export.export(tmp_path, tmp_path / "x")
     unfinished = tmp_path / "unfinished"

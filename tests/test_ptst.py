@@ -224,12 +224,14 @@ def test_plot_several_runs(tmp_path):
     b = log(tmp_path / "b/run", [(256, 4, 50)])
     path = plot.plot([a, b], str(tmp_path / "new/two.png"))
     assert path == tmp_path / "new/two.png"
+    assert not list(tmp_path.rglob("curves.png"))
     assert colours(path, 0.28) == (255, 255, 255)  # The stages differ: there are no bands.
 
 
 @pytest.fixture
-def figure(monkeypatch):
+def figure(monkeypatch, tmp_path):
     """A call that gives the axes of the last figure of `plot`, by title and x label."""
+    monkeypatch.chdir(tmp_path)  # a figure of several runs belongs to none of them
     kept = []
     monkeypatch.setattr("matplotlib.pyplot.close", kept.append)
     return lambda: {(ax.get_title(loc="left"), ax.get_xlabel()): ax for ax in kept[-1].axes}
@@ -271,6 +273,7 @@ def test_plot_right_and_wrong_chains(tmp_path, figure):
     ci = chains(tmp_path / "ci", "responses.jsonl", rows)
     assert plot.read_chains(one) == (list(range(1, 102)), [10, 20, 60])
     plot.plot([one, ci])
+    assert [path.parent for path in tmp_path.rglob("curves.png")] == [tmp_path]
     title = "Right and wrong chains (tokens)"
     ax = figure()[title, ""]
     labels = [label.get_text() for label in ax.get_yticklabels()]

@@ -4,6 +4,7 @@ stage is a valid one."""
 import dataclasses
 import importlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -68,7 +69,10 @@ def test_flags_have_the_last_word_and_dashes_are_allowed():
     [
         (["--clip-epss", "1"], "did you mean --clip_eps"),
         (["--recipe", "vision-r1-8b"], "did you mean vision-r1-7b"),
-        (["--lrr=3"], "did you mean --lr"),
+        (["--lrr=3"], "did you mean --lr?"),
+        (["--lerning_rate", "3"], "did you mean --lr?"),
+        (["--learning-rate=3"], "did you mean --lr?"),
+        (["--strict", "perhaps"], "neither True nor False"),
         (["lr"], "unknown argument 'lr'"),
         (["--questions", "many"], "invalid int value"),
     ],
@@ -77,6 +81,35 @@ def test_mistakes_name_the_nearest(argv, hint, capsys):
     with pytest.raises(SystemExit):
         parse(*argv)
     assert hint in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_help_has_each_flag_with_its_comment_and_default(stage, capsys, monkeypatch):
+    """The comments beside the fields are the help, in the groups of the file."""
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit):
+        run.parse_config(stage.Config, stage.RECIPES, ["--help"])
+    shown, source = capsys.readouterr().out, Path(stage.__file__).read_text()
+    for field in dataclasses.fields(stage.Config)[1:]:  # without --recipe there is none
+        (line,) = [x for x in shown.splitlines() if x.startswith(f"  --{field.name} ")]
+        place = shown.index(line)
+        default = " ".join(str(field.default).split())
+        assert f"[{default}]" in shown[place : place + 900]
+        written = re.search(rf"\n    {field.name}: .*", source)[0].partition("  # ")[2]
+        assert written in shown[place : place + 900]
+    if stage is grpo:
+        order = ["what to run:", "\n  --model", "Sec. 3.4:\n", "\n  --stages"]
+        order += ["Eq. 1:\n", "\n  --loss_mean", "rollouts:\n"]
+        assert sorted(order, key=shown.index) == order
+        with pytest.raises(SystemExit):
+            parse("--recipe", "vision-r1-7b", "--help")
+        assert "[runs/vision-r1-7b]" in capsys.readouterr().out
+
+
+def test_switches_can_be_given_in_three_ways():
+    for words, value in (("--strict", True), ("--strict False", False), ("--no-strict", False)):
+        assert parse(*words.split()).strict is value
+    assert parse("--system_prompt=--a-b=c").system_prompt == "--a-b=c"
 
 
 def test_no_flag_is_dead_or_hidden_by_torchrun():

@@ -18,7 +18,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
-from torch.distributed.checkpoint import FileSystemReader, HuggingFaceStorageReader
+from torch.distributed.checkpoint import HuggingFaceStorageReader
 from transformers import AutoConfig, AutoModelForImageTextToText
 from transformers.core_model_loading import revert_weight_conversion
 
@@ -65,9 +65,9 @@ class Weights:
     these, and they are merged into what the run began with."""
 
     def __init__(self, checkpoint: Path, hf, start: str, settings: dict):
-        files = next(checkpoint.glob("*.safetensors"), None)
-        kind = HuggingFaceStorageReader if files else FileSystemReader
-        self.reader, self.sizes = kind(checkpoint), {}
+        if wrong := run.damage(checkpoint):
+            raise ValueError(f"{checkpoint}: {wrong}; take another one with --step")
+        self.reader, self.sizes = HuggingFaceStorageReader(checkpoint), {}
         self.there = self.reader.read_metadata().state_dict_metadata
         self.scale, self.source, weights = 0.0, self.reader, dict(hf.named_parameters())
         self.sizes = {name: p.shape for name, p in weights.items()}

@@ -161,7 +161,7 @@ def draw_chains(ax, names: list[str], chains: list[tuple], pad: int) -> None:
 
 
 def plot(runs: list[str], out: str = "") -> Path:
-    """Draw the figure of one or more runs -> the PNG, by default curves.png in the first."""
+    """Draw the figure of one or more runs -> the PNG, curves.png in a single run or here."""
     names = [Path(run).resolve().name for run in runs]
     names = names if len(set(names)) == len(names) else runs
     chains = [read_chains(run) for run in runs]
@@ -190,7 +190,7 @@ def plot(runs: list[str], out: str = "") -> Path:
         height = 1.6 + 0.7 * len(runs)
         fig, last = plt.subplots(figsize=(7, height), dpi=160, layout="constrained")
     draw_chains(last, names, chains, pad=22 if curves and len(runs) == 1 else 6)
-    path = Path(out) if out else Path(runs[0]) / "curves.png"
+    path = Path(out or "curves.png") if out or len(runs) > 1 else Path(runs[0]) / "curves.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path)
     plt.close(fig)
