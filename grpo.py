@@ -321,6 +321,7 @@ def make_engine(config, policy, processor, stages, device):
 
 def check(config: Config, world: int):
     """What the flags must fulfil together."""
+    temperatures = config.eval_temperature.split(",")
     if not config.model:
         raise ValueError("say --model or --recipe; with neither, and without --data, the toy runs")
     if config.questions % (world * config.minibatches):
@@ -334,6 +335,10 @@ def check(config: Config, world: int):
         )
     if config.keep_best and not (config.eval_data or config.holdout):
         raise ValueError("--keep_best needs --eval_data or --holdout")
+    if not all(word.strip().replace(".", "", 1).isdigit() for word in temperatures):
+        raise ValueError(
+            f"--eval_temperature {config.eval_temperature}: numbers with commas, as 0.6,0"
+        )
 
 
 def check_schedule(before: dict, stages: list[ptst.Stage], start: int, config: Config):

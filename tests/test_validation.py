@@ -186,6 +186,13 @@ def test_holdout_is_never_trained_on(problem_file, tmp_path):
     assert [row["step"] for row in log_of(tmp_path)] == [0, 1, 2]
 
 
-def test_keep_best_without_validation_is_refused(problem_file, tmp_path):
-    with pytest.raises(SystemExit, match="--keep_best needs --eval_data or --holdout"):
-        alone(grpo, **SMALL | dict(data=problem_file, out=tmp_path, keep_best=True))
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (dict(keep_best=True), "--keep_best needs --eval_data or --holdout"),
+        (dict(eval_temperature="0.6,greedy"), "--eval_temperature 0.6,greedy: numbers"),
+    ],
+)
+def test_what_cannot_be_validated_ends_with_one_line(flags, words, problem_file, tmp_path):
+    with pytest.raises(SystemExit, match=f"error: {words}"):
+        alone(grpo, **SMALL | dict(data=problem_file, out=tmp_path) | flags)
