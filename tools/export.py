@@ -5,7 +5,8 @@
 Weights are read, cast and written file by file, so that 72B is never whole in memory. OUT appears
 when all of it is written. Configuration, processor and type of the weights are those of the run's
 final/, and before that is there those of START, the model where the run began (by default as its
-config.json names it). Adapters (--lora_rank) are merged into START.
+config.json names it). Adapters (--lora_rank) are merged into START. RUN may also be a folder of
+adapters in peft's format, such as RUN/adapter.
 """
 
 import argparse
@@ -74,6 +75,11 @@ class Weights:
         self.keys = {name: f"model.hf.{name}" for name in weights}
         if settings.get("lora_rank"):
             self.scale = settings["lora_alpha"] / settings["lora_rank"]
+            self.adapter = "base_model.model.{}.lora_{}.weight" if files else "model.hf.{}.lora_{}"
+            names = [name.removesuffix(".weight") for name, _ in hf.named_parameters()]
+            known = {self.adapter.format(name, kind) for name in names for kind in "AB"}
+            if files and (other := self.there.keys() - known):
+                raise ValueError(f"{checkpoint}: {min(other)} fits no layer of {start}")
             self.source = HuggingFaceStorageReader(start)
             self.keys = names_in_files(hf, self.source)
         elif missing := [key for key in self.keys.values() if key not in self.there]:
@@ -88,7 +94,7 @@ class Weights:
         found = self.read(self.source, {self.keys[name]: self.sizes[name] for name in names})
         found = {name: found[self.keys[name]] for name in names}
         for name in names if self.scale else []:
-            pair = [f"model.hf.{name.removesuffix('.weight')}.lora_{kind}" for kind in "BA"]
+            pair = [self.adapter.format(name.removesuffix(".weight"), kind) for kind in "BA"]
             if pair[0] in self.there:
                 b, a = self.read(self.reader, {key: self.there[key].size for key in pair}).values()
                 found[name] += self.scale * (b @ a)
@@ -97,10 +103,15 @@ class Weights:
 
 def export(folder, out, step: int = 0, start: str = "", dtype: str = "", limit=FILE_BYTES) -> Path:
     """Writes the checkpoint in the Hugging Face layout -> the checkpoint."""
-    checkpoint, out = find(Path(folder), step), Path(out)
+    folder, out = Path(folder), Path(out)
+    peft = folder / "adapter_config.json"
+    checkpoint = folder if peft.exists() else find(folder, step)
     if out.exists():
         raise ValueError(f"{out} is there already")
-    settings, final = json.loads(Path(folder, "config.json").read_text()), Path(folder, "final")
+    file = peft if peft.exists() else folder / "config.json"
+    settings, final = json.loads(file.read_text()), folder / "final"
+    if peft.exists():  # its names for what ours calls otherwise
+        settings |= dict(model=settings["base_model_name_or_path"], lora_rank=settings["r"])
     start, merged = start or settings["model"], bool(settings.get("lora_rank"))
     source = str(final) if final.exists() else local(start)
     config = AutoConfig.from_pretrained(source)
