@@ -66,7 +66,8 @@ class Weights:
     these, and they are merged into what the run began with."""
 
     def __init__(self, checkpoint: Path, hf, start: str, settings: dict):
-        if wrong := run.damage(checkpoint):
+        peft = (checkpoint / "adapter_config.json").exists()
+        if not peft and (wrong := run.damage(checkpoint)):
             raise ValueError(f"{checkpoint}: {wrong}; take another one with --step")
         self.reader, self.sizes = HuggingFaceStorageReader(checkpoint), {}
         self.there = self.reader.read_metadata().state_dict_metadata
@@ -75,10 +76,10 @@ class Weights:
         self.keys = {name: f"model.hf.{name}" for name in weights}
         if settings.get("lora_rank"):
             self.scale = settings["lora_alpha"] / settings["lora_rank"]
-            self.adapter = "base_model.model.{}.lora_{}.weight" if files else "model.hf.{}.lora_{}"
-            names = [name.removesuffix(".weight") for name, _ in hf.named_parameters()]
+            self.adapter = "base_model.model.{}.lora_{}.weight" if peft else "model.hf.{}.lora_{}"
+            names = [name.removesuffix(".weight") for name in weights]
             known = {self.adapter.format(name, kind) for name in names for kind in "AB"}
-            if files and (other := self.there.keys() - known):
+            if peft and (other := self.there.keys() - known):
                 raise ValueError(f"{checkpoint}: {min(other)} fits no layer of {start}")
             self.source = HuggingFaceStorageReader(start)
             self.keys = names_in_files(hf, self.source)
