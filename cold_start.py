@@ -19,6 +19,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections import Counter
@@ -391,16 +392,23 @@ def main(config: Config) -> int:
 
 def guarded(config: Config) -> None:
     """main(config); what a person can mend ends the program with a sentence."""
+
+    def told(number, frame):  # the journal has all that is finished
+        os.write(2, b"\nstopped; the same command goes on from the finished calls\n")
+        os._exit(128 + number)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, told)
     try:
         sys.exit(0 if main(config) else 1)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"stopped: {error}")
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            sys.exit(f"stopped: it cannot be written to ({error}). Choose another --out")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
         sys.exit(f"stopped: the disk is full ({error}). Make room and give the same command again")
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command goes on from the finished calls")
 
 
 if __name__ == "__main__":

@@ -300,6 +300,20 @@ def test_torchrun_that_is_told_to_stop_stops_its_ranks_with_their_work_saved(
     assert [folder.name for folder in run.checkpoints(out)] == [f"step-{done:06d}"]
 
 
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_cold_start_that_is_told_to_stop_says_that_it_goes_on(
+    number, code, problem_file, tmp_path
+):
+    """No server is there: it would wait for ever."""
+    out, said = tmp_path / "run", tmp_path / "said.txt"
+    flags = dict(recipe="vision-r1-cold", data=problem_file, out=out)
+    flags |= {f"{who}_url": "http://127.0.0.1:1/v1" for who in ("mllm", "reasoner")}
+    call = [sys.executable, str(ROOT / "cold_start.py"), *words(flags)]
+    assert signalled(call, out, number, 1, said) == code
+    assert "goes on from the finished calls" in said.read_text()
+    assert "Traceback" not in said.read_text()
+
+
 SCRIPT = """
 import sys, time, os
 sys.path.insert(0, {root!r})
