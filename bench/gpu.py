@@ -48,7 +48,7 @@ from nano import budget, data, logprobs, packing, rollout, run
 ROOT = Path(__file__).resolve().parents[1]
 CPU = "--cpu" in sys.argv
 DEVICE = torch.device("cpu" if CPU else "cuda")
-TIME_LIMIT = 240  # seconds that a check may take
+TIME_LIMIT = 600 if CPU else 300  # seconds that a check may take
 # Rounding: of a bf16 product's result, of a tiny bf16 model's log-probabilities against float32.
 BF16, MODEL_BF16 = 2e-2, 0.1
 # Sizes of the checks: what a GPU computes, and the rehearsal.
