@@ -60,7 +60,7 @@ class Config:
     questions: int = 512  # per rollout batch, over all ranks
     minibatches: int = 4  # optimizer steps per rollout batch
     epochs: int = 1  # times that a rollout batch is gone through
-    resample: int = 1  # ask up to so many times the questions, to have more with a signal (DAPO)
+    resample: int = 1  # ask up to so many times the questions for such with a signal; 1 = off
     system_prompt: str = ""  # none after the cold start; Zero has one
     prefill: str = ""  # the prompt ends in it, the completion begins with it, e.g. <think>
     min_pixels: int = 0  # a smaller picture is enlarged; 0 = as the checkpoint says
@@ -275,7 +275,7 @@ class Questions:
 
     def record(self, step: int, number: int) -> data.Record:
         """The record of question `number` of a step."""
-        place = step * self.config.questions * self.config.resample + number
+        place = step * self.config.questions * max(1, self.config.resample) + number
         epoch, place = divmod(place, len(self.records))
         return self.records[epoch_order(len(self.records), self.config.seed, epoch)[place]]
 

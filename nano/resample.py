@@ -20,7 +20,7 @@ def rounds(ask: Callable, judge: Callable, config) -> tuple:
     the log says of all that were drawn. Questions without a signal fill up what is missing.
     """
     wanted, times = config.questions, config.resample
-    if times == 1:
+    if times <= 1:
         return ask(range(wanted)), list(range(wanted)), {}
     groups, seen, numbers = [], {}, range(wanted)  # number -> (signal, mean reward, tokens)
     while numbers:

@@ -217,7 +217,7 @@ def test_a_run_with_adapters(uninterrupted):
     after = weights_of(uninterrupted)
     changed = {name for name in after if not torch.equal(after[name], before[name].float())}
     assert len(changed) == 3 * 7 and all("model.layers." in name for name in changed)
-    files = (uninterrupted / "checkpoints" / "step-000006").glob("*.distcp")
+    files = (uninterrupted / "checkpoints" / "step-000006").glob("*.safetensors")
     whole = (uninterrupted / "final" / "model.safetensors").stat().st_size
     assert sum(file.stat().st_size for file in files) < whole / 3
 
