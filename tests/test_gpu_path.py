@@ -183,6 +183,7 @@ def test_the_replica_samples_what_the_trainer_sees_and_the_export_loads(tiny, tm
     [
         ["--freeze_vision", "True"],
         ["--freeze_vision", "False", "--activation_checkpointing", "True"],
+        ["--lora_rank", "4", "--lora_vision", "True", "--activation_checkpointing", "True"],
     ],
 )
 def test_sft_and_grpo_take_their_steps(tiny, problem_file, tmp_path, flags):
