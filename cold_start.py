@@ -11,8 +11,9 @@ Keys: MLLM_API_KEY and REASONER_API_KEY, else OPENAI_API_KEY. Every finished cal
 OUT/journal.jsonl at once: after a kill the same command goes on and ends with the same bytes.
 """
 
+from nano.settings import disk_trouble, moved, parse_config
+
 import asyncio
-import errno
 import fcntl
 import gc
 import hashlib
@@ -404,15 +405,11 @@ def guarded(config: Config) -> None:
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"stopped: {error}")
     except OSError as error:
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            sys.exit(f"stopped: it cannot be written to ({error}). Choose another --out")
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        sys.exit(f"stopped: the disk is full ({error}). Make room and give the same command again")
+        if trouble := disk_trouble(error):
+            sys.exit(trouble)
+        raise
 
 
 if __name__ == "__main__":
-    from nano.run import moved, parse_config
-
     moved({name: f"python -m tools.{name}" for name in ("stats", "decontaminate")})
     guarded(parse_config(Config, RECIPES))

@@ -11,7 +11,7 @@ block (Sec. 3.4) and follows the authors' rules. The paper's own wants no format
 four more answers while </answer> is missing. A killed run goes on where it stopped.
 """
 
-import nano.usage  # noqa: F401, answers --help before torch is loaded
+import nano.settings  # noqa: F401, answers --help before torch is loaded
 
 import json
 import zlib
@@ -29,7 +29,7 @@ import toy
 from benchmarks import judge, rules
 from benchmarks.report import bench_report, bench_tables, counted, grouped, summarize, table
 from benchmarks.validate import answer
-from nano import asking, data, kept, packing, run
+from nano import asking, checkpoint, data, kept, packing, run
 from nano.device import compute_dtype
 from nano.http_engine import HTTPEngine
 from nano.rollout import TorchEngine
@@ -171,7 +171,7 @@ def evaluate(config: Config, device) -> dict:
     run.claim(config, HOW_ONLY)
     responses, served = out / "responses.jsonl", config.engine == "http"
     with run.for_people():
-        weights = "" if served else run.fingerprint(run.find_model(config.model))
+        weights = "" if served else checkpoint.fingerprint(run.find_model(config.model))
         engine, processor = make_engine(config, device)
         weights = run.on_main_first(engine.fingerprint) if served else weights
         records = questions(config, processor)

@@ -10,12 +10,12 @@ reference's log-probabilities -> the clipped loss with its KL term (Eq. 1) -> an
 length limit and the group size follow STAGES (Eq. 2). A run that was stopped goes on where it was.
 """
 
-import nano.usage  # noqa: F401, answers --help before torch is loaded
+import nano.settings  # noqa: F401, answers --help before torch is loaded
 
 import copy
 import math
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Literal
@@ -29,9 +29,10 @@ import ptst
 import reward
 import toy
 from benchmarks.validate import validate
-from nano import asking, budget, data, lora, packing, resample, run
+from nano import asking, budget, checkpoint, lora, packing, run
 from nano.device import compute_dtype, micro_tokens
 from nano.health import Health
+from nano.questions import Questions, rounds
 from nano.rollout import Sample, TorchEngine
 from nano.steps import load_questions
 
@@ -121,9 +122,8 @@ class Config:
 HOW_ONLY = (
     *("stages", "strict", "max_rows", "vllm_memory", "vllm_tp", "micro_tokens", "compile"),
     *("activation_checkpointing", "offload", "shard_size", "preflight", "save_every", "keep"),
-    *("force", "sample_questions", "wandb", "tensorboard", "eval_data", "eval_every"),
-    *("eval_temperature", "eval_top_p", "eval_max_len", "keep_best", "image_root"),
-    "checkpoint_share",
+    *("force", "sample_questions", "wandb", "tensorboard", "eval_data", "eval_every", "keep_best"),
+    *("eval_temperature", "eval_top_p", "eval_max_len", "image_root", "checkpoint_share"),
 )
 
 QWEN = "Qwen/Qwen2.5-VL-7B-Instruct"
@@ -257,45 +257,6 @@ def learning_rate(step: int, config: Config) -> float:
 # questions and engine
 
 
-@lru_cache(maxsize=8)
-def epoch_order(count: int, seed: int, epoch: int) -> list[int]:
-    """Every epoch goes through the records in an order of its own."""
-    generator = torch.Generator().manual_seed(seed * 1000 + epoch)
-    return torch.randperm(count, generator=generator).tolist()
-
-
-class Questions:
-    """The problems in their order of training, a function of the seed and the step alone."""
-
-    def __init__(self, records, processor, config, policy, device):
-        self.records, self.processor, self.config = records, processor, config
-        self.policy, self.device = policy, device
-        self.ahead = packing.Ahead(processor)
-        self.mine = range(dist.get_rank(), config.questions, dist.get_world_size())
-
-    def record(self, step: int, number: int) -> data.Record:
-        """The record of question `number` of a step."""
-        place = step * self.config.questions * max(1, self.config.resample) + number
-        epoch, place = divmod(place, len(self.records))
-        return self.records[epoch_order(len(self.records), self.config.seed, epoch)[place]]
-
-    def prompt(self, step: int, number: int) -> packing.Prompt:
-        """The question as the model reads it; a frozen vision tower sees its image once a step."""
-        record = self.record(step, number)
-        made = self.ahead.take((step, number), record)
-        prompt = packing.encode(record, self.processor, made)
-        prompt.number = number
-        if self.config.freeze_vision:
-            model.encode_once(self.policy, [prompt], self.device)
-        return prompt
-
-    def prompts(self, step: int, numbers: range) -> list[packing.Prompt]:
-        """This rank's share of these. Threads begin with the pictures of the next step."""
-        prompts = [self.prompt(step, n) for n in numbers[self.mine.start :: self.mine.step]]
-        self.ahead.start({(step + 1, n): self.record(step + 1, n) for n in self.mine})
-        return prompts
-
-
 def rollouts(engine, policy, questions, config, step, stage, numbers: range):
     """G answers, at most L tokens each, to this rank's share of these questions of a step."""
     engine.sync(policy)
@@ -330,9 +291,7 @@ def check(config: Config, world: int):
             f"{world} x {config.minibatches}"
         )
     if config.engine == "vllm" and config.top_p < 1:
-        raise ValueError(
-            "--top_p below 1: vLLM's log-probabilities would be those of the cut distribution"
-        )
+        raise ValueError("--top_p below 1: vLLM's logprobs would be of the cut distribution")
     if config.keep_best and not (config.eval_data or config.holdout):
         raise ValueError("--keep_best needs --eval_data or --holdout")
     if not all(word.strip().replace(".", "", 1).isdigit() for word in temperatures):
@@ -443,23 +402,20 @@ LINE = (
 
 def load_models(config: Config, device):
     """-> the policy, its frozen start as the reference (None without a KL term), the optimizer."""
-    policy = model.load_sharded(
-        config.model,
-        device,
-        freeze_vision=config.freeze_vision,
-        adapters=(config.lora_rank, config.lora_alpha, config.lora_vision),
-        offload=config.offload == "all",
-        shard_size=config.shard_size,
-        activation_checkpointing=config.activation_checkpointing * config.checkpoint_share,
-        compile=config.compile,
+    knobs = dict(adapters=(config.lora_rank, config.lora_alpha, config.lora_vision))
+    knobs |= dict(
+        activation_checkpointing=config.activation_checkpointing * config.checkpoint_share
     )
+    knobs |= dict(freeze_vision=config.freeze_vision, offload=config.offload == "all")
+    shards = dict(shard_size=config.shard_size)
+    policy = model.load_sharded(config.model, device, compile=config.compile, **shards, **knobs)
     reference = None
     if config.kl_coef and config.lora_rank:
         reference = lora.without(policy)
     elif config.kl_coef:
         # In bf16 on a GPU, since its matrix products round to it anyway.
         away = config.offload != "none"
-        knobs = dict(freeze_vision=True, offload=away, shard_size=config.shard_size)
+        knobs = dict(freeze_vision=True, offload=away) | shards
         reference = model.load_sharded(config.model, device, compute_dtype(device), **knobs)
         reference.requires_grad_(False).eval()
     trained = [p for p in policy.parameters() if p.requires_grad]
@@ -491,12 +447,13 @@ def main(config: Config):
     policy, reference, optimizer = load_models(config, device)
     width = policy.hf.config.get_text_config().hidden_size
     engine = make_engine(config, policy, processor, stages, device)
-    questions = Questions(records, processor, config, policy, device)
+    look = partial(model.encode_once, policy, device=device) if config.freeze_vision else None
+    questions = Questions(records, processor, config, look)
     if config.preflight:
         preflight(config, stages, questions, policy, reference, engine, optimizer, device)
 
     # ---- where an earlier try stopped
-    start = run.load_checkpoint(out, policy, optimizer)
+    start = checkpoint.load(out, policy, optimizer)
     with run.for_people():
         check_schedule(before, stages, start, config)
     log = run.Log(out, config, start or -1)  # the validation before step 1 is step 0
@@ -518,7 +475,7 @@ def main(config: Config):
         # 1. Questions, each rank its share, and 2. rollouts: G answers to each, at most L tokens.
         with timer("rollout"):
             ask = partial(rollouts, engine, policy, questions, config, step, stage)
-            groups, used, drawn = resample.rounds(ask, score, config)
+            groups, used, drawn = rounds(ask, score, config)
 
         # 3. Rewards: format AND answer (Sec. 3.4). Reshape sample.reward here: all below sees it.
         with timer("reward"):
@@ -585,7 +542,7 @@ def main(config: Config):
         if look:
             log.show(shown, step + 1)
         run.say("\n".join([LINE.format(total=total, **row), *health.see(row)]))
-        run.end_step(config, step + 1, total, policy, optimizer)
+        checkpoint.end_step(config, step + 1, total, policy, optimizer)
 
     model.export(policy, processor, out / "final")
     ended = "nothing left to do" if start == total else "done"

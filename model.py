@@ -41,7 +41,7 @@ from transformers import (
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import rename_source_key
 
-from nano import hub, lora, run
+from nano import checkpoint, hub, lora, run
 from nano.device import compute_dtype, gpu_path
 from nano.generic import packed_refusal
 from nano.logprobs import likeliest, token_logprobs
@@ -412,7 +412,7 @@ def update(policy, optimizer, max_norm: float, loss: float) -> float:
     """Clips the gradients and takes the step -> their norm before, NaN when it is not taken, since
     it or this rank's loss is not finite on some rank (a collective)."""
     norm = clip_gradients(policy, max_norm)
-    taken = run.accept(loss, norm)
+    taken = checkpoint.accept(loss, norm)
     if taken:
         optimizer.step()
     optimizer.zero_grad()
@@ -465,7 +465,7 @@ def replica(policy: Policy) -> Policy:
 def export(policy, processor, path: Path):
     """Writes the whole model in the Hugging Face layout, in bf16 after a run on GPUs. Adapters are
     merged into it, and lie beside it for themselves."""
-    run.refuse_broken(policy)
+    checkpoint.refuse_broken(policy)
     own = [(clean_name(n), p) for n, p in policy.hf.named_parameters() if ".lora_" in n]
     adapters = {name: full(p.detach()).cpu() for name, p in own}
     state, path = {}, Path(path)

@@ -9,7 +9,7 @@ Sequences are packed without padding, the loss counts the response alone, and th
 falls along a cosine. A run that was stopped goes on where it was, within an epoch too.
 """
 
-import nano.usage  # noqa: F401, answers --help before torch is loaded
+import nano.settings  # noqa: F401, answers --help before torch is loaded
 
 import copy
 import math
@@ -24,7 +24,7 @@ from transformers import AutoConfig
 
 import model
 import toy
-from nano import asking, budget, data, generic, hub, run
+from nano import asking, budget, checkpoint, data, generic, hub, run
 from nano.device import micro_tokens
 from nano.steps import Steps, ahead, batches, encode, kind, shelve
 
@@ -220,7 +220,7 @@ def main(config: Config):
     exam = Steps(file, held_spans, processor, replace(config, epochs=1), width)
     if config.preflight:
         preflight(config, steps, policy, optimizer, device)
-    start = run.load_checkpoint(out, policy, optimizer)
+    start = checkpoint.load(out, policy, optimizer)
     total, told = len(steps), set()
     log = run.Log(out, config, start)
     resumed = f"; resumed after step {start}" if start else ""
@@ -266,7 +266,7 @@ def main(config: Config):
         if (step + 1) % max(1, total // 20) == 0:
             numbers = "loss {loss:.4f}  lr {lr:.2e}  {tokens_per_s:.0f} tokens/s".format(**row)
             run.say(f"{place}  {numbers}")
-        run.end_step(config, step + 1, total, policy, optimizer)
+        checkpoint.end_step(config, step + 1, total, policy, optimizer)
         began = time.perf_counter()
 
     # ---- result

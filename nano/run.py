@@ -1,206 +1,38 @@
-"""What every stage does around its loop, and nothing of the method: read the configuration, start
-the ranks, keep the run's folder (config.json, command.txt, log.jsonl), write and read checkpoints.
-
-A stage's configuration is a dataclass. A recipe is a dict of its fields. The command line has the
-last word.
+"""What every stage does around its loop, and nothing of the method: start the ranks and end them,
+keep the run's folder (config.json, command.txt, log.jsonl). Settings are in nano/settings.py,
+checkpoints in nano/checkpoint.py.
 """
 
-import argparse
+from nano.settings import disk_trouble, for_people, moved, nearest, parse_config  # noqa: F401
+
 import dataclasses
-import difflib
 import fcntl
-import hashlib
-import inspect
 import json
-import math
 import os
-import re
 import shlex
 import shutil
 import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from itertools import accumulate
 from pathlib import Path
-from typing import get_args
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_state_dict,
-    set_state_dict,
-)
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
-from nano import hub
+from nano import hub, settings
 from nano.trackers import TensorBoard, WandB
 
 # Minutes after which a rank that does not take part counts as lost: in a collective, and where the
 # ranks meet after work of very different length (sampling, downloads). Ours.
 COLLECTIVE_MINUTES = float(os.environ.get("COLLECTIVE_MINUTES", 30))
 MEETING_MINUTES = float(os.environ.get("MEETING_MINUTES", 240))
-
-# -------------------------------------------------------------------------------------------------
-# settings
-
-
-def nearest(word: str, choices: Iterable[str]) -> str:
-    """Returns ' (did you mean X?)' for the most similar choice, or ''."""
-    found = difflib.get_close_matches(str(word), list(choices), n=1, cutoff=0.5)
-    return f" (did you mean {found[0]}?)" if found else ""
-
-
-@contextmanager
-def for_people():
-    """What is wrong with the user's flags or files ends the run with one line, not a traceback."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError) as error:
-        if debug:
-            raise
-        raise SystemExit(f"error: {error}") from error
-
-
-debug = False  # --debug: errors that a person can mend keep their traceback
-DISK = {
-    "No space left on device": "the disk is full",
-    "Disk quota exceeded": "the quota of the disk is used up",
-    "File too large": "a file would become larger than this system allows",
-    "Read-only file system": "it cannot be written to; choose another --out",
-    "Permission denied": "this user may not write or read there; choose another --out",
-    "Input/output error": "the disk fails",
-}
-
-
-def disk_trouble(error: BaseException) -> str:
-    """One line about a full, failing or read-only disk, or ''. Libraries wrap the system's error,
-    and its words alone survive."""
-    lines = [] if isinstance(error, SystemExit) else str(error).splitlines()
-    found = [(line.strip(), DISK[words]) for words in DISK for line in lines if words in line]
-    again = "When that is mended, the same command goes on from what was last saved."
-    return f"error: {found[0][1]} ({found[0][0][-300:]}). {again}" if found else ""
-
-
-def find_model(name: str) -> str:
-    """The folder of a model; a hub name is downloaded, by rank 0 first (a collective)."""
-    on_main_first(partial(hub.model, name))
-    folder = hub.model(name)
-    if not Path(folder, "config.json").is_file():
-        raise ValueError(f"{name} is no model folder: there is no config.json in it")
-    return folder
-
-
-def moved(commands: dict[str, str]):
-    """Ends the program with the new name when it is called with a sub-command of an old version."""
-    word = sys.argv[1] if len(sys.argv) > 1 else ""
-    if word in commands:
-        print(f"{word!r} is a tool of its own now: {commands[word]}", file=sys.stderr)
-        raise SystemExit(2)
-
-
-def described(config_class) -> dict[str, tuple[str, str]]:
-    """{field: (its group, its help)}: the comments of the dataclass are the help. A short comment
-    that is a line for itself heads a group, a longer one belongs to the field below it."""
-    group, notes, found = "settings", [], {}
-    for line in inspect.getsource(config_class).splitlines():
-        before, mark, comment = line.partition("  # ")
-        if line.startswith("    # "):
-            notes.append(line[6:])
-        elif field := re.match(r"    (\w+):", line):
-            if len(notes) == 1 and len(notes[0]) <= 50 and not notes[0].endswith("."):
-                group, notes = notes[0], []
-            found[field[1]] = group, " ".join([*notes, comment] if mark else notes)
-            notes = []
-    return found
-
-
-def truth(word: str) -> bool:
-    if word.lower() not in ("true", "1", "yes", "false", "0", "no"):
-        raise argparse.ArgumentTypeError(f"{word!r} is neither True nor False")
-    return word.lower() in ("true", "1", "yes")
-
-
-def make_parser(config_class) -> argparse.ArgumentParser:
-    """A flag for each field of the dataclass, in its groups, with its comment and default."""
-    stage, texts, groups = sys.modules[config_class.__module__], described(config_class), {}
-    form = partial(argparse.RawDescriptionHelpFormatter, max_help_position=32)
-    usage = "%(prog)s [--FLAG VALUE ...]   (a switch is --FLAG or --no_FLAG)"
-    about = dict(description=stage.__doc__, usage=usage, formatter_class=form, allow_abbrev=False)
-    parser = argparse.ArgumentParser(**about)
-    parser.add_argument("--debug", action="store_true", help="errors with their traceback")
-    for field in dataclasses.fields(config_class):
-        group, text = texts[field.name]
-        groups[group] = groups.get(group) or parser.add_argument_group(group)
-        options = dict(type=field.type, metavar=getattr(field.type, "__name__", "").upper())
-        if field.type is bool:
-            options = dict(type=truth, nargs="?", const=True, metavar="BOOL")
-        elif choices := get_args(field.type):  # Literal
-            options = dict(type=type(choices[0]), choices=choices)
-        text = text.replace("%", "%%") + " [%(default)s]"
-        groups[group].add_argument(f"--{field.name}", default=field.default, help=text, **options)
-    return parser
-
-
-def spelled(argv: list[str], config_class) -> list[str]:
-    """--max-len as --max_len, --no_resume as --resume=False."""
-    switches = {f"--no_{f.name}" for f in dataclasses.fields(config_class) if f.type is bool}
-    words = []
-    for word in argv:
-        name, equals, value = word.partition("=")
-        name = name.replace("-", "_").replace("__", "--", 1) if name[:2] == "--" else name
-        words.append(f"--{name[5:]}=False" if name in switches else name + equals + value)
-    return words
-
-
-def parse_config(config_class, recipes: dict[str, dict], argv: list[str] | None = None):
-    """Reads the command line: the dataclass's defaults < the recipe < the flags.
-
-    The dataclass holds the paper's values. Without --recipe the toy's recipe is taken, unless
-    --model, --data or --bench name something of one's own: then the paper's values hold.
-    An unknown name ends the program and is answered with the nearest one.
-    """
-    global debug
-    argv = spelled(sys.argv[1:] if argv is None else argv, config_class)
-    parser, given = make_parser(config_class), {}
-    for i, word in enumerate(argv):
-        name, equals, value = word.partition("=")
-        given[name] = value if equals else "".join(argv[i + 1 : i + 2])
-    own = [given[f] for f in ("--model", "--data", "--bench") if f in given]
-    default = "" if any(not value.startswith("toy:") for value in own) else "toy"
-    if given.keys() & {"--help", "-h"}:
-        default = ""  # the dataclass's values are shown, or those of a recipe that is named
-    recipe = given.get("--recipe", default)
-    if recipe and recipe not in recipes:
-        known = ", ".join(recipes)
-        parser.error(f"unknown recipe {recipe!r}{nearest(recipe, recipes)}; there are: {known}")
-    chosen, texts = recipes[recipe] if recipe else {}, described(config_class)
-    wrong = set(chosen) - set(texts)
-    assert not wrong, f"recipe {recipe} sets fields that do not exist: {wrong}"
-    parser.set_defaults(**{**chosen, "recipe": recipe})
-    parser.epilog = f"recipes: {', '.join(recipes)}"
-    values, rest = parser.parse_known_args(argv)
-    if rest:
-        # "--learning_rate" is found by the first words of the comment beside lr.
-        flag = rest[0].split("=")[0]
-        said = {re.split(r"[.,;:(]", text)[0].strip(): name for name, (_, text) in texts.items()}
-        known = {f"--{name}": name for name in texts}
-        known |= {"--" + words.replace(" ", "_"): name for words, name in said.items() if words}
-        close = difflib.get_close_matches(flag, known, n=1, cutoff=0.5)
-        hint = f" (did you mean --{known[close[0]]}?)" if close else ""
-        parser.error(f"unknown argument {flag!r}{hint}")
-    debug = values.debug
-    return config_class(**{name: getattr(values, name) for name in texts})
-
 
 # -------------------------------------------------------------------------------------------------
 # ranks
@@ -253,7 +85,7 @@ def guard(main: Callable, config):
     try:
         main(config)
     except BaseException as error:  # DCP's is no Exception
-        trouble = "" if debug else disk_trouble(error)
+        trouble = "" if settings.debug else disk_trouble(error)
         if store is not None and dist.is_initialized() and dist.get_world_size() > 1:
             if isinstance(error, dist.DistError) or "gloo" in str(error).lower():
                 stop("a connection broke")
@@ -377,6 +209,15 @@ def on_main_first(act: Callable):
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
+
+
+def find_model(name: str) -> str:
+    """The folder of a model; a hub name is downloaded, by rank 0 first (a collective)."""
+    on_main_first(partial(hub.model, name))
+    folder = hub.model(name)
+    if not Path(folder, "config.json").is_file():
+        raise ValueError(f"{name} is no model folder: there is no config.json in it")
+    return folder
 
 
 def all_sum(values: dict[str, float], op=dist.ReduceOp.SUM) -> dict[str, float]:
@@ -614,195 +455,3 @@ def peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-# -------------------------------------------------------------------------------------------------
-# checkpoints: sharded weights and optimizer as safetensors. No pickle is written, none is read.
-
-SUMS = "checksums.json"  # of a checkpoint: {file: [bytes, SHA-256]}
-PART = 2 * 2**30  # bytes: about what one file of a rank holds, since it is put together in memory
-
-
-def checkpoints(out: Path) -> list[Path]:
-    """The finished checkpoints of a run, oldest first; unfinished ones have another name."""
-    return sorted((Path(out) / "checkpoints").glob("step-*"))
-
-
-def saved(policy) -> StateDictOptions:
-    """What a checkpoint holds: all weights, but of a policy with adapters only these. The others
-    are those of --model."""
-    adapted = any(".lora_" in name for name, _ in policy.named_parameters())
-    kind = dict(ignore_frozen_params=adapted, strict=not adapted)
-    return StateDictOptions(flatten_optimizer_state_dict=True, **kind)
-
-
-def best_step(out: Path) -> int:
-    """The step of training with the best eval_accuracy, 0 before there is one (a collective)."""
-
-    def read():
-        rows = map(json.loads, open(Path(out) / "log.jsonl"))
-        found = [(row["eval_accuracy"], -row["step"]) for row in rows if "eval_accuracy" in row]
-        found = [pair for pair in found if pair[1]]  # step 0 has no checkpoint
-        return -max(found, default=(0, 0))[1]
-
-    return on_main_first(read)
-
-
-def checksums(files: Iterable[Path]) -> dict[str, list]:
-    """{name: [bytes, SHA-256]}; each rank reads some of the files (a collective)."""
-    files, rank, world = sorted(files), 0, 1
-    if dist.is_initialized():
-        rank, world = dist.get_rank(), dist.get_world_size()
-    found, gathered = {}, [None] * world
-    # A rank's own files are neighbours: mostly it reads what it has just written.
-    for file in files[len(files) * rank // world : len(files) * (rank + 1) // world]:
-        digest = hashlib.sha256()
-        with open(file, "rb") as f:
-            while piece := f.read(2**22):
-                digest.update(piece)
-            found[file.name] = [f.tell(), digest.hexdigest()]
-    if world > 1:
-        dist.all_gather_object(gathered, found, group=meeting)
-        found = {name: sums for part in gathered for name, sums in part.items()}
-    return found
-
-
-def fingerprint(folder: str) -> str:
-    """16 hex digits that change with any weight of a model folder, its tokenizer or its template
-    (a collective). The files are read whole, which takes as long as to load them."""
-    kinds = ("*.safetensors", "*.json", "*.jinja", "*.txt", "*.model")
-    sums = checksums({file for kind in kinds for file in Path(folder).glob(kind)})
-    return hashlib.sha256(json.dumps(sums).encode()).hexdigest()[:16]
-
-
-def damage(folder: Path) -> str:
-    """What is wrong with the files of a checkpoint, '' when they are as written (a collective)."""
-    try:
-        expected = dict(json.loads((folder / SUMS).read_text()))
-    except (OSError, ValueError, TypeError):
-        return f"its {SUMS} is missing or damaged"
-    found = checksums(folder.glob("*.safetensors"))
-    for name in sorted(expected.keys() | found.keys()):
-        if name not in found or name not in expected:
-            return f"{name} {'is missing' if name in expected else 'does not belong to it'}"
-        if found[name] != expected[name]:
-            return f"{name} is not as it was written ({found[name][0]} bytes on the disk)"
-    return ""
-
-
-def whole_state(policy, optimizer) -> tuple[dict, dict, dict]:
-    """-> the weights, the optimizer's state, and as one dict what a checkpoint holds of both."""
-    weights, moments = get_state_dict(policy, optimizer, options=saved(policy))
-    every = {name for name, _ in policy.named_parameters(remove_duplicate=False)}
-    tied = every - {name for name, _ in policy.named_parameters()}  # stored under their first name
-    stored = {f"model.{name}": weight for name, weight in weights.items() if name not in tied}
-    stored |= {f"optimizer.{k}": v for k, v in moments.items() if isinstance(v, torch.Tensor)}
-    return weights, moments, stored
-
-
-def refuse_broken(policy):
-    """Ends the run rather than write weights that are not finite (a collective)."""
-    parts = (p.to_local() if isinstance(p, DTensor) else p for p in policy.parameters())
-    if all_max(not all(part.isfinite().all() for part in parts)):
-        broken("some weights are not finite")
-
-
-def save_checkpoint(out: Path, step: int, policy, optimizer, keep: int, best: int = 0):
-    """Saves weights and optimizer. Written aside, then renamed: a checkpoint is never half there.
-    The newest `keep` stay, and that of step `best`.
-
-    Nothing else is needed to go on: every draw follows from the seed and the step.
-    """
-    folder = Path(out) / "checkpoints"
-    aside, final = folder / f"writing-{step:06d}", folder / f"step-{step:06d}"
-    refuse_broken(policy)
-
-    def clear():
-        for old in folder.glob("writing-*"):
-            shutil.rmtree(old, ignore_errors=True)
-
-    def finish():
-        (aside / SUMS).write_text(json.dumps(sums, indent=1) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        aside.rename(final)
-        for old in [other for other in checkpoints(out) if other <= final][:-keep]:
-            if old.name != f"step-{best:06d}":
-                shutil.rmtree(old)
-
-    on_main_first(lambda: clear() or aside.mkdir(parents=True))
-    try:
-        *_, stored = whole_state(policy, optimizer)
-        ends = accumulate(tensor.numel() * tensor.element_size() for tensor in stored.values())
-        parts = {name: 1 + end // (PART * dist.get_world_size()) for name, end in zip(stored, ends)}
-        writer = HuggingFaceStorageWriter(aside, parts, save_distributed=True)
-        dcp.save(stored, storage_writer=writer)
-        meet()
-        sums = checksums(aside.glob("*.safetensors"))
-        on_main_first(finish)
-    except BaseException:  # a full disk gets its room back
-        clear()
-        raise
-
-
-def load_checkpoint(out: Path, policy, optimizer) -> int:
-    """Reads the run's newest whole checkpoint into policy and optimizer -> its step, 0 without one.
-
-    A run may go on with another number of ranks.
-    """
-    found = [checkpoints(out)]  # rank 0's view: another host's may be some seconds old
-    dist.broadcast_object_list(found, src=0)
-    for folder in reversed(found[0]):
-        if wrong := damage(folder):
-            say(f"{folder}: {wrong}. It is passed over: the checkpoint before it is looked at")
-            continue
-        weights, moments, stored = whole_state(policy, optimizer)
-        dcp.load(stored, storage_reader=HuggingFaceStorageReader(folder))
-        set_state_dict(
-            policy,
-            optimizer,
-            model_state_dict=weights,
-            optim_state_dict=moments,
-            options=saved(policy),
-        )
-        return int(folder.name.removeprefix("step-"))
-    if found[0]:
-        raise SystemExit(
-            f"error: {out}/checkpoints: none of {len(found[0])} can be used; "
-            "put back a good copy of one, or start over with --no_resume"
-        )
-    return 0
-
-
-def end_step(config, step: int, total: int, policy, optimizer):
-    """Saves what is due after `step` steps. A run that was told to stop is saved, and ends.
-
-    While updates are refused nothing is saved: weights that may be lost would take the place of
-    good ones, and a resume repeats these steps.
-    """
-    stop, best = all_max(told), best_step(config.out) if getattr(config, "keep_best", 0) else 0
-    if (stop or step in (total, best) or step % config.save_every == 0) and not refused:
-        save_checkpoint(config.out, step, policy, optimizer, config.keep, best)
-    if stop and step < total:
-        leave(f"step {step} of {total} is done, {config.out}/checkpoints has what is saved")
-
-
-refused = 0  # updates in a row that were not finite
-
-
-def accept(loss: float, grad_norm: float) -> bool:
-    """Whether an update may be taken: loss and norm are finite on all ranks (a collective)."""
-    global refused
-    refused = refused + 1 if all_max(not math.isfinite(loss + grad_norm)) else 0
-    if refused:
-        say(f"an update is not taken: loss {loss:.4g}, gradient norm {grad_norm:.4g} on rank 0")
-    if refused == 3:
-        broken("three updates in a row had a loss or gradient that is not finite")
-    return not refused
-
-
-def broken(what: str):
-    raise SystemExit(
-        f"error: {what}, and nothing of it is saved; the checkpoints and final/ are as they were. "
-        "Likely causes: --lr is too high (a tenth of it?), no --warmup, --max_grad_norm is too "
-        "large, or weights that were broken before: evaluate --model"
-    )

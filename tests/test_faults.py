@@ -34,7 +34,7 @@ from safetensors.torch import load_file
 import grpo
 import model
 import sft
-from nano import kept, run, steps
+from nano import checkpoint, kept, run, steps
 from nano.data import Record
 
 # -------------------------------------------------------------------------------------------------
@@ -51,14 +51,14 @@ def saved(tmp_path):
     for step in (1, 2):
         layer(torch.ones(1, 3)).sum().backward()
         optimizer.step()
-        run.save_checkpoint(tmp_path, step, layer, optimizer, keep=2)
+        checkpoint.save(tmp_path, step, layer, optimizer, keep=2)
         weights[step] = layer.weight.detach().clone()
     return tmp_path, weights
 
 
 def load(out):
     layer = torch.nn.Linear(3, 2)
-    step = run.load_checkpoint(out, layer, torch.optim.AdamW(layer.parameters(), lr=0.1))
+    step = checkpoint.load(out, layer, torch.optim.AdamW(layer.parameters(), lr=0.1))
     return step, layer.weight.detach()
 
 
@@ -93,7 +93,7 @@ def no_sums(path: Path):
 def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(saved, harm, words, capsys):
     out, weights = saved
     assert load(out)[0] == 2
-    newest = run.checkpoints(out)[-1]
+    newest = checkpoint.finished(out)[-1]
     (file,) = newest.glob("*.safetensors")
     harm(file)
     step, weight = load(out)
@@ -105,17 +105,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_is_taken(saved, har
     layer = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(layer.parameters())
     os.rename(newest, newest.with_name("step-000009"))
-    run.save_checkpoint(out, 3, layer, optimizer, keep=1)
+    checkpoint.save(out, 3, layer, optimizer, keep=1)
     assert load(out)[0] == 3
 
 
 def test_when_no_checkpoint_is_whole_the_run_does_not_start_over_by_itself(saved):
     out, _ = saved
-    for folder in run.checkpoints(out):
+    for folder in checkpoint.finished(out):
         flip(next(folder.glob("*.safetensors")))
     with pytest.raises(SystemExit, match="none of 2 can be used.*--no_resume"):
         load(out)
-    assert len(run.checkpoints(out)) == 2
+    assert len(checkpoint.finished(out)) == 2
 
 
 class Foreign:
@@ -131,7 +131,7 @@ def test_no_pickle_is_ever_loaded(saved, tmp_path):
     out, weights = saved
     marker = tmp_path / "executed"
     poison = pickle.dumps(Foreign(str(marker)))
-    folder = run.checkpoints(out)[-1]
+    folder = checkpoint.finished(out)[-1]
     names = (".metadata", "__0_0.distcp", "state.pt", "optimizer.bin", "pytorch_model.bin")
     for place in (folder, out):
         for name in (*names, "records.pkl"):
@@ -139,7 +139,7 @@ def test_no_pickle_is_ever_loaded(saved, tmp_path):
     step, weight = load(out)
     assert step == 2 and torch.equal(weight, weights[2])
     next(folder.glob("*.safetensors")).write_bytes(poison)  # with a checksum that fits
-    sums = run.checksums(folder.glob("*.safetensors"))
+    sums = checkpoint.checksums(folder.glob("*.safetensors"))
     (folder / "checksums.json").write_text(json.dumps(sums))
     with pytest.raises(BaseException, match="(?i)header"):
         load(out)
@@ -178,7 +178,7 @@ def test_an_update_that_is_not_finite_is_not_taken_and_the_third_in_a_row_ends_t
         policy.a.grad = torch.tensor([gradient, 1.0])
         return model.update(policy, optimizer, 1.0, loss)
 
-    run.refused = 0
+    checkpoint.refused = 0
     assert update(3.0) == pytest.approx(10**0.5)
     before, state = policy.a.detach().clone(), optimizer.state[policy.a]["step"].item()
     assert np.isnan(update(float("inf"))) and np.isnan(update(1.0, float("nan")))
@@ -189,7 +189,7 @@ def test_an_update_that_is_not_finite_is_not_taken_and_the_third_in_a_row_ends_t
     update(float("nan")), update(float("nan"))
     with pytest.raises(SystemExit, match="three updates in a row.*--lr is too high"):
         update(float("nan"))
-    run.refused = 0
+    checkpoint.refused = 0
 
 
 def test_weights_that_are_not_finite_are_not_saved(saved):
@@ -198,7 +198,7 @@ def test_weights_that_are_not_finite_are_not_saved(saved):
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.1)
     layer.weight.data[1, 2] = float("nan")
     with pytest.raises(SystemExit, match="some weights are not finite"):
-        run.save_checkpoint(out, 3, layer, optimizer, keep=1)
+        checkpoint.save(out, 3, layer, optimizer, keep=1)
     with pytest.raises(SystemExit, match="some weights are not finite"):
         model.export(layer, None, out / "final")
     assert not (out / "final").exists() and not list(out.glob("checkpoints/writing-*"))
@@ -221,11 +221,11 @@ def test_a_run_that_diverges_ends_with_its_last_good_checkpoint(stage, problem_f
     assert refused[-2:] == [1, 1] and 0 in refused
     assert not (tmp_path / "final").exists()
     last = max(row["step"] for row in rows if not row["refused_updates"])
-    assert [folder.name for folder in run.checkpoints(tmp_path)] == [f"step-{last:06d}"]
-    (file,) = run.checkpoints(tmp_path)[-1].glob("*.safetensors")
+    assert [folder.name for folder in checkpoint.finished(tmp_path)] == [f"step-{last:06d}"]
+    (file,) = checkpoint.finished(tmp_path)[-1].glob("*.safetensors")
     weights = load_file(file)
     assert all(weight.isfinite().all() for weight in weights.values())
-    run.refused = 0
+    checkpoint.refused = 0
 
 
 # -------------------------------------------------------------------------------------------------
@@ -277,7 +277,7 @@ def test_a_run_that_is_told_to_stop_finishes_its_step_saves_and_goes_on(
         assert "stopping rank" not in text
     done = lines(out / "log.jsonl")
     assert 2 <= done < 6
-    assert [folder.name for folder in run.checkpoints(out)] == [f"step-{done:06d}"]
+    assert [folder.name for folder in checkpoint.finished(out)] == [f"step-{done:06d}"]
     alone(grpo, **SMALL | dict(save_every=100), data=problem_file, out=out)
     if ranks == 1:  # two ranks sum in another order
         assert log_of(out) == log_of(uninterrupted)
@@ -297,7 +297,7 @@ def test_torchrun_that_is_told_to_stop_stops_its_ranks_with_their_work_saved(
     text = said.read_text()
     done = lines(out / "log.jsonl")
     assert "stopped by SIGTERM: step" in text and "stopping rank" not in text, text
-    assert [folder.name for folder in run.checkpoints(out)] == [f"step-{done:06d}"]
+    assert [folder.name for folder in checkpoint.finished(out)] == [f"step-{done:06d}"]
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -382,7 +382,7 @@ def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_room(
     out = small_disk / "run"
     call = command(out, problem_file, stages="16x4x4", questions=4, save_every=1)
     ends_in_a_sentence(call, "the disk is full")
-    assert [folder.name for folder in run.checkpoints(out)] == ["step-000001", "step-000002"]
+    assert [folder.name for folder in checkpoint.finished(out)] == ["step-000001", "step-000002"]
     assert not list(out.glob("checkpoints/writing-*"))  # its room is given back
     subprocess.run(["mount", "-o", "remount,size=60m", str(small_disk)], check=True)
     alone(
@@ -451,17 +451,17 @@ def test_a_fingerprint_sees_every_file_and_every_byte(tmp_path):
     single_rank()
     (tmp_path / "model.safetensors").write_bytes(bytes(10**6))
     (tmp_path / "tokenizer.json").write_text("{}")
-    found = {run.fingerprint(tmp_path)}
+    found = {checkpoint.fingerprint(tmp_path)}
     stamp = (tmp_path / "model.safetensors").stat()
     content = bytearray(10**6)
     content[500_000] = 1
     (tmp_path / "model.safetensors").write_bytes(content)  # the same size and time
     os.utime(tmp_path / "model.safetensors", ns=(stamp.st_atime_ns, stamp.st_mtime_ns))
-    found.add(run.fingerprint(tmp_path))
+    found.add(checkpoint.fingerprint(tmp_path))
     (tmp_path / "tokenizer.json").write_text("[]")
-    found.add(run.fingerprint(tmp_path))
+    found.add(checkpoint.fingerprint(tmp_path))
     (tmp_path / "notes.md").write_text("no part of a model")
-    found.add(run.fingerprint(tmp_path))
+    found.add(checkpoint.fingerprint(tmp_path))
     assert len(found) == 3
 
 

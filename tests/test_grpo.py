@@ -230,7 +230,7 @@ def test_the_order_of_questions_goes_through_every_epoch_once():
     orders = []
     for seed in (0, 1):
         config = grpo.Config(questions=7, seed=seed)
-        questions = grpo.Questions(records, None, config, None, None)
+        questions = grpo.Questions(records, None, config)
         asked = [questions.record(step, number) for step in range(10) for number in range(7)]
         epochs = [asked[i : i + 10] for i in range(0, 70, 10)]
         assert all(sorted(epoch) == records for epoch in epochs)

@@ -15,7 +15,7 @@ import eval as evaluation
 import grpo
 import toy
 from benchmarks.validate import under
-from nano import data, run, steps
+from nano import checkpoint, data, run, steps
 from nano.data import write_parquet
 from tools import plot
 
@@ -130,7 +130,7 @@ def test_killed_and_resumed_validates_as_uninterrupted(
     for _ in range(2):
         alone(grpo, **SMALL | dict(data=problem_file, out=tmp_path) | flags)
         assert log_of(tmp_path) == log_of(out)
-        shutil.rmtree(run.checkpoints(tmp_path)[-1])  # step 6 is done once more
+        shutil.rmtree(checkpoint.finished(tmp_path)[-1])  # step 6 is done once more
 
 
 def test_two_ranks_validate_as_one(validated, problem_file, held_file, tmp_path):
@@ -149,11 +149,11 @@ def test_the_best_checkpoint_is_never_thrown_away(tmp_path):
     accuracies = [(0, 0.9), (1, 0.2), (2, 0.7), (3, None), (4, 0.7), (5, 0.1)]
     for step, accuracy in accuracies:
         log.write(dict(step=step) | ({} if accuracy is None else dict(eval_accuracy=accuracy)))
-        best = run.best_step(tmp_path)
+        best = checkpoint.best_step(tmp_path)
         if step:
-            run.save_checkpoint(tmp_path, step, layer, optimizer, keep=1, best=best)
+            checkpoint.save(tmp_path, step, layer, optimizer, keep=1, best=best)
     assert best == 2
-    kept = [path.name for path in run.checkpoints(tmp_path)]
+    kept = [path.name for path in checkpoint.finished(tmp_path)]
     assert kept == ["step-000002", "step-000005"]
 
 
@@ -161,7 +161,7 @@ def test_keep_best_saves_the_checkpoint_that_is_the_best(validated):
     out, _ = validated
     rows = [row for row in log_of(out) if row["step"] and "eval_accuracy" in row]
     best = max(rows, key=lambda row: row["eval_accuracy"])["step"]
-    assert f"step-{best:06d}" in {path.name for path in run.checkpoints(out)}
+    assert f"step-{best:06d}" in {path.name for path in checkpoint.finished(out)}
 
 
 def test_held_out_problems_share_no_picture_with_the_others():

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from benchmarks import report
-from nano import run
+from nano import checkpoint, run
 from tools.export import export
 
 EVAL = Path(__file__).resolve().parents[1] / "eval.py"
@@ -97,7 +97,7 @@ def draw(s: dict, path: Path):
 def choose(folder, last: int, every: int, ranks: int, out: str, flags: list[str]) -> str:
     """Evaluates, draws RUN/choose/choose.png -> the table and what follows from it."""
     folder, out = Path(folder), Path(out or Path(folder) / "choose")
-    kept = [int(path.name.removeprefix("step-")) for path in run.checkpoints(folder)]
+    kept = [int(path.name.removeprefix("step-")) for path in checkpoint.finished(folder)]
     steps = [step for step in kept if step > kept[-1] - last and step % every == 0]
     if not steps:
         raise ValueError(f"{folder}: no checkpoint of every {every} of the last {last} steps")

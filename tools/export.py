@@ -25,13 +25,14 @@ from transformers.core_model_loading import revert_weight_conversion
 
 from model import names_in_files
 from nano import asking, generic, packing, run
+from nano.checkpoint import damage, finished
 
 FILE_BYTES = 4 * 10**9  # of float32 that are in memory at a time, and about what a file holds
 
 
 def find(folder: Path, step: int) -> Path:
     """The checkpoint of a step, or of the last one (0)."""
-    found = {int(path.name.removeprefix("step-")): path for path in run.checkpoints(folder)}
+    found = {int(path.name.removeprefix("step-")): path for path in finished(folder)}
     if not found:
         raise ValueError(f"{folder}: no checkpoints in it; RUN is a folder of sft.py or grpo.py")
     if (step or max(found)) not in found:
@@ -67,7 +68,7 @@ class Weights:
 
     def __init__(self, checkpoint: Path, hf, start: str, settings: dict):
         peft = (checkpoint / "adapter_config.json").exists()
-        if not peft and (wrong := run.damage(checkpoint)):
+        if not peft and (wrong := damage(checkpoint)):
             raise ValueError(f"{checkpoint}: {wrong}; take another one with --step")
         self.reader, self.sizes = HuggingFaceStorageReader(checkpoint), {}
         self.there = self.reader.read_metadata().state_dict_metadata

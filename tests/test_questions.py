@@ -8,7 +8,7 @@ import pytest
 from conftest import SMALL, alone, log_of, run_grpo, single_rank, weights_of
 
 import grpo
-from nano import resample
+from nano.questions import Questions, rounds
 
 
 @pytest.mark.parametrize("share", [0.0, 0.05, 0.3, 0.7, 1.0])
@@ -29,7 +29,7 @@ def test_the_first_questions_with_a_signal_are_kept(share, times):
                 for p, pair in zip(prompts, rewards)
             ]
 
-        groups, used, row = resample.rounds(
+        groups, used, row = rounds(
             ask, lambda sample, _: sample, grpo.Config(questions=16, resample=times)
         )
         numbers = [n for some in asked for n in some]
@@ -50,9 +50,9 @@ def test_the_first_questions_with_a_signal_are_kept(share, times):
 def test_each_step_has_its_own_places_in_the_order_of_the_data():
     single_rank()
     config = grpo.Config(questions=4, resample=3, seed=1)
-    questions = grpo.Questions(list(range(60)), None, config, None, None)
-    asked = [questions.record(step, number) for step in range(5) for number in range(12)]
-    assert sorted(asked) == list(range(60))
+    questions = Questions(list(range(60)), None, config)
+    order = [questions.record(step, number) for step in range(5) for number in range(12)]
+    assert sorted(order) == list(range(60))
 
 
 # ---- whole runs: groups of 2 often agree, so that there is something to replace
