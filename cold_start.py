@@ -30,7 +30,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from answers.text import unwrap
-from nano import chains
+from nano import chains, teachers
 from nano.data import MARK, Problems, Record, stream
 from nano.teachers import Journal, Reject, Server, Stop, image_kind, image_part, open_session
 from reward import is_equiv, loose_answer
@@ -343,8 +343,10 @@ async def work_all(config: Config, records, mllm: Server, reasoner: Server, outp
         reasoner.session = mllm.session
         crew = [work(config, todo, mllm, reasoner, output) for _ in range(config.concurrency)]
         crew = asyncio.gather(*crew)
+        teachers.working = True
         while not crew.done():
             await asyncio.wait([crew], timeout=2)
+            teachers.leave_if_told(mllm, reasoner)
             row = dict(seconds=time.monotonic() - start, cpu=time.process_time() - cpu)
             row |= dict(done=output.next + len(output.early), kept=output.kept.total())
             row |= dict(records=len(records), **mllm.tally)
@@ -356,6 +358,7 @@ async def work_all(config: Config, records, mllm: Server, reasoner: Server, outp
             rates = " ".join(row["servers"].values())
             bar.set_postfix_str(f"kept {row['kept']:,}, servers {rates} {row['trouble']}")
             bar.update(row["done"] - bar.n)
+        teachers.working = False
         bar.close()
         await crew  # raises what ended one of them
 
@@ -394,12 +397,8 @@ def main(config: Config) -> int:
 def guarded(config: Config) -> None:
     """main(config); what a person can mend ends the program with a sentence."""
 
-    def told(number, frame):  # the journal has all that is finished
-        os.write(2, b"\nstopped; the same command goes on from the finished calls\n")
-        os._exit(128 + number)
-
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, told)
+        signal.signal(number, teachers.on_signal)
     try:
         sys.exit(0 if main(config) else 1)
     except (ValueError, FileNotFoundError) as error:

@@ -17,6 +17,7 @@ from urllib.request import getproxies, proxy_bypass
 import aiohttp
 
 MAX_ANSWER = 2**20  # bytes; a chain of 16,384 tokens takes about 64 KB
+GRACE = 20  # seconds that calls in flight get to end when the run is told to stop
 PER_TOKEN = 32  # bytes that a teacher may send for each token it was asked for, and 64 KB more
 MOST_WAIT = 60  # times the first wait: the longest one, whatever a server asks for
 START = b'{"key": "'  # of a line of the journal; within a text its quotes are escaped
@@ -37,6 +38,33 @@ class Reject(Exception):
 
 class Stop(ValueError):
     """The run ends with this message for a person; the journal keeps what is finished."""
+
+
+working = False  # calls are made: a signal lets those in flight come to their end
+told, until = 0, 0.0  # the signal that told the run to stop, and how long it waits for them
+
+
+def on_signal(number: int, frame):
+    """SIGTERM or Ctrl-C: no call begins any more, and those in flight get GRACE seconds. The run
+    ends at once at a second signal, and while no calls are made."""
+    global told, until
+    at_once, told, until = told or not working, number, time.monotonic() + GRACE
+    if at_once:
+        leave()
+    text = f"told to stop: calls in flight get up to {GRACE} s; a second signal ends it at once"
+    os.write(2, f"\n{text}\n".encode())
+
+
+def leave_if_told(*servers: "Server"):
+    """Ends a run that was told to, once its calls in flight are journaled or take too long."""
+    late = time.monotonic() > until
+    if told and (late or not any(host.in_flight for one in servers for host in one.hosts)):
+        leave()
+
+
+def leave():
+    os.write(2, b"\nstopped; the same command goes on from the finished calls\n")
+    os._exit(128 + told)  # what the run wrote besides the journal is made again
 
 
 class Journal:
@@ -238,6 +266,8 @@ class Server:
         failures, wait = 0, self.config.backoff
         longest = MOST_WAIT * wait
         while True:
+            if told:
+                await asyncio.Event().wait()  # leave_if_told ends the run
             host = self.pick()
             kind, reply, asked = await host.attempt(self.session, body)
             if kind == "ok":

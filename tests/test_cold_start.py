@@ -1093,6 +1093,7 @@ for line in sys.stdin:
             os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), f)
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        cold_start.teachers.GRACE = settings.pop("grace", 20)
         cold_start.guarded(cold_start.Config(**settings))
         sys.exit(0)
     print(pid, flush=True)
@@ -1145,6 +1146,56 @@ def test_faults_and_kill_9_leave_the_same_bytes_and_repeat_no_finished_call(tmp_
         r["id"] for name in ("cold.jsonl", "rejected.jsonl") for r in rows(tmp_path / "out" / name)
     ]
     assert sorted(ids) == sorted(f"p/{i}" for i in range(n))
+
+
+def within(seconds, condition):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_calls_in_flight_come_to_their_end_when_the_run_is_told_to_stop(
+    tmp_path, serve, fork, number
+):
+    """All eight are journaled, no other one begins, and no call is made twice."""
+    problems(tmp_path, 12)
+    cold_start.main(config(tmp_path, serve(), out=str(tmp_path / "calm")))
+    server = serve(latency=1.0)
+    settings = vars(config(tmp_path, server, timeout=30))
+    pid, finish = fork(settings)
+    within(20, lambda: len(server.requests) == 8)
+    os.kill(pid, number)
+    status, text = finish()
+    assert status == 128 + number, text
+    assert "calls in flight get up to 20 s" in text and "goes on from the finished calls" in text
+    assert "Traceback" not in text
+    assert len(server.requests) == len(rows(tmp_path / "out" / "journal.jsonl")) == 8
+    server.latency = 0
+    status, text = fork(settings)[1]()
+    assert status == 0, text
+    assert len(server.requests) == 36 and "28 calls, 8 from the journal" in text
+    assert contents(tmp_path / "out") == contents(tmp_path / "calm")
+
+
+@pytest.mark.parametrize("grace", [0.5, 60])
+def test_calls_that_do_not_end_are_given_up_in_time_and_at_once_at_a_second_signal(
+    tmp_path, serve, fork, grace
+):
+    problems(tmp_path, 12)
+    server = serve(latency=300)
+    pid, finish = fork(vars(config(tmp_path, server, timeout=300)) | dict(grace=grace))
+    within(20, lambda: len(server.requests) == 8)
+    os.kill(pid, signal.SIGTERM)
+    start = time.monotonic()
+    if grace == 60:
+        within(5, lambda: "told to stop" in (tmp_path / "child.log").read_text())
+        os.kill(pid, signal.SIGTERM)
+    status, text = finish()
+    assert status == 143 and "goes on from the finished calls" in text, text
+    assert time.monotonic() - start < (10 if grace < 60 else 1.5)
+    assert rows(tmp_path / "out" / "journal.jsonl") == []
 
 
 def test_half_a_journal_line_is_dropped(tmp_path):
