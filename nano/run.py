@@ -158,14 +158,16 @@ def stop(otherwise: str, code: int = 1):
     os._exit(code)  # threads may wait in a collective that never ends
 
 
-def lost_ranks(otherwise: str, patience: float = 3.0) -> str:
-    """A sentence about the ranks that failed or are silent. `patience` in seconds: until then the
-    others have said how they ended."""
+def lost_ranks(otherwise: str) -> str:
+    """A sentence about the ranks that failed or are silent: the others say how they ended within
+    3 seconds. After a failure torchrun tells each to end: one that computes hears it later."""
     rank, world, reasons = os.environ["RANK"], int(os.environ["WORLD_SIZE"]), []
-    deadline = time.monotonic() + patience
+    began = time.monotonic()
     try:
         store.set(f"end/{rank}", "")
-        while not store.check([f"end/{r}" for r in range(world)]) and time.monotonic() < deadline:
+        while not store.check([f"end/{r}" for r in range(world)]):
+            if time.monotonic() - began > (20 if store.check(["failed"]) else 3):
+                break
             time.sleep(0.05)
         for r in range(world):
             if not store.check([f"end/{r}"]):

@@ -133,8 +133,10 @@ def test_select_tells_what_does_not_fit(tmp_path):
         select.main(ask)
     (run / "config.json").write_text(json.dumps(dict(data=str(tmp_path / "problems"))))
     (run / "responses.jsonl").write_text('{"id": "gone", "right": true}\n')
+    (tmp_path / "kept").write_text("of an earlier run")
     with pytest.raises(SystemExit, match="1 answered ids are not there, as gone"):
         select.main(ask)
+    assert (tmp_path / "kept").read_text() == "of an earlier run"
     (run / "responses.jsonl").write_text('{"id": "0", "right": true}\n{"id": "1"}\n')
     with pytest.raises(SystemExit, match=r"responses.jsonl:2: no line of eval.py"):
         select.main(ask)

@@ -30,13 +30,19 @@ def pass_rates(path: Path) -> dict[str, float]:
     return {id: sum(own) / len(own) for id, own in right.items()}
 
 
-def joined(config: dict, rates: dict[str, float], least: float, most: float, missing: set[str]):
-    """Yields the records of the run with a rate in [least, most]; takes all from `missing`."""
+def joined(config: dict, rates: dict[str, float], least: float, most: float):
+    """Yields the records of the run with a rate in [least, most]. ValueError at the end, before
+    FILE gets its name, if some that were answered are not there."""
+    missing = set(rates)
     where = (False, config.get("split", ""), config.get("image_root", ""))
     for *_, record in data.stream(config["data"], data.Problems(), *where):
         missing.discard(record.id)
         if least <= rates.get(record.id, -1) <= most:
             yield record
+    if missing:
+        some = ", ".join(sorted(missing)[:3])
+        text = f"{config['data']}: {len(missing):,} answered ids are not there, as {some}"
+        raise ValueError(text)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,14 +55,10 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     with run.for_people():
         config = json.loads((args.run / "config.json").read_text())
-        if not (source := config.get("data")):
+        if not config.get("data"):
             raise ValueError(f"{args.run}: not a run of eval.py with --data")
         rates = pass_rates(args.run / "responses.jsonl")
-        missing = set(rates)
-        kept = data.write_parquet(args.out, joined(config, rates, args.min, args.max, missing))
-        if missing:
-            some = ", ".join(sorted(missing)[:3])
-            raise ValueError(f"{source}: {len(missing):,} answered ids are not there, as {some}")
+        kept = data.write_parquet(args.out, joined(config, rates, args.min, args.max))
     never, always = (list(rates.values()).count(rate) for rate in (0, 1))
     print(f"{len(rates):,} problems with answers: {never:,} never right, {always:,} always right")
     print(f"{kept:,} with a pass rate of {args.min:g} to {args.max:g} in {args.out}")
