@@ -263,7 +263,8 @@ def load(path: str, device="cpu", dtype=torch.float32, freeze_vision=False):
     path = hub.model(path)
     config = AutoConfig.from_pretrained(path)
     refuse_unpackable(config, path)
-    hf = AutoModelForImageTextToText.from_pretrained(path, config=config, dtype=dtype)
+    options = dict(config=config, dtype=dtype, use_safetensors=True)  # never a pickle
+    hf = AutoModelForImageTextToText.from_pretrained(path, **options)
     policy, processor = wrap(hf, path, device, freeze_vision)
     return policy.to(device), processor
 

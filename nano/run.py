@@ -219,6 +219,11 @@ def find_model(name: str) -> str:
     folder = hub.model(name)
     if not Path(folder, "config.json").is_file():
         raise ValueError(f"{name} is no model folder: there is no config.json in it")
+    if not any(Path(folder).glob("*.safetensors")):
+        raise ValueError(
+            f"{name}: there is no *.safetensors in it. Weights in a pickle (pytorch_model.bin) are "
+            "not read, since a pickle can run any program; convert them where you trust them"
+        )
     return folder
 
 

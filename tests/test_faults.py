@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -441,6 +442,36 @@ def test_a_missing_model_says_what_to_do(name, words, monkeypatch):
     single_rank()
     with pytest.raises(ValueError, match=words):
         run.find_model(name)
+
+
+@pytest.mark.parametrize("good", [False, True])
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "pytorch_model-00001-of-00001.bin"])
+def test_no_pickle_of_a_model_folder_is_read(name, good, tmp_path, monkeypatch):
+    """Not one that runs a program, nor a good one: neither is even opened."""
+    single_rank()
+    folder, marker = tmp_path / "foreign", tmp_path / "executed"
+    shutil.copytree(ROOT / "toy" / "base", folder)
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if "-of-" in name:
+        index = dict(metadata={}, weight_map=dict.fromkeys(weights, name))
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    if good:
+        torch.save(weights, folder / name)
+    else:
+        (folder / name).write_bytes(pickle.dumps(Foreign(str(marker))))
+    opened, open_ = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: opened.append(a) or open_(*a, **k))
+    with pytest.raises(ValueError, match=r"no \*.safetensors in it. Weights in a pickle .*convert"):
+        run.find_model(str(folder))
+    with pytest.raises(OSError, match="model.safetensors"):
+        model.load(str(folder))
+    with pytest.raises(ValueError, match="weights are not in its"):
+        model.load_sharded(str(folder), torch.device("cpu"))
+    assert not marker.exists() and not opened
+    if not good:
+        pickle.loads((folder / name).read_bytes())
+        assert marker.exists()  # the poison works
 
 
 # -------------------------------------------------------------------------------------------------
