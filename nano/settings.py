@@ -7,6 +7,7 @@ import argparse
 import ast
 import dataclasses
 import difflib
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -48,6 +49,8 @@ def disk_trouble(error: BaseException) -> str:
     """One line about a full, failing or read-only disk, or ''. Libraries wrap the system's error,
     and its words alone survive."""
     lines = [] if isinstance(error, SystemExit) else str(error).splitlines()
+    if isinstance(error, OSError) and error.errno:
+        lines.append(f"{os.strerror(error.errno)}: {error}")
     found = [(line.strip(), DISK[words]) for words in DISK for line in lines if words in line]
     again = "When that is mended, the same command goes on from what was last saved."
     return f"error: {found[0][1]} ({found[0][0][-300:]}). {again}" if found else ""

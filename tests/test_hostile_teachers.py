@@ -442,17 +442,17 @@ def test_two_servers_one_of_which_dies_and_comes_back(tmp_path, serve):
     n = 400
     problems(tmp_path, n)
     cold_start.main(config(tmp_path, serve(), out=str(tmp_path / "one"), concurrency=32))
-    steady, dying = serve(latency=0.03), serve(latency=0.03)
+    steady, dying = serve(latency=0.1), serve(latency=0.1)
     again = []
 
     def die_and_come_back():
         while len(dying.requests) < 150:
             time.sleep(0.01)
         dying.close()
-        goal = len(steady.requests) + 200
+        goal = len(steady.requests) + 60
         while len(steady.requests) < goal:
             time.sleep(0.01)
-        again.append(serve(port=dying.port, latency=0.03))
+        again.append(serve(port=dying.port, latency=0.1))
 
     threading.Thread(target=die_and_come_back, daemon=True).start()
     urls = f"{steady.url}, {dying.url}/"

@@ -198,7 +198,7 @@ RECIPES = {  # recipe: stage, flags, what it needs from the hub
     "vision-r1-7b": ("grpo", ONE_STEP, "Osilly/Vision-R1-rl"),
     "r1-zero-base": ("grpo", ONE_STEP, "Qwen/Qwen2-VL-2B"),
     "vision-r1-zero": ("grpo", ONE_STEP, "Qwen/Qwen2.5-VL-7B-Instruct"),
-    "vision-r1-ci-7b": ("sft", SFT_STEP, "Osilly/Vision-R1-cold"),
+    "vision-r1-ci-7b": ("sft", SFT_STEP, "Qwen/Qwen2.5-VL-7B-Instruct"),
 }
 
 

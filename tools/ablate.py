@@ -203,7 +203,7 @@ class Plan:
     def problems(self, name: str, n: int) -> Path:
         setting = Setting() if name == "cold" else self.setting
         out = self.root / "data" / (name + setting.tag("hard"))
-        words = ["tools/ablate.py", "draw", str(out), str(n), name, str(setting.hard)]
+        words = ["tools.ablate", "draw", str(out), str(n), name, str(setting.hard)]
         self.tasks.setdefault(out, Task(out, words, [], None))
         return out / "problems.parquet"
 
@@ -282,7 +282,10 @@ def begin(task: Task) -> subprocess.Popen:
         shutil.copytree(task.parent, part, ignore=own, dirs_exist_ok=True)
         part.rename(task.out)
     task.out.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, HERE / task.command[0], *task.command[1:]]
+    script, *words = task.command
+    # A tool must not run as a file: the files beside it would hide modules of Python.
+    start = [HERE / script] if script.endswith(".py") else ["-m", script]
+    command = [sys.executable, *start, *words]
     with open(task.out / "output.txt", "a") as output:
         pipes = dict(stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT)
         return subprocess.Popen(command, **pipes, env=ENVIRONMENT, preexec_fn=end_with_us)
