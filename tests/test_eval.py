@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,12 +13,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer, ThreadingHTTPServer
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, single_rank
+from conftest import ROOT, alone, single_rank
+from safetensors.torch import load_file, save_file
 from test_benchmarks import layouts
 
 import eval as evaluation
 import toy
 from benchmarks import judge, report, rules
+from nano import run
 from nano.data import Record, write_parquet
 from nano.rollout import Sample
 from tools.agree import agree
@@ -125,6 +128,123 @@ def test_real_problems(real, tiny, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert json.loads((tmp_path / "report.json").read_text())["all"]["n"] == 30
+
+
+# ---- what an earlier try left: in this process, with the toy's base model and few tokens
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """The ids of all questions that are asked; `asked.at[n]()` is called within the n-th chunk."""
+    found, ask = Asked(), evaluation.ask
+
+    def spy(engine, encode, config, records, number):
+        found.extend(record.id for record in records)
+        found.chunks += 1
+        found.at.get(found.chunks, int)()
+        return ask(engine, encode, config, records, number)
+
+    monkeypatch.setattr(evaluation, "ask", spy)
+    return found
+
+
+class Asked(list):
+    chunks, at = 0, {}
+
+
+def files(out):
+    """What a run says in the end: the same bytes, but for the order of the answers."""
+    made = {name: (out / name).read_bytes() for name in ("report.json", "table.md")}
+    return made | {"responses": sorted((out / "responses.jsonl").read_bytes().splitlines())}
+
+
+def weights(folder, factor):
+    """The toy's base model, with other weights in the same folder if the factor is not 1."""
+    shutil.copytree(ROOT / "toy" / "base", folder, dirs_exist_ok=True)
+    tensors = load_file(ROOT / "toy" / "base" / "model.safetensors")
+    tensors = {name: factor * tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def short(folder, out, **more):
+    flags = dict(recipe="toy", model=folder / "model", data=folder / "q.parquet", name="m")
+    flags |= dict(system_prompt=toy.ZERO_PROMPT, temperature=1.0, samples=2, chunk=2, max_len=32)
+    alone(evaluation, **flags | more, out=folder / out)
+
+
+@pytest.mark.parametrize("change", ["weights", "golds", "row", "row without ids", "nothing"])
+def test_what_has_changed_is_asked_again_and_the_report_is_that_of_a_fresh_run(
+    change, asked, tmp_path, capsys
+):
+    records, greedy = toy.problems(5, 6, "e"), {}
+    if change == "row without ids":  # then it is their place that tells them apart
+        for record in records:
+            record.id = ""
+    if change == "row":  # the draws of a question come from its place: greedy needs none
+        greedy = dict(temperature=0.0)
+    first, *rest = records
+    write_parquet(tmp_path / "q.parquet", rest)
+    weights(tmp_path / "model", 1.0)
+    short(tmp_path, "a", **greedy)
+    assert len(asked) == 4
+    before, _ = files(tmp_path / "a"), asked.clear()
+    if change == "weights":
+        weights(tmp_path / "model", 0.8)
+    elif change == "golds":
+        for record in rest:
+            record.answer = str(int(record.answer) + 1)
+        write_parquet(tmp_path / "q.parquet", rest)
+    elif change != "nothing":
+        write_parquet(tmp_path / "q.parquet", [first, *rest])
+    capsys.readouterr()
+    short(tmp_path, "a", **greedy)
+    again, said = list(asked), capsys.readouterr().out
+    short(tmp_path, "fresh", **greedy)
+    assert files(tmp_path / "a") == files(tmp_path / "fresh")
+    expected = dict(weights=4, golds=4, row=1, nothing=0).get(change, 5)
+    assert len(again) == len(set(again)) == expected
+    stale = tmp_path / "a" / "stale-responses.jsonl"
+    if change in ("row", "nothing"):
+        assert not stale.exists() and "asked again" not in said
+        assert again == [first.id] * expected
+    else:
+        assert files(tmp_path / "a")["report.json"] != before["report.json"]
+        assert stale.read_bytes().splitlines() and "their questions are asked again" in said
+        assert ("8 of another model" if change == "weights" else "8 to another question") in said
+
+
+@pytest.fixture
+def signals():
+    """The handlers of run.guard."""
+    numbers = (signal.SIGTERM, signal.SIGINT)
+    before = [signal.signal(number, run.on_signal) for number in numbers]
+    yield
+    for number, handler in zip(numbers, before):
+        signal.signal(number, handler)
+    run.told, run.told_at, run.working = 0, 0.0, False
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_an_evaluation_that_is_told_to_stop_keeps_its_chunks_and_goes_on(
+    number, code, asked, signals, tmp_path, capsys
+):
+    write_parquet(tmp_path / "q.parquet", toy.problems(7, 6, "e"))
+    weights(tmp_path / "model", 1.0)
+    asked.at = {2: lambda: os.kill(os.getpid(), number)}
+    with pytest.raises(SystemExit) as end:
+        short(tmp_path, "a")
+    run.told = 0
+    said = capsys.readouterr().out
+    responses = tmp_path / "a" / "responses.jsonl"
+    kept = responses.read_bytes()
+    assert end.value.code == code and kept.count(b"\n") == 8  # two chunks of 2 x 2 answers
+    assert f"stopped by {signal.Signals(number).name}: 8 answers are in {responses}" in said
+    assert not (tmp_path / "a" / "report.json").exists()
+    asked.clear()
+    short(tmp_path, "a")
+    assert len(asked) == 3 and responses.read_bytes().startswith(kept)
+    short(tmp_path, "fresh")
+    assert files(tmp_path / "a") == files(tmp_path / "fresh")
 
 
 # ---- benchmarks, end to end with a tiny random model

@@ -9,11 +9,13 @@ import time
 from contextlib import contextmanager
 
 import pytest
+import torch
 from aiohttp import web
 from conftest import single_rank
 from PIL import Image
 
-from nano import http_engine
+import eval as evaluation
+from nano import http_engine, run
 from nano.data import Record
 
 
@@ -24,6 +26,7 @@ class FakeServer:
         self.asked, self.headers, self.troubles = [], [], []
         self.delay, self.frozen = 0.0, threading.Event()
         self.busy = self.most = self.health = 0
+        self.listed = {"data": [{"id": "some-model"}]}
 
     async def chat(self, request):
         body = await request.json()
@@ -48,7 +51,7 @@ class FakeServer:
         self.health += 1
         while self.frozen.is_set():
             await asyncio.sleep(0.05)
-        return web.json_response({"data": [{"id": "some-model"}]})
+        return web.json_response(self.listed)
 
     async def start(self):
         app = web.Application(client_max_size=1 << 26)
@@ -302,3 +305,38 @@ def test_a_broken_picture_is_named(server, tmp_path):
     path.write_bytes(b"no picture")
     with pytest.raises(SystemExit, match="error: .*broken.png"):
         ask(server, [Record("q", "<image>What ?", "1", [str(path)])])
+
+
+def test_a_fingerprint_follows_what_the_server_says_of_its_model(server):
+    def found(*models, name="some-model"):
+        server.listed = {"data": list(models)}
+        return http_engine.HTTPEngine(server.url, name).fingerprint()
+
+    def entry(**more):
+        return {"id": "some-model", "root": "/models/a", "max_model_len": 4096, **more}
+
+    first = found(entry(created=1, permission=[{"id": "p1"}]))
+    # A server that starts again, and one that has more models or lists them in another order.
+    assert found(entry(created=2, permission=[{"id": "p2"}])) == first
+    assert found({"id": "another"}, dict(reversed(entry().items()))) == first
+    others = {found(entry(root="/models/b")), found(entry(max_model_len=8192))}
+    others |= {found(entry(), name="another"), found({"id": "another"}), found(entry(parent="x"))}
+    assert len(others) == 5 and first not in others
+    # A service that lists nothing, or not in this way, is known by the model's name alone.
+    for listed in ({"data": []}, {"data": None}, [], "x", {"data": [{"name": "some-model"}]}):
+        server.listed = listed
+        assert http_engine.HTTPEngine(server.url, "some-model").fingerprint() == found()
+
+
+def test_answers_of_a_model_that_the_server_has_changed_are_asked_again(server, tmp_path):
+    rows = [{"id": f"q{k}", "problem": f"What is {k}?", "answer": str(k)} for k in range(3)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    flags = dict(engine="http", url=server.url, model="some-model", data=str(tmp_path / "q.jsonl"))
+    asked = []
+    for root in ("/models/a", "/models/a", "/models/b", "/models/b"):
+        server.listed = {"data": [{"id": "some-model", "root": root, "created": time.time()}]}
+        config = evaluation.Config(out=str(tmp_path / "out"), **flags)
+        evaluation.evaluate(config, torch.device("cpu"))
+        run.locks.pop().close()  # as when the process ends
+        asked.append(len(server.asked))
+    assert asked == [3, 3, 6, 6]
