@@ -235,7 +235,7 @@ def test_a_run_that_continues_a_shared_stage_is_the_uninterrupted_run(small):
     logs = []
     for folder in (task.out, out):
         rows = [json.loads(line) for line in open(folder / "log.jsonl")]
-        timed = ("t_", "mem")
+        timed = ("t_", "mem", "tokens_per_s")
         logs.append([{k: v for k, v in row.items() if not k.startswith(timed)} for row in rows])
     assert logs[0] == logs[1]
     assert [(r["max_len"], r["group_size"]) for r in logs[0]] == [(96, 16)] * 2 + [(192, 8)] * 2
