@@ -9,6 +9,7 @@ import dataclasses
 import difflib
 import os
 import re
+import signal
 import sys
 from collections.abc import Iterable
 from contextlib import contextmanager
@@ -83,6 +84,7 @@ def usage(script: Path) -> str:
     """The docstring of a stage, its recipes, and its flags with defaults and comments."""
     tree, lines = ast.parse(script.read_text(encoding="utf-8")), []
     for name, default, comment in comments(script):
+        default = re.sub(r".+\((\w+)\)$", r"\1", default)  # f(STAGES): the name says enough.
         lines.append(f"  --{name} {default}".ljust(30) + f" {comment}" if name else f"  {comment}")
     recipes = [node.value.keys for node in tree.body if is_assigned(node, "RECIPES")]
     names = ", ".join(key.value for keys in recipes for key in keys if key)
@@ -175,5 +177,6 @@ def said_of_fields(script: Path) -> dict[str, str]:
 main = Path(getattr(sys.modules["__main__"], "__file__", "") or "")
 if {"--help", "-h"} & set(sys.argv[1:]) and main.parent == Path(__file__).parents[1]:
     if main.stem in ("cold_start", "sft", "grpo", "eval"):
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `--help | head` ends without a traceback.
         print(usage(main))
         sys.exit()

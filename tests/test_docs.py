@@ -128,3 +128,42 @@ RUN = dict.fromkeys(c.values[0] for c in ALL if c.values[0].startswith(QUICK))
 @pytest.mark.parametrize("command", RUN)
 def test_quick_commands_run(command, tmp_path):
     assert call(command, tmp_path)
+
+
+@pytest.mark.parametrize("script", STAGES)
+def test_help_into_head_is_no_traceback(script):
+    command = f"{shlex.quote(sys.executable)} {script} --help | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout and not done.stderr
+
+
+def test_help_shows_no_source_code():
+    text = call("python grpo.py --help", ROOT)
+    assert re.search(r"--stages STAGES .*4Kx16x100", text)
+
+
+def test_a_trial_with_other_flags_or_another_patch_has_its_own_folder(tmp_path):
+    """The folders and the two refusals; the training itself is a program that does nothing."""
+    for name in ("ablations", "nano", "answers", "benchmarks", "toy", "tools"):
+        (tmp_path / name).mkdir()
+    for name in ("grpo.py", "ablations/try.sh", "ablations/rloo.patch"):
+        (tmp_path / name).write_text(source(name))
+    (tmp_path / ".venv/bin").mkdir(parents=True)
+    (tmp_path / ".venv/bin/python").write_text("#!/bin/sh\necho $*\n")
+    (tmp_path / ".venv/bin/python").chmod(0o755)
+
+    def trial(*words):
+        command = ["bash", "ablations/try.sh", *words]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    assert "NAME one of: rloo" in trial().stderr and "there are: rloo" in trial("x").stderr
+    for words in ([], ["--questions", "2"]):
+        done = trial("rloo", *words)
+        assert done.returncode == 0, done.stderr
+        tail = "".join(f"-{word.strip('-')}" for word in words)
+        assert f"tools.compare runs/ablations/baseline{tail}/0/eval" in done.stdout
+        assert (tmp_path / f"runs/ablations/rloo{tail}/code/grpo.py").exists()
+    with open(tmp_path / "ablations/rloo.patch", "a") as file:
+        file.write("\n")
+    done = trial("rloo")
+    assert done.returncode == 2 and "has changed since runs/ablations/rloo was" in done.stderr

@@ -297,6 +297,23 @@ def test_an_advantage_for_each_token_is_shown_by_its_mean(tmp_path):
     assert b"NaN" not in viewer.page(page)
 
 
+def test_the_head_names_the_patch_the_adapters_and_the_prefill(tmp_path):
+    record, run = toy.problems(1, 0, "v")[0], tmp_path / "ablations" / "rloo" / "0"
+    write(run, [sample(1, record, 0, reward=0.63)])
+    assert viewer.build(run)[0]["about"] == "variant rloo"
+    (run / "config.json").write_text(json.dumps(dict(lora_rank=8, prefill="<think>")))
+    about = viewer.build(run)[0]["about"]
+    assert about == "variant rloo · LoRA of rank 8 · answers begin with '<think>'"
+    (run / "final").mkdir()  # An evaluation does not know the rank: its model's run does.
+    rows = [sample(0, record, 0, reward=0.63)]
+    (write(tmp_path / "eval", rows) / "config.json").write_text(
+        json.dumps(dict(model=str(run / "final"), prefill=""))
+    )
+    page = viewer.build(tmp_path / "eval")[0]
+    assert page["about"] == "LoRA of rank 8"
+    assert page["groups"][0][3][0][1:3] == (1, 0.63)  # Right, with the reward that was trained on.
+
+
 # ---- in a browser
 
 

@@ -117,6 +117,20 @@ def number(value, digits: int = 4):
     return round(value, digits) if finite else None
 
 
+def about(path: Path, config: dict) -> str:
+    """What tells a run from its neighbours: the patch, the adapters, the start of each answer."""
+    trained = Path(config.get("model", "")) / "../config.json"  # Of an evaluation's model.
+    trained = json.loads(trained.read_text()) if trained.is_file() else {}
+    folders = re.findall(r"/ablations/([^/]+)/", path.resolve().as_posix())
+    rank = config.get("lora_rank", trained.get("lora_rank"))
+    prefill = config.get("prefill", "")
+    return " · ".join(
+        [f"variant {name}" for name in folders[-1:]]
+        + [f"LoRA of rank {rank}"] * bool(rank)
+        + [f"answers begin with {prefill!r}"] * bool(prefill)
+    )
+
+
 def match(row: dict, record: data.Record | str) -> tuple[list, str]:
     """-> (a row's pictures, why it has none). `record` may be a reason instead."""
     if data.MARK not in row["problem"]:
@@ -167,6 +181,7 @@ def build(path: str | Path, source: str = "", image_mb: float = 24.0) -> tuple[d
     ]
     wrong += [f"{id}: no picture: {note}" for id, *_, note in problems if note]
     embedded = dict(name="/".join(path.resolve().parts[-3:-1]), file=path.name, words=WORDS)
+    embedded["about"] = about(path, config)
     groups = sorted(groups.values(), key=lambda group: group[0])
     return embedded | dict(images=uris, problems=problems, groups=groups), wrong
 
