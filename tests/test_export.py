@@ -164,7 +164,7 @@ def test_choose_evaluates_each_checkpoint_once_and_goes_on(trained, asked, monke
     assert f"checkpoints {np.std(values, ddof=1):.1f}, from {min(values):.1f}" in text
     with pytest.raises(ValueError, match="other flags.*--out"):
         choose.choose(trained, 2, 1, 1, "", [*asked, "--limit", "3"])
-    with pytest.raises(ValueError, match="every 7 of the last 2"):
+    with pytest.raises(ValueError, match="last 2 steps whose number is a multiple of 7"):
         choose.choose(trained, 2, 7, 1, "", asked)
 
 

@@ -309,4 +309,5 @@ def test_help_names_every_flag_with_its_comment_and_loads_no_torch(stage, words)
         default, _, comment = re.search(rf"\n    {field.name}: .*? = (.*)", source)[1].partition(
             "  # "
         )
-        assert default in line and comment in line
+        shown = re.sub(r".+\((\w+)\)$", r"\1", default)  # Of f(STAGES) the name.
+        assert f"  --{field.name} {shown}" in line and comment in line

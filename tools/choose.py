@@ -100,7 +100,8 @@ def choose(folder, last: int, every: int, ranks: int, out: str, flags: list[str]
     kept = [int(path.name.removeprefix("step-")) for path in checkpoint.finished(folder)]
     steps = [step for step in kept if step > kept[-1] - last and step % every == 0]
     if not steps:
-        raise ValueError(f"{folder}: no checkpoint of every {every} of the last {last} steps")
+        wanted = f"last {last} steps whose number is a multiple of {every}"
+        raise ValueError(f"{folder}: no checkpoint among the {wanted}")
     asked = out / "flags.json"
     if asked.exists() and json.loads(asked.read_text()) != flags:
         raise ValueError(f"{out} holds answers to other flags ({asked}): choose another --out")
