@@ -52,6 +52,8 @@ class Config:
     reasoner_model: str = "deepseek-ai/DeepSeek-R1"  # Sec. 4.1
     mllm_tokens: int = 4096  # longest answer of the MLLM. ours
     reasoner_tokens: int = 16384  # longest chain; the cutoff length of the released SFT config
+    min_pixels: int = 0  # a smaller picture is enlarged before it is sent; 0 means as it is
+    max_pixels: int = 0  # a larger one is made smaller
     temperature: float = 0.6  # DeepSeek-R1's model card; the paper is silent
     top_p: float = 0.95  # likewise
     skip_pseudo_cot: bool = False  # ablation of App. B: the description without the pseudo-CoT
@@ -71,16 +73,10 @@ class Config:
 
 
 RECIPES = {
-    "toy": dict(
-        out="runs/toy/cold",
-        data="toy:cold-problems",
-        mllm_url="toy:teachers",
-        mllm_model="toy-mllm",
-        reasoner_url="toy:teachers",
-        reasoner_model="toy-reasoner",
-        template="<think> {chain} </think> <answer> {answer} </answer>",
-        min_chars=20,
-    ),
+    "toy": dict(out="runs/toy/cold", data="toy:cold-problems", min_chars=20)
+    | dict(mllm_url="toy:teachers", mllm_model="toy-mllm")
+    | dict(reasoner_url="toy:teachers", reasoner_model="toy-reasoner")
+    | dict(template="<think> {chain} </think> <answer> {answer} </answer>"),
     "vision-r1-cold": dict(out="runs/vision-r1-cold"),  # the defaults
 }
 HOW_ONLY = ("recipe", "out", "fresh", "strict", "image_root", "mllm_url", "reasoner_url")
@@ -127,7 +123,8 @@ async def bridge(config: Config, record: Record, mllm: Server, reasoner: Server)
     if not record.images:
         raise Reject("input", "no image", "there is nothing to bridge")
     try:
-        parts = [json.dumps(image_part(Path(path).read_bytes())) + ", " for path in record.images]
+        pixels, images = (config.min_pixels, config.max_pixels), map(Path, record.images)
+        parts = [json.dumps(image_part(path.read_bytes(), *pixels)) + ", " for path in images]
     except FileNotFoundError as error:
         raise Reject("input", "missing image", str(error)) from error
     images = "".join(parts)

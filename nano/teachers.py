@@ -4,7 +4,9 @@ import asyncio
 import base64
 import errno
 import hashlib
+import io
 import json
+import math
 import os
 import random
 import re
@@ -15,6 +17,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
 
 import aiohttp
+from PIL import Image
 
 MAX_ANSWER = 2**20  # bytes; a chain of 16,384 tokens takes about 64 KB
 GRACE = 20  # seconds that calls in flight get to end when the run is told to stop
@@ -127,8 +130,18 @@ def image_kind(image: bytes) -> str:
     return next((kind for magic, kind in IMAGE_KINDS.items() if image.startswith(magic)), "png")
 
 
-def image_part(image: bytes) -> dict:
-    """A picture, as it is, as a part of a message."""
+def image_part(image: bytes, min_pixels: int = 0, max_pixels: int = 0) -> dict:
+    """A picture as a part of a message: as it is, unless it has fewer or more pixels than that."""
+    if min_pixels or max_pixels:
+        picture = Image.open(io.BytesIO(image))
+        size = picture.width * picture.height
+        scale = math.sqrt(max(min_pixels, min(size, max_pixels or size)) / size)
+        if scale != 1:
+            rounded = math.floor if scale < 1 else math.ceil
+            sides = [max(1, rounded(side * scale)) for side in picture.size]
+            out = io.BytesIO()
+            picture.convert("RGB").resize(sides, Image.Resampling.BICUBIC).save(out, "PNG")
+            image = out.getvalue()
     url = f"data:image/{image_kind(image)};base64,{base64.b64encode(image).decode()}"
     return {"type": "image_url", "image_url": {"url": url}}
 

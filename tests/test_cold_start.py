@@ -30,7 +30,7 @@ import cold_start
 from cold_start import Config
 from nano import chains
 from nano.data import Record, read, write_parquet
-from nano.teachers import Client, Journal, Reject, Stop, open_session
+from nano.teachers import Client, Journal, Reject, Stop, image_part, open_session
 from tools import stats
 
 SAMPLES = Path(__file__).resolve().parents[1].parent / "shared" / "data" / "formats"
@@ -1459,3 +1459,16 @@ def test_it_needs_no_torch_before_it_starts():
     code = "import cold_start, sys; sys.exit('torch' in sys.modules)"
     root = str(Path(cold_start.__file__).parent)
     assert not subprocess.run([sys.executable, "-c", code], cwd=root, timeout=120).returncode
+
+
+@pytest.mark.parametrize(
+    "low, high, size", [(0, 0, (60, 40)), (0, 600, (30, 20)), (9600, 0, (120, 80))]
+)
+def test_a_picture_is_sent_with_as_many_pixels_as_asked(low, high, size):
+    """Shape and area, read back from the message; without limits the bytes are the file's."""
+    out = io.BytesIO()
+    Image.new("RGB", (60, 40), "red").save(out, "PNG")
+    part = image_part(out.getvalue(), low, high)
+    sent = base64.b64decode(part["image_url"]["url"].partition(",")[2])
+    assert Image.open(io.BytesIO(sent)).size == size
+    assert (sent == out.getvalue()) == (size == (60, 40))
