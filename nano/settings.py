@@ -30,10 +30,11 @@ def for_people():
     """What is wrong with the user's flags or files ends the run with one line, not a traceback."""
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, NotADirectoryError) as error:
         if debug:
             raise
-        raise SystemExit(f"error: {error}") from error
+        file = getattr(error, "filename", None)  # The system's own error, else our sentence.
+        raise SystemExit(f"error: {f'{file}: {error.strerror}' if file else error}") from error
 
 
 DISK = {

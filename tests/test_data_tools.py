@@ -2,8 +2,12 @@
 
 import json
 import random
+import re
+import subprocess
+import sys
 
 import pytest
+from conftest import ROOT
 from test_decontaminate import TEXTS, drawing, mutate, one_word_changed, png
 
 from nano import data
@@ -140,3 +144,13 @@ def test_select_tells_what_does_not_fit(tmp_path):
     (run / "responses.jsonl").write_text('{"id": "0", "right": true}\n{"id": "1"}\n')
     with pytest.raises(SystemExit, match=r"responses.jsonl:2: no line of eval.py"):
         select.main(ask)
+
+
+@pytest.mark.parametrize(
+    "words", [["select", __file__, "--out", "x"], ["compare", "a", "b"], ["agree", "a"]]
+)
+def test_a_wrong_path_is_one_plain_line(words):
+    command = [sys.executable, "-m", f"tools.{words[0]}", *words[1:]]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    (line,) = done.stderr.splitlines()
+    assert re.match(r"error: .+: (No such file|Not a) ", line) and done.returncode == 1

@@ -106,7 +106,7 @@ def agree(path: str | Path) -> str:
 
 
 if __name__ == "__main__":
-    if not sys.argv[1:]:
+    if not sys.argv[1:] or "--help" in sys.argv:
         sys.exit("usage: python -m tools.agree FILE...")
     with run.for_people():
         for path in sys.argv[1:]:
