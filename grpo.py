@@ -280,8 +280,8 @@ def make_engine(config, policy, processor, stages, device):
     return VLLMEngine(config.model, processor, longest, device, **settings)
 
 
-def check(config: Config, world: int):
-    """What the flags must fulfil together."""
+def check(config: Config, world: int) -> list[ptst.Stage]:
+    """What the flags must fulfil together -> the stages."""
     temperatures = config.eval_temperature.split(",")
     if not config.model:
         raise ValueError("say --model or --recipe; with neither, and without --data, the toy runs")
@@ -294,6 +294,7 @@ def check(config: Config, world: int):
         raise ValueError("--top_p below 1: vLLM's logprobs would be of the cut distribution")
     if config.keep_best and not (config.eval_data or config.holdout):
         raise ValueError("--keep_best needs --eval_data or --holdout")
+    return ptst.parse(config.stages)
     if not all(word.strip().replace(".", "", 1).isdigit() for word in temperatures):
         raise ValueError(
             f"--eval_temperature {config.eval_temperature}: numbers with commas, as 0.6,0"
@@ -345,7 +346,7 @@ class Stats:
     def __init__(self):
         names = ("entropy", "kl", "clip_frac", "logprob_gap", "logprob_gap_kl")
         self.per_token, self.trained = dict.fromkeys(names, 0.0), 0
-        self.gap_max, self.grad_norms = 0.0, []
+        self.gap_max, self.norms = 0.0, []
 
     def add(self, batch: packing.Batch, logprobs, entropy, clipped):
         """One micro-batch of the update: logprobs, entropy, clipped (N,)."""
@@ -384,8 +385,8 @@ class Stats:
         return row | dict(
             len_correct=s["length_right"] / right if right else math.nan,
             len_wrong=(length - s["length_right"]) / wrong if wrong else math.nan,
-            grad_norm=sum(self.grad_norms) / len(self.grad_norms),
-            refused_updates=sum(map(math.isnan, self.grad_norms)),
+            grad_norm=sum(self.norms) / len(self.norms),
+            refused_updates=sum(map(math.isnan, self.norms)),
             logprob_gap_max=run.all_max(self.gap_max),
             tokens=int(length),
             zero_var_groups=int(s["zero_var_groups"]),
@@ -430,8 +431,7 @@ def main(config: Config):
     config.micro_tokens = micro_tokens(config, device)
     rank, world = dist.get_rank(), dist.get_world_size()
     with run.for_people():
-        check(config, world)
-        stages = ptst.parse(config.stages)
+        stages = check(config, world)
     total, config.stages = ptst.total_steps(stages), ptst.format_stages(stages)
     out = Path(config.out or run.default_out("grpo", config.model, config.data))
     config.out = str(out)
@@ -447,8 +447,8 @@ def main(config: Config):
     policy, reference, optimizer = load_models(config, device)
     width = policy.hf.config.get_text_config().hidden_size
     engine = make_engine(config, policy, processor, stages, device)
-    look = partial(model.encode_once, policy, device=device) if config.freeze_vision else None
-    questions = Questions(records, processor, config, look)
+    see = partial(model.encode_once, policy, device=device) if config.freeze_vision else None
+    questions = Questions(records, processor, config, see)
     if config.preflight:
         preflight(config, stages, questions, policy, reference, engine, optimizer, device)
 
@@ -484,9 +484,8 @@ def main(config: Config):
                 sample.reward = sample.score.reward
 
         # 4. Advantages within each group (Eq. 1).
-        rewards = torch.tensor([s.reward for s in chain(*groups)]).view(
-            -1, stage.group_size
-        )  # (Q, G)
+        rewards = torch.tensor([sample.reward for sample in chain(*groups)])
+        rewards = rewards.view(-1, stage.group_size)  # (Q, G); a rank may have Q = 0
         advantages = group_advantages(rewards, config.std_norm)  # (Q, G)
         for sample, advantage in zip(chain(*groups), advantages.flatten().tolist()):
             sample.advantage = advantage
@@ -522,13 +521,11 @@ def main(config: Config):
                     (loss * world).backward()  # FSDP takes the mean over ranks
                     loss_sum += loss.item()
                     stats.add(batch, logprobs.detach(), entropy, clipped)
-                norm = model.update(policy, optimizer, config.max_grad_norm, loss_sum)
-                stats.grad_norms.append(norm)
+                stats.norms.append(model.update(policy, optimizer, config.max_grad_norm, loss_sum))
 
         # 8. What happened, and now and then what the held-out problems say.
         row = dict(step=step + 1, stage=stage_number, lr=learning_rate(step, config))
-        row |= dict(max_len=stage.max_len, group_size=stage.group_size)
-        row |= stats.row(groups) | drawn
+        row |= dict(max_len=stage.max_len, group_size=stage.group_size) | stats.row(groups) | drawn
         look = (step + 1) % config.eval_every == 0 or step + 1 == total
         if look and held:
             with timer("eval"):
