@@ -294,11 +294,11 @@ def check(config: Config, world: int) -> list[ptst.Stage]:
         raise ValueError("--top_p below 1: vLLM's logprobs would be of the cut distribution")
     if config.keep_best and not (config.eval_data or config.holdout):
         raise ValueError("--keep_best needs --eval_data or --holdout")
-    return ptst.parse(config.stages)
     if not all(word.strip().replace(".", "", 1).isdigit() for word in temperatures):
         raise ValueError(
             f"--eval_temperature {config.eval_temperature}: numbers with commas, as 0.6,0"
         )
+    return ptst.parse(config.stages)
 
 
 def check_schedule(before: dict, stages: list[ptst.Stage], start: int, config: Config):

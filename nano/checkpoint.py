@@ -186,10 +186,8 @@ def end_step(config, step: int, total: int, policy, optimizer):
     While updates are refused nothing is saved: weights that may be lost would take the place of
     good ones, and a resume repeats these steps.
     """
-    stop, best = (
-        run.all_max(run.told),
-        best_step(config.out) if getattr(config, "keep_best", 0) else 0,
-    )
+    stop = run.all_max(run.told)
+    best = best_step(config.out) if getattr(config, "keep_best", False) else 0
     if (stop or step in (total, best) or step % config.save_every == 0) and not refused:
         save(config.out, step, policy, optimizer, config.keep, best)
     if stop and step < total:
